@@ -1,0 +1,46 @@
+"""lightning-peft: adapt a model under PyTorch Lightning, by tuning or by editing, and say which to take.
+
+Importing this package loads neither peft nor bitsandbytes: both are slow to import, and bitsandbytes' optimizers
+clash with LightningCLI's short names. What needs peft is imported on first use; the PEFT methods defined here
+register themselves whenever peft is loaded, in either order.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft.tuners.registration import register_with_peft
+
+if TYPE_CHECKING:
+    from lightning_peft.checkpoint import export_checkpoint, load_from_checkpoint
+    from lightning_peft.tuners.stack import AdapterStack, adapters, load_adapter, save_adapter
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AdapterStack": "lightning_peft.tuners.stack",
+    "adapters": "lightning_peft.tuners.stack",
+    "load_adapter": "lightning_peft.tuners.stack",
+    "save_adapter": "lightning_peft.tuners.stack",
+    "export_checkpoint": "lightning_peft.checkpoint",
+    "load_from_checkpoint": "lightning_peft.checkpoint",
+}
+
+__all__ = [
+    "AdapterStack",
+    "__version__",
+    "adapters",
+    "export_checkpoint",
+    "load_adapter",
+    "load_from_checkpoint",
+    "save_adapter",
+]
+
+register_with_peft()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

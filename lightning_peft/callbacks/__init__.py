@@ -1,0 +1,22 @@
+"""What a Trainer is given: callbacks that adapt a model by tuning or by editing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_peft.callbacks.edit import Edit
+    from lightning_peft.callbacks.iti import ITI
+    from lightning_peft.callbacks.lora import LoRA
+    from lightning_peft.callbacks.peft import PEFT
+
+_MODULES = {"PEFT": "peft", "LoRA": "lora", "Edit": "edit", "ITI": "iti"}
+
+__all__ = ["ITI", "PEFT", "Edit", "LoRA"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

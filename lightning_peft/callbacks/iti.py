@@ -1,0 +1,132 @@
+"""Inference-time intervention as one callback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.callbacks.edit import Edit, from_rank_zero, gather
+from lightning_peft.editing.capture import HeadCapture
+from lightning_peft.editing.directions import DIRECTIONS
+from lightning_peft.editing.heads import HeadSite, head_offsets_config, head_sites
+from lightning_peft.editing.iti import HeadEdit, compute_iti
+from lightning_peft.positions import POLICIES
+from lightning_peft.tuners.stack import AdapterStack
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class ITI(Edit):
+    """Inference-time intervention (Li et al. 2023, arXiv:2306.03341): move the heads that tell true from false.
+
+    `trainer.fit` reads the head outputs at the last token of labelled statements, fits a linear probe to every head,
+    ranks heads on held-out training questions, and installs a `HeadOffsets` adapter that adds
+    `alpha * sigma * direction` to the best `num_heads`. Nothing is trained.
+
+    The training batches hold `input_ids [B, T]`, `attention_mask [B, T]`, `truth [B]` (0 or 1) and `question_id [B]`,
+    of training questions only.
+
+    Args:
+        num_heads: how many heads to edit (K).
+        alpha: the strength, in standard deviations along the direction.
+        direction: `"mass_mean"`, `"probe_weight"`, or `"random"` (the control).
+        positions: `"answer"` (from the last prompt token on, the paper's), `"generated"` or `"all"`.
+        val_fraction: share of the training questions on which heads are ranked.
+        C: inverse strength of the probes' L2 penalty.
+        seed: of the inner split and of random directions.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        pattern: where the architecture is unknown, a regular expression for the end of the names of the attention
+            output projections.
+
+    Attributes:
+        edit_: the computed `HeadEdit` after `fit`: heads, directions, sigma, accuracy `[layers, heads]`.
+
+    Raises:
+        ValueError: in one sentence: no labels in the batch, one class only, more heads than the model has, activations
+            that are not finite, an unknown architecture.
+    """
+
+    def __init__(
+        self,
+        num_heads: int = 48,
+        alpha: float = 15.0,
+        direction: Literal["mass_mean", "probe_weight", "random"] = "mass_mean",
+        positions: Literal["answer", "generated", "all"] = "answer",
+        val_fraction: float = 0.2,
+        C: float = 1.0,
+        seed: int = 0,
+        backbone: str | None = None,
+        name: str = "iti",
+        pattern: str | None = None,
+    ) -> None:
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}.")
+        if positions not in POLICIES:
+            raise ValueError(f"positions must be one of {', '.join(POLICIES)}, got {positions!r}.")
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {num_heads}.")
+        if not 0.0 < val_fraction < 1.0:
+            raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}.")
+        super().__init__(backbone, name)
+        self.num_heads, self.alpha, self.direction, self.positions = num_heads, alpha, direction, positions
+        self.val_fraction, self.C, self.seed, self.pattern = val_fraction, C, seed, pattern
+        self.edit_: HeadEdit | None = None
+        self._sites: list[HeadSite] = []
+        self._capture: HeadCapture | None = None
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def make_config(self, backbone: nn.Module) -> PeftConfig:
+        self._sites = head_sites(backbone, self.pattern)
+        available = sum(site.num_heads for site in self._sites)
+        if self.num_heads > available:
+            raise ValueError(f"num_heads is {self.num_heads}, but the model has {available} heads.")
+        return head_offsets_config(self._sites, alpha=self.alpha, positions=self.positions)
+
+    def begin(self, stack: AdapterStack) -> None:
+        self._rows = []
+        self._capture = HeadCapture(stack.backbone, self._sites).__enter__()
+
+    def observe(self, batch: dict[str, Tensor]) -> None:
+        assert self._capture is not None
+        heads = self._capture(batch["input_ids"], batch.get("attention_mask"))
+        self._rows.append((heads, batch["truth"].cpu(), batch["question_id"].cpu()))
+
+    def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
+        activations, truth, question_id = gather(
+            trainer, *(torch.cat(column) for column in zip(*self._rows, strict=True))
+        )
+        self.edit_ = edit = from_rank_zero(
+            trainer,
+            lambda: compute_iti(
+                activations, truth, question_id, self.num_heads, self.direction, self.val_fraction, self.C, self.seed
+            ),
+        )
+        install(stack, self.name, edit, self._sites, self.alpha, self.positions)
+        best = float(edit.accuracy.max())
+        trainer.lightning_module.log("probe_accuracy_best", best, rank_zero_only=True)
+        trainer.lightning_module.log("edited_parameters", float(edit.directions.numel()), rank_zero_only=True)
+
+    def end(self) -> None:
+        self._rows = []
+        if self._capture is not None:
+            self._capture.__exit__(None, None, None)
+            self._capture = None
+
+
+def install(
+    stack: AdapterStack, name: str, edit: HeadEdit, sites: list[HeadSite], alpha: float, positions: str
+) -> None:
+    """Put a computed edit in the stack under `name`, in place of what was there under that name."""
+    if name in stack:
+        stack.remove(name)
+    part = stack.add(edit.config(sites, alpha, positions), name, computed=True, record=edit.record)
+    vectors = edit.offsets(sites)
+    suffix = f".head_offsets.{name}"
+    state = stack.backbone.state_dict()
+    for live in stack.keys(part).values():
+        state[live].copy_(vectors[live.removesuffix(suffix)])

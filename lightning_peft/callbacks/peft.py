@@ -1,0 +1,254 @@
+"""The callback that freezes a backbone, injects an adapter, and saves only what was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightning_peft.callbacks import optimizers
+from lightning_peft.callbacks.backbone import when_built
+from lightning_peft.callbacks.report import print_table, summary
+from lightning_peft.checkpoint import keep_adapters, restore_adapters
+from lightning_peft.positions import tracked
+from lightning_peft.tuners.configs import different_fields
+from lightning_peft.tuners.stack import AdapterStack, Part, stack_of
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_HOOKS = "_lightning_peft_checkpoint_hooks"
+
+
+class PEFT(Callback):
+    """Adapt a model by any in-place peft method: freeze the backbone, inject, train, save only the adapter.
+
+    Works on any LightningModule: a transformers model or a hand-written `nn.Module`, built in `__init__`, `setup` or
+    `configure_model`. What stands outside the backbone (heads) stays trainable. Checkpoints hold the adapter and
+    what is outside the backbone; `ckpt_path` restores them, after checking that the base is the same.
+
+    Args:
+        config: a `peft.PeftConfig`; in YAML a `class_path` with `init_args`. It is copied, not changed.
+        backbone: the submodule to freeze and adapt, e.g. `"model"` or `"net.encoder"`. Default: the one transformers
+            model, or the only child with parameters; where that is ambiguous an error lists the candidates.
+        name: the adapter's name.
+        backbone_dropout: keep the dropout of the frozen backbone in training. By default the backbone runs in
+            evaluation mode, so that it is deterministic; its BatchNorm statistics never move.
+
+    Raises:
+        ValueError: at `setup` or fit start, in one sentence: unknown target module or backbone, a weight-averaging
+            callback placed before this one, a launcher that would lose the adapter, nothing trainable, optimizers
+            that do not hold every trainable parameter exactly once.
+
+    Example:
+        >>> import lightning as L
+        >>> from peft import IA3Config
+        >>> from lightning_peft.callbacks import PEFT
+        >>> trainer = L.Trainer(callbacks=[PEFT(IA3Config(target_modules=["k_proj"], feedforward_modules=[]))],
+        ...                     accelerator="cpu", logger=False, enable_checkpointing=False)
+    """
+
+    needs: str | None = "answers"  # what the data module must yield in training, if it says what it yields
+    computed = False  # whether the weights are computed (an edit) rather than trained
+
+    def __init__(
+        self,
+        config: PeftConfig,
+        backbone: str | None = None,
+        name: str = "default",
+        backbone_dropout: bool = False,
+    ) -> None:
+        self.config: PeftConfig | None = config
+        self.backbone = backbone
+        self.name = name
+        self.backbone_dropout = backbone_dropout
+        self.stack: AdapterStack | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def make_config(self, backbone: nn.Module) -> PeftConfig:
+        """The configuration for this backbone. Subclasses build theirs here, so that importing them is cheap."""
+        assert self.config is not None
+        return self.config
+
+    def apply(self, module: L.LightningModule) -> Part:
+        """Freeze and inject now, without a Trainer: for launchers that fork or spawn, and for use by hand."""
+        found: list[Part] = []
+        when_built(module, self.backbone, lambda name: found.append(self._inject(module, name)))
+        if not found:
+            for hook in ("setup", "configure_model"):
+                module.__dict__.pop(hook, None)
+            raise ValueError(f"{type(module).__name__} has not built its backbone yet; build it, then apply.")
+        return found[0]
+
+    # -- Lightning's hooks, in the order in which they run -----------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._check_callbacks(trainer)
+        self._check_launcher(trainer, pl_module)
+        if stage == "fit":
+            self._check_data(trainer)
+        when_built(pl_module, self.backbone, lambda name: self._inject(pl_module, name))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.stack is not None
+        self._prepare_optimizers(trainer, pl_module)
+        stop_input_gradients(self.stack.backbone)
+        if trainer.is_global_zero:
+            print_table(pl_module, self.stack)
+            for logger in trainer.loggers:
+                logger.log_metrics(summary(pl_module, self.stack), step=0)
+        # Lightning warns of modules in evaluation mode when training starts, and we choose that mode right after
+        self.stack.backbone.train()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.stack is not None
+        set_modes(self.stack.backbone, self.backbone_dropout)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.stack is not None
+        set_modes(self.stack.backbone, self.backbone_dropout)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._note_answers(batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._note_answers(None)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        self._note_answers(batch)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._note_answers(None)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    # -- what they do ------------------------------------------------------------------------------------------------
+
+    def _inject(self, module: L.LightningModule, backbone_name: str) -> Part:
+        """Freeze and inject, once; a later call finds the adapter in place."""
+        backbone = module.get_submodule(backbone_name)
+        stack = self.stack = stack_of(backbone)
+        config = self.make_config(backbone)
+        if self.name in stack:
+            part = stack[self.name]
+            differences = different_fields(part.config, config)
+            if self.computed:
+                differences = [d for d in differences if d.split(":")[0] not in ("heads", "target_modules")]
+            if differences:
+                raise ValueError(
+                    f"The backbone already has an adapter {self.name!r} with other settings: {'; '.join(differences)}."
+                )
+            part.tuner.set_requires_grad(self.name, True)
+        else:
+            part = stack.add(config, self.name, self.computed)
+        hook_checkpoints(module)
+        return part
+
+    def _prepare_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.optimizers:
+            optimizers.repair(pl_module, trainer.optimizers)
+        optimizers.check(pl_module, trainer.optimizers)
+
+    def _note_answers(self, batch: Any) -> None:
+        """Let edits know where the answers of this batch begin; `None` forgets it."""
+        assert self.stack is not None
+        start = batch.get("answer_start") if isinstance(batch, dict) else None
+        for positions in tracked(self.stack.backbone):
+            positions.batch_start = start
+
+    def _check_callbacks(self, trainer: L.Trainer) -> None:
+        from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[: callbacks.index(self)]:
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise ValueError(
+                    f"{type(callback).__name__} comes before {type(self).__name__} and has already copied the module "
+                    f"without the adapter: put {type(self).__name__} first in the list of callbacks."
+                )
+
+    def _check_launcher(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not _has_adapter(module, self.name):
+            raise ValueError(
+                "This strategy starts its processes from a copy of the module and would lose the adapter afterwards: "
+                f'use strategy="ddp", or call {type(self).__name__}.apply(module) before fit.'
+            )
+
+    def _check_data(self, trainer: L.Trainer) -> None:
+        kind = getattr(trainer.datamodule, "kind", None)  # type: ignore[attr-defined]
+        if self.needs is not None and isinstance(kind, str) and kind != self.needs:
+            raise ValueError(
+                f"{type(self).__name__} needs {self.needs} to train on, but the data module yields {kind}: "
+                f'give it train="{self.needs}".'
+            )
+
+
+def set_modes(backbone: nn.Module, dropout: bool) -> None:
+    """Frozen parts in evaluation mode (with `dropout`, all but normalisation in training mode), adapters in training."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    backbone.train(dropout)
+    for module in backbone.modules():
+        if isinstance(module, BaseTunerLayer):
+            for child in module.children():
+                if child is not getattr(module, "base_layer", None):
+                    child.train()
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def stop_input_gradients(backbone: nn.Module) -> None:
+    """Undo `enable_input_require_grads` where checkpointing does not need it.
+
+    transformers turns it on with activation checkpointing for every text model, and backward then runs through all
+    frozen blocks below the first adapter. Only reentrant checkpointing needs it; the adapter's gradient is the same.
+    """
+    functions = (getattr(m, "_gradient_checkpointing_func", None) for m in backbone.modules())
+    reentrant = any(f is not None and getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions)
+    if not reentrant and hasattr(backbone, "disable_input_require_grads"):
+        backbone.disable_input_require_grads()
+
+
+def hook_checkpoints(module: L.LightningModule) -> None:
+    """Let the module's own checkpoint hooks keep and restore adapters; they run for weights-only files as well.
+
+    Loading is no longer strict, since the backbone is not in the file; the wrapped hook checks every key instead.
+    """
+    if _HOOKS not in module.__dict__:
+        module.strict_loading = False
+        hooks = module.__dict__[_HOOKS] = _CheckpointHooks(module)
+        module.__dict__["on_save_checkpoint"] = hooks.on_save_checkpoint
+        module.__dict__["on_load_checkpoint"] = hooks.on_load_checkpoint
+
+
+class _CheckpointHooks:
+    """Stands in for a module's `on_save_checkpoint` and `on_load_checkpoint`; copied and pickled with the module."""
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self.module = module
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        type(self.module).on_save_checkpoint(self.module, checkpoint)
+        keep_adapters(self.module, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_adapters(self.module, checkpoint, "the checkpoint")
+        type(self.module).on_load_checkpoint(self.module, checkpoint)
+
+
+def _has_adapter(module: nn.Module, name: str) -> bool:
+    from lightning_peft.tuners.stack import find_stacks
+
+    return any(name in stack for stack in find_stacks(module).values())

@@ -1,0 +1,47 @@
+"""What was injected where, once in a table at the start."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from lightning_peft.tuners.stack import AdapterStack, standalone_key
+
+
+def summary(module: nn.Module, stack: AdapterStack) -> dict[str, float]:
+    """Numbers for the logger: trainable parameters (count and percent of all) and adapter bytes."""
+    total = sum(p.numel() for p in module.parameters())
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    size = sum(t.numel() * t.element_size() for part in stack.parts for t in stack.tensors(part).values())
+    return {
+        "trainable_parameters": float(trainable),
+        "trainable_percent": 100.0 * trainable / max(1, total),
+        "adapter_bytes": float(size),
+    }
+
+
+def print_table(module: nn.Module, stack: AdapterStack) -> None:
+    """Print the adapters of a stack: method, where, parameters."""
+    from rich.console import Console
+    from rich.table import Table
+
+    numbers = summary(module, stack)
+    table = Table(title=f"Adapters on {type(stack.backbone).__name__}", title_justify="left")
+    for column in ("adapter", "method", "injected into", "parameters"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    for part in stack.parts:
+        names = stack.keys(part)
+        where = Counter(
+            standalone_key(name + ".").split(f".{part.tuner.prefix}")[0].rsplit(".", 1)[-1] for name in names.values()
+        )
+        places = {module_name for module_name in where}
+        count = sum(t.numel() for t in stack.tensors(part).values())
+        modules = len({name.split(f".{part.tuner.prefix}")[0] for name in names.values()})
+        method = type(part.config).__name__.removesuffix("Config")
+        table.add_row(part.name, method, f"{modules} × {', '.join(sorted(places))}", f"{count:,}")
+    table.caption = (
+        f"{numbers['trainable_parameters']:,.0f} trainable parameters ({numbers['trainable_percent']:.3f} %), "
+        f"{numbers['adapter_bytes']:,.0f} bytes"
+    )
+    Console().print(table)

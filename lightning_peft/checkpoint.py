@@ -1,0 +1,205 @@
+"""Lightning checkpoints that hold only what was trained or computed, and their way back into a module.
+
+A checkpoint keeps the adapters, whatever stands outside the backbone (heads, metrics), and under the key
+`"lightning_peft"` a JSON-able description of each backbone's stack: base fingerprint, every part's configuration,
+and which tensor of a peft folder each entry is. So it can be exported without a model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.tuners.configs import config_from_json, different_fields
+from lightning_peft.tuners.files import AdapterError, check_finite
+from lightning_peft.tuners.stack import (
+    AdapterStack,
+    check_same_keys,
+    find_stacks,
+    stack_of,
+    standalone_key,
+    write_described,
+)
+
+META = "lightning_peft"
+# the entries of a Lightning checkpoint that hold module weights; the second is written by weight-averaging callbacks
+_STATES = ("state_dict", "current_model_state")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def keep_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Take the frozen backbone out of a Lightning checkpoint and describe its adapters, in place.
+
+    Args:
+        module: the LightningModule the checkpoint was made from; without adapters nothing is changed.
+        checkpoint: what `Trainer.save_checkpoint` is about to write.
+    """
+    stacks = find_stacks(module)
+    if not stacks:
+        return
+    names = _names(module, stacks)
+    for entry in _STATES:
+        if entry in checkpoint:
+            state = checkpoint[entry]
+            checkpoint[entry] = {saved: state[live] for saved, live in names.items() if live in state}
+    described = {}
+    for name, stack in stacks.items():
+        described[name] = stack.describe()
+        for part in described[name]["parts"]:
+            part["keys"] = {key: standalone_key(live) for key, live in part["keys"].items()}
+    checkpoint[META] = {"version": 1, "backbones": described}
+
+
+def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str, complete: bool = False) -> None:
+    """Make the module's adapters those of the checkpoint, check everything, and rename its keys to the module's own.
+
+    Afterwards `module.load_state_dict(checkpoint["state_dict"], strict=False)` restores every adapter.
+
+    Args:
+        module: the LightningModule to restore; its backbone must be the checkpoint's.
+        checkpoint: a loaded Lightning checkpoint, changed in place.
+        source: what to call the checkpoint in messages.
+        complete: also add the module's own backbone weights, so that a strict load passes.
+
+    Raises:
+        AdapterError: not a checkpoint of adapters, another base, other settings, other keys or shapes, or values that
+            are not finite.
+    """
+    if META not in checkpoint:
+        raise AdapterError(f"{source} holds no adapters: it was not written with a lightning_peft callback.")
+    for name, described in checkpoint[META]["backbones"].items():
+        try:
+            backbone = module.get_submodule(name)
+        except AttributeError:
+            raise AdapterError(f"{source} adapts {name!r}, which {type(module).__name__} does not have.") from None
+        stack = stack_of(backbone)
+        stack.check_base(described["fingerprint"], source)
+        _rebuild(stack, described["parts"], source)
+    names = _names(module, find_stacks(module))
+    live_state = module.state_dict()
+    for entry in _STATES:
+        if entry not in checkpoint:
+            continue
+        state: dict[str, Tensor] = checkpoint[entry]
+        check_same_keys(set(names), set(state), f"{source} and {type(module).__name__}")
+        for saved, live in names.items():
+            if state[saved].shape != live_state[live].shape:
+                shapes = f"{tuple(state[saved].shape)} in {source}, {tuple(live_state[live].shape)} in the module"
+                raise AdapterError(f"{saved} has different shapes: {shapes}.")
+        check_finite(state, source)
+        restored = {names[saved]: value for saved, value in state.items()}
+        checkpoint[entry] = {**live_state, **restored} if complete else restored
+
+
+def load_from_checkpoint(cls: type[M], path: str | Path, map_location: Any = None, **kwargs: Any) -> M:
+    """Load a LightningModule and its adapters from an adapter-only checkpoint, without a Trainer.
+
+    Args:
+        cls: the LightningModule class; its backbone is built as usual and is not in the checkpoint.
+        path: the checkpoint file.
+        map_location: as in `torch.load`.
+        **kwargs: arguments of `cls`, over those saved in the checkpoint.
+
+    Returns:
+        The module, its adapters in place and loaded.
+
+    Raises:
+        AdapterError: as `restore_adapters`.
+    """
+    checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    if META not in checkpoint:
+        raise AdapterError(f"{path} holds no adapters: it was not written with a lightning_peft callback.")
+    with warnings.catch_warnings():
+        # Lightning builds the module without adapters, so every adapter key is a stranger to it at first
+        warnings.filterwarnings("ignore", message="Found keys that are")
+        module = cls.load_from_checkpoint(path, map_location=map_location, strict=False, **kwargs)  # type: ignore[attr-defined]
+    restore_adapters(module, checkpoint, str(path))
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    return module
+
+
+class AdapterCheckpointMixin:
+    """Gives a LightningModule a `load_from_checkpoint` that brings the adapters back: `class M(AdapterCheckpointMixin, L.LightningModule)`."""  # noqa: E501
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if META in checkpoint:
+            assert isinstance(self, nn.Module)
+            restore_adapters(self, checkpoint, "the checkpoint", complete=True)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+
+def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None = None) -> Path:
+    """Turn an adapter-only Lightning checkpoint into the plain peft folder that `save_adapter` would write.
+
+    Args:
+        path: the checkpoint file; no model is built.
+        folder: where to write.
+        backbone: which backbone's adapters, where the module had several.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the file holds no adapters, or those of several backbones and none was named.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    backbones = checkpoint.get(META, {}).get("backbones", {})
+    if not backbones:
+        raise AdapterError(f"{path} holds no adapters: it was not written with a lightning_peft callback.")
+    if backbone is None and len(backbones) > 1:
+        raise AdapterError(f"{path} holds adapters of several backbones ({', '.join(backbones)}): name one.")
+    name = next(iter(backbones)) if backbone is None else backbone
+    described, state = backbones[name], checkpoint["state_dict"]
+    weights = [{key: state[_join(name, saved)] for key, saved in part["keys"].items()} for part in described["parts"]]
+    return write_described(described, weights, Path(folder), base=None)
+
+
+def _names(module: nn.Module, stacks: dict[str, AdapterStack]) -> dict[str, str]:
+    """What belongs in the checkpoint: the name it is saved under (as if adapters stood alone) -> its live name."""
+    kept = {}
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    adapter = {
+        _join(name, live) for name, stack in stacks.items() for p in stack.parts for live in stack.keys(p).values()
+    }
+    for live in module.state_dict():
+        if live in adapter or live in trainable or not any(_inside(live, name) for name in stacks):
+            kept[standalone_key(live)] = live
+    return kept
+
+
+def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> None:
+    """Make the stack's parts those described; a part that is there already must have been asked for alike."""
+    saved = {part["name"]: config_from_json(part["config"]) for part in parts}
+    for part in stack.parts:
+        if part.name not in saved:
+            raise AdapterError(f"{source} has no adapter {part.name!r}; it has {', '.join(map(repr, saved))}.")
+        differences = different_fields(saved[part.name], part.config)
+        if part.computed:  # where an edit acts is its result, not its setting
+            differences = [d for d in differences if d.split(":")[0] not in ("heads", "target_modules")]
+        if differences:
+            raise AdapterError(f"{source} and adapter {part.name!r} have other settings: {'; '.join(differences)}.")
+    same = [p.name for p in stack.parts] == list(saved) and all(
+        not different_fields(saved[p.name], p.config) for p in stack.parts
+    )
+    if not same:
+        for part in reversed(list(stack.parts)):
+            stack.remove(part.name)
+        for part_json in parts:
+            stack.add(saved[part_json["name"]], part_json["name"], computed=part_json["computed"])
+    for part_json in parts:
+        stack[part_json["name"]].record = part_json["record"]
+        if part_json["strength"] != 1.0:
+            stack.scale(part_json["strength"], part_json["name"])
+
+
+def _inside(key: str, backbone: str) -> bool:
+    return backbone == "" or key.startswith(backbone + ".")
+
+
+def _join(backbone: str, key: str) -> str:
+    return f"{backbone}.{key}" if backbone else key

@@ -1,0 +1,233 @@
+"""LightningModules for transformers models: causal language model, sequence classifier, sequence to sequence.
+
+Batches are dicts of tensors: `input_ids [B, T]`, `attention_mask [B, T]`, `labels`, and where known
+`answer_start [B]`, the position id of the last prompt token. `position_ids` are always passed where the model takes
+them, so that padding does not change a row's result.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_peft.checkpoint import AdapterCheckpointMixin
+from lightning_peft.positions import answering
+from lightning_peft.truthfulqa.metrics import MC0, MC1, MC2, MC3
+from lightning_peft.truthfulqa.scoring import ChoiceScorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+
+
+class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
+    """What the three modules share: a pretrained backbone, a tokenizer, AdamW."""
+
+    backbone: PreTrainedModel
+
+    def __init__(self, pretrained: str, auto: str, learning_rate: float, weight_decay: float, dtype: str) -> None:
+        super().__init__()
+        import transformers
+
+        if not hasattr(torch, dtype) or not isinstance(getattr(torch, dtype), torch.dtype):
+            raise ValueError(f"dtype must name a torch dtype such as float32 or bfloat16, got {dtype!r}.")
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(pretrained)
+        self.backbone = getattr(transformers, auto).from_pretrained(pretrained, dtype=getattr(torch, dtype))
+        self._accepts = set(inspect.signature(type(self.backbone).forward).parameters)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        if "position_ids" in self._accepts and "attention_mask" in batch:
+            inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+        return inputs
+
+
+class CausalLM(_Pretrained):
+    """A causal language model, trained on answers and tested on choices.
+
+    Training and validation: cross-entropy over the tokens whose label is not -100. Test: rows with `mc0`, `mc1` or
+    `mc2 [B]` are one question's choices (1 true, 0 false, -1 not among that metric's); their exact log-probabilities
+    give MC0, MC1, MC2 and MC3, logged as `mc0` … `mc3`. Whatever adapter is active counts.
+
+    Args:
+        pretrained: a model on the Hugging Face hub, or a folder.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW, on what is trained.
+        dtype: the name of a torch dtype to load the weights in.
+    """
+
+    def __init__(
+        self, pretrained: str, learning_rate: float = 1e-4, weight_decay: float = 0.0, dtype: str = "float32"
+    ) -> None:
+        super().__init__(pretrained, "AutoModelForCausalLM", learning_rate, weight_decay, dtype)
+        self.save_hyperparameters()
+        self.metrics = nn.ModuleDict({"mc0": MC0(), "mc1": MC1(), "mc2": MC2(), "mc3": MC3()})
+        self._scorer: ChoiceScorer | None = None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits `[B, T, vocabulary]`."""
+        with self._answers(batch):
+            return self.backbone(**self._inputs(batch)).logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, count = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=count)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss, count = self._loss(batch)
+        self.log("val_loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+
+    def on_test_epoch_start(self) -> None:
+        self._scorer = ChoiceScorer(self.backbone)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Log-probabilities of the rows' answers, `[B]`, in nats."""
+        assert self._scorer is not None
+        logprobs = self._scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        question_id = batch["question_id"].cpu()
+        for name, metric in self.metrics.items():
+            truth = batch.get("mc2" if name == "mc3" else name)
+            if truth is not None:
+                metric.update(logprobs, truth.cpu(), question_id)
+        return logprobs
+
+    def on_test_epoch_end(self) -> None:
+        self._scorer = None
+        for name, metric in self.metrics.items():
+            if metric.update_called and metric.total > 0:  # type: ignore[operator]
+                self.log(name, metric.compute())  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Mean cross-entropy over answer tokens, and their number. Only the columns that hold any are put through
+        the language-model head, which is a fifth of a small model."""
+        targets = batch["labels"][:, 1:]
+        columns = (targets != -100).any(0).nonzero().flatten()
+        with self._answers(batch):
+            if "logits_to_keep" in self._accepts:
+                logits = self.backbone(**self._inputs(batch), logits_to_keep=columns).logits
+            else:
+                logits = self.backbone(**self._inputs(batch)).logits[:, columns]
+        targets = targets[:, columns]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return loss, int((targets != -100).sum())
+
+    def _answers(self, batch: Batch) -> AbstractContextManager[None]:
+        start = batch.get("answer_start")
+        return nullcontext() if start is None else answering(self.backbone, start=start)
+
+
+class SequenceClassifier(_Pretrained):
+    """An encoder or decoder with a linear head on the mean of its last hidden states.
+
+    The head stands outside the backbone, so it is trained and saved whatever adapts the backbone. `labels [B]`.
+
+    Args:
+        pretrained: a model on the Hugging Face hub, or a folder.
+        num_labels: the number of classes.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW, on what is trained.
+        dtype: the name of a torch dtype to load the weights in.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        num_labels: int,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.0,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(pretrained, "AutoModel", learning_rate, weight_decay, dtype)
+        self.save_hyperparameters()
+        self.head = nn.Linear(self.backbone.config.hidden_size, num_labels)
+        self.val_accuracy = MulticlassAccuracy(num_labels, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_labels, average="micro")
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Class logits `[B, num_labels]`."""
+        hidden = self.backbone(**self._inputs(batch)).last_hidden_state
+        mask = batch.get("attention_mask")
+        mask = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden.dtype)
+        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return self.head(mean.to(self.head.weight.dtype))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch), batch["labels"])
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        logits, labels = self(batch), batch["labels"]
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.val_accuracy(logits, labels)
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.log("val_accuracy", self.val_accuracy, prog_bar=True, batch_size=len(labels))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.test_accuracy(self(batch), batch["labels"])
+        self.log("test_accuracy", self.test_accuracy, batch_size=len(batch["labels"]))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The likeliest class of each row, `[B]`."""
+        return self(batch).argmax(-1)
+
+
+class Seq2SeqLM(_Pretrained):
+    """An encoder-decoder trained on `labels [B, U]`, the target tokens, -100 where padded.
+
+    Args:
+        pretrained: a model on the Hugging Face hub, or a folder.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW, on what is trained.
+        dtype: the name of a torch dtype to load the weights in.
+    """
+
+    def __init__(
+        self, pretrained: str, learning_rate: float = 1e-4, weight_decay: float = 0.0, dtype: str = "float32"
+    ) -> None:
+        super().__init__(pretrained, "AutoModelForSeq2SeqLM", learning_rate, weight_decay, dtype)
+        self.save_hyperparameters()
+        self.test_loss = MeanMetric()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits `[B, U, vocabulary]`."""
+        return self.backbone(**self._inputs(batch), labels=batch["labels"]).logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, count = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=count)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss, count = self._loss(batch)
+        self.log("val_loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        loss, count = self._loss(batch)
+        self.test_loss.update(loss, count)
+        self.log("test_loss", self.test_loss, batch_size=count)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Any:
+        """Generated token ids, `[B, U]`."""
+        return self.backbone.generate(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, int]:
+        labels = batch["labels"]
+        loss = nn.functional.cross_entropy(self(batch).flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        return loss, int((labels != -100).sum())

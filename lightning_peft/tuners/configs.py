@@ -1,0 +1,69 @@
+"""peft configurations as plain JSON values, and back."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import enum
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def config_to_json(config: PeftConfig) -> dict[str, Any]:
+    """A configuration as JSON-able values, as in a checkpoint: `torch.load(weights_only=True)` refuses the object."""
+    return {key: _plain(value) for key, value in config.to_dict().items()}
+
+
+def config_from_json(values: Mapping[str, Any]) -> PeftConfig:
+    """The configuration that `config_to_json` described."""
+    from peft import PeftConfig
+
+    return PeftConfig.from_peft_type(**dict(values))
+
+
+def different_fields(a: PeftConfig, b: PeftConfig) -> list[str]:
+    """`name: a's value != b's value` for every field in which two configurations differ."""
+    left, right = config_to_json(a), config_to_json(b)
+    ignored = {"base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version"}
+    keys = sorted((left.keys() | right.keys()) - ignored)
+    return [f"{k}: {left.get(k)!r} != {right.get(k)!r}" for k in keys if left.get(k) != right.get(k)]
+
+
+def with_strength(config: PeftConfig, strength: float) -> PeftConfig:
+    """The configuration with the dial written into it, so that any reader of the folder gets the same strength.
+
+    Raises:
+        ValueError: the method has no strength to scale.
+    """
+    config = copy.deepcopy(config)
+    if strength == 1.0:
+        return config
+    if getattr(config, "alpha_pattern", None):
+        config.alpha_pattern = {key: value * strength for key, value in config.alpha_pattern.items()}
+    for name in ("lora_alpha", "alpha"):
+        if hasattr(config, name):
+            setattr(config, name, getattr(config, name) * strength)
+            return config
+    raise ValueError(f"{type(config).__name__} has no strength, so the dial at {strength} cannot be saved with it.")
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """The known names (or their last parts) most like a mistyped one, for an error message."""
+    last_parts = sorted({k.rsplit(".", 1)[-1] for k in known if not k.rsplit(".", 1)[-1].isdigit()})
+    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_parts, n=5, cutoff=0.3) or last_parts[:5]
+    return ", ".join(near)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

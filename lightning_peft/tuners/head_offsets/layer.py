@@ -1,0 +1,132 @@
+"""The wrapper around one attention output projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import Tensor, nn
+
+from lightning_peft.positions import Positions
+from lightning_peft.tuners.head_offsets.config import HeadOffsetsConfig
+
+
+class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
+    """Adds `alpha * offset` to chosen heads of the input `[B, T, H * head_dim]`, then runs the projection.
+
+    Only the input is touched, so the projection may be any module: Linear, Conv1D, a quantised or LoRA-wrapped one.
+    """
+
+    adapter_layer_names = ("head_offsets",)
+    other_param_names = ("heads", "scaling", "policies")
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: HeadOffsetsConfig, name: str, positions: Positions
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.head_offsets = nn.ParameterDict({})
+        self.heads: dict[str, Tensor] = {}
+        self.scaling: dict[str, float] = {}
+        self.policies: dict[str, str] = {}
+        self.merged_adapters: list[str] = []
+        self._bias_before_merge: Tensor | None = None
+        self._positions = positions
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name)
+
+    def update_layer(self, adapter_name: str, config: HeadOffsetsConfig, name: str) -> None:
+        """Give the layer zero offsets for one more adapter. `name` is the module's full name."""
+        if not config.head_dim or not self.in_features or self.in_features % config.head_dim:
+            raise ValueError(
+                f"{name} takes {self.in_features} features, which is not a multiple of head_dim={config.head_dim}: "
+                "it is not an attention output projection of heads of that size."
+            )
+        count = self.in_features // config.head_dim
+        heads = list(range(count)) if config.heads is None else sorted(config.heads[name])
+        if any(not 0 <= head < count for head in heads) or len(set(heads)) != len(heads):
+            raise ValueError(f"{name} has heads 0 to {count - 1}, but heads {heads} were asked for.")
+        self.heads[adapter_name] = torch.tensor(heads)
+        self.scaling[adapter_name] = config.alpha
+        self.policies[adapter_name] = config.positions
+        self.head_offsets[adapter_name] = nn.Parameter(torch.zeros(len(heads), config.head_dim))
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is not None and device.type != "meta":
+            self.head_offsets[adapter_name].data = self.head_offsets[adapter_name].data.to(device)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def displacement(self, adapter_name: str) -> Tensor:
+        """The whole vector `[H * head_dim]` that one adapter adds, strength included, zero at heads without offset."""
+        offsets = self.head_offsets[adapter_name]
+        count, size = self.in_features // offsets.shape[1], offsets.shape[1]
+        if len(offsets) < count:
+            heads = self.heads[adapter_name] = self.heads[adapter_name].to(offsets.device)
+            offsets = offsets.new_zeros(count, size).index_copy(0, heads, offsets)
+        return offsets.reshape(-1) * self.scaling[adapter_name]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.head_offsets and adapter_name not in self.merged_adapters:
+                displacement = self.displacement(adapter_name).to(x.dtype)
+                policy = self.policies[adapter_name]
+                # strength 0 edits nothing, and must not need to know where the answer begins
+                if self.scaling[adapter_name] != 0:
+                    x = x + (displacement if policy == "all" else self._where(policy, x) * displacement)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _where(self, policy: str, x: Tensor) -> Tensor:
+        """The policy's mask, shaped to multiply onto `x [B, T, ·]` (or `[B * T, ·]`)."""
+        mask = self._positions.mask(policy).to(x.device)
+        if mask.numel() * x.shape[-1] != x.numel():
+            raise ValueError(
+                f"The positions of this call have shape {tuple(mask.shape)}, which does not fit the projection's "
+                f"input of shape {tuple(x.shape)}."
+            )
+        return mask.to(x.dtype).reshape(*x.shape[:-1], 1)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the edit into the projection's bias: `b + W_o · displacement`, exact for `positions="all"`."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.head_offsets]
+        for name in names:
+            if self.policies[name] != "all":
+                raise ValueError(
+                    f"Adapter {name!r} edits only {self.policies[name]!r} positions; a bias acts at every one, so "
+                    'only positions="all" can be merged.'
+                )
+        base = self.get_base_layer()
+        if names and not hasattr(base, "bias"):
+            raise ValueError(f"Cannot merge head offsets into {type(base).__name__}: it has no place for a bias.")
+        for name in names:
+            # running the projection itself serves Conv1D, quantised and wrapped layers alike
+            with torch.no_grad():
+                displacement = self.displacement(name).to(next(self.base_layer.parameters()).device)
+                displacement = displacement.to(_float_dtype(self.base_layer))[None]
+                change = (self.base_layer(displacement) - self.base_layer(torch.zeros_like(displacement)))[0]
+            if safe_merge and not torch.isfinite(change).all():
+                raise ValueError(f"Adapter {name!r} would put NaN or infinity into the projection's bias.")
+            if not self.merged_adapters:
+                self._bias_before_merge = None if base.bias is None else base.bias.detach().clone()
+            merged = change if base.bias is None else base.bias.detach() + change
+            base.bias = nn.Parameter(merged, requires_grad=False)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the projection's own bias back, bit for bit."""
+        if self.merged_adapters:
+            before = self._bias_before_merge
+            self.get_base_layer().bias = None if before is None else nn.Parameter(before, requires_grad=False)
+            self.merged_adapters.clear()
+
+    def __repr__(self) -> str:
+        return "head_offsets." + super().__repr__()
+
+
+def _float_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype to feed `module`: that of its floating-point weights (quantised ones are packed integers)."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

@@ -1,0 +1,60 @@
+"""The tuner that puts head offsets into a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from lightning_peft.positions import track
+from lightning_peft.tuners.head_offsets.config import HeadOffsetsConfig
+from lightning_peft.tuners.head_offsets.layer import HeadOffsetsLayer
+
+
+class HeadOffsetsModel(BaseTuner):
+    """Wraps attention output projections in `HeadOffsetsLayer`; see `HeadOffsetsConfig`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft import get_peft_model
+        >>> from lightning_peft.tuners.head_offsets import HeadOffsetsConfig
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        ...                                      num_attention_heads=4, vocab_size=40))
+        >>> config = HeadOffsetsConfig(heads={"model.layers.0.self_attn.o_proj": [0, 2]}, head_dim=8)
+        >>> sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+        16
+    """
+
+    prefix: str = "head_offsets"
+    tuner_layer_cls = HeadOffsetsLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
+
+    def _prepare_adapter_config(self, peft_config: HeadOffsetsConfig, model_config: dict) -> HeadOffsetsConfig:
+        if peft_config.target_modules is None or peft_config.head_dim is None:
+            raise ValueError(
+                "HeadOffsetsConfig needs target_modules (or heads) and head_dim; "
+                "lightning_peft.editing.head_offsets_config(head_sites(model)) finds them."
+            )
+        # peft is content when one target matches; a head that is not there must not be lost without a word
+        names = {name for name, _ in self.model.named_modules()}
+        for name in peft_config.heads or ():
+            if name not in names:
+                raise ValueError(f"The model has no module {name!r}, whose heads the adapter edits.")
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: HeadOffsetsConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, HeadOffsetsLayer):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        layer = HeadOffsetsLayer(target, adapter_name, peft_config, current_key, track(self.model))
+        setattr(parent, target_name, layer)

@@ -1,0 +1,399 @@
+"""The adapters on one backbone: an ordered stack that can be saved, loaded, scaled, switched off and merged.
+
+peft refuses adapters of different types in one `PeftModel`, and injecting one over another renames keys. So a stack
+is an ordered list of parts, tuned parts inner and edits outer. Each part is an ordinary peft adapter: its tuner is
+built on the backbone in place, and its keys are saved as if it stood alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.tuners.configs import config_from_json, config_to_json, nearest_names, with_strength
+from lightning_peft.tuners.files import AdapterError, check_finite, read_folder, write_folder
+from lightning_peft.tuners.fingerprint import fingerprint, mismatch
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+_ATTRIBUTE = "_lightning_peft_stack"
+_PREFIX = "base_model.model."  # what PeftModel puts before every key
+
+
+@dataclass(eq=False)
+class Part:
+    """One adapter of a stack.
+
+    Args:
+        name: peft's adapter name.
+        config: the configuration it was made from, as given (peft fills in and changes its own copy).
+        tuner: peft's tuner object, holding `merge`, `add_weighted_adapter` and the like.
+        computed: its weights are computed (an edit), not trained.
+        record: JSON-able notes on how an edit was computed.
+        strength: the dial: 1 as trained or computed, 0 off, negative reversed.
+        enabled: whether it acts at all.
+    """
+
+    name: str
+    config: PeftConfig
+    tuner: BaseTuner
+    computed: bool = False
+    record: dict[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+    enabled: bool = True
+    scaling: dict[nn.Module, float] = field(default_factory=dict)  # each layer's own, at strength 1
+
+
+class AdapterStack:
+    """The adapters on one backbone, innermost first. `adapters(module)` gives the stack of a module.
+
+    Args:
+        backbone: the frozen model; adapters are injected into it in place and its class does not change.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        self.parts: list[Part] = []
+
+    # -- making -----------------------------------------------------------------------------------------------------
+
+    def add(
+        self, config: PeftConfig, name: str = "default", computed: bool = False, record: dict[str, Any] | None = None
+    ) -> Part:
+        """Freeze the backbone and put an adapter on it, outermost.
+
+        Args:
+            config: any in-place peft configuration; it is copied, not changed.
+            name: the adapter's name, unique in the stack.
+            computed: its weights are computed (an edit), not trained.
+            record: how they were computed.
+
+        Raises:
+            ValueError: the name is taken, the method cannot be injected in place, no module matches its targets, or
+                a tuned adapter would come on top of an edit.
+        """
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+        if any(part.name == name for part in self.parts):
+            raise ValueError(f"The backbone already has an adapter named {name!r}.")
+        if not computed and any(part.computed for part in self.parts):
+            edits = ", ".join(repr(part.name) for part in self.parts if part.computed)
+            raise ValueError(f"Adapter {name!r} is tuned and belongs below the edit {edits}: tune first, then edit.")
+        tuner_class = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+        if config.is_prompt_learning or tuner_class is None or not hasattr(tuner_class, "tuner_layer_cls"):
+            raise ValueError(f"{type(config).__name__} does not adapt modules in place, which this package needs.")
+        if tuner_class.uses_shared_state:
+            raise ValueError(f"{type(config).__name__} shares weights between layers and cannot be injected in place.")
+        _check_targets(config, self.backbone)
+        # peft warns of a second configuration on one model; here that is the point, so it is shown a bare model
+        configs = self.backbone.__dict__.pop("peft_config", {})
+        own = copy.deepcopy(config)
+        try:
+            tuner = tuner_class(self.backbone, {name: own}, name)
+        except Exception:
+            if configs:
+                self.backbone.peft_config = configs
+            raise
+        self.backbone.peft_config = {**configs, name: own}
+        part = Part(name, copy.deepcopy(config), tuner, computed, dict(record or {}))
+        part.scaling = {m: float(m.scaling[name]) for m in _layers(part) if name in getattr(m, "scaling", {})}
+        self.parts.append(part)
+        self._activate()
+        return part
+
+    def remove(self, name: str) -> None:
+        """Take one adapter out. Where no other adapter sits on a module, the module itself comes back."""
+        part = self[name]
+        for module in list(_layers(part)):
+            module.delete_adapter(name)
+        self.parts.remove(part)
+        del self.backbone.peft_config[name]
+        if not self.backbone.peft_config:
+            del self.backbone.peft_config
+        _unwrap_empty(self.backbone, type(part.tuner).tuner_layer_cls)
+        self._activate()
+
+    def __getitem__(self, name: str) -> Part:
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise KeyError(f"No adapter named {name!r}; there are: {', '.join(p.name for p in self.parts) or 'none'}.")
+
+    def __contains__(self, name: object) -> bool:
+        return any(part.name == name for part in self.parts)
+
+    # -- using ------------------------------------------------------------------------------------------------------
+
+    def scale(self, strength: float, name: str | None = None) -> None:
+        """Turn the dial of one adapter, or of all: 1 as made, 0 equal to the base, negative reversed.
+
+        Raises:
+            ValueError: the method has no scaling.
+        """
+        for part in self.parts if name is None else [self[name]]:
+            if not part.scaling:
+                raise ValueError(f"Adapter {part.name!r} ({type(part.config).__name__}) has no strength to scale.")
+            for module, base in part.scaling.items():
+                module.scaling[part.name] = base * strength  # type: ignore[union-attr, operator, index]
+            part.strength = strength
+
+    def enable(self, enabled: bool = True, name: str | None = None) -> None:
+        """Switch one adapter, or all, on or off. Off, the outputs are the base model's, bit for bit."""
+        for part in self.parts if name is None else [self[name]]:
+            part.enabled = enabled
+        self._activate()
+
+    @contextmanager
+    def disabled(self, name: str | None = None) -> Iterator[None]:
+        """Switch one adapter, or all, off for a while."""
+        before = [part.enabled for part in self.parts]
+        self.enable(False, name)
+        try:
+            yield
+        finally:
+            for part, enabled in zip(self.parts, before, strict=True):
+                part.enabled = enabled
+            self._activate()
+
+    def merge(self) -> None:
+        """Write every adapter into the weights, inner ones first; `unmerge` undoes it.
+
+        Raises:
+            ValueError: a method (or its configuration) cannot be merged.
+        """
+        for part in self.parts:
+            for module in _layers(part):
+                module.merge(safe_merge=True, adapter_names=[part.name])
+
+    def unmerge(self) -> None:
+        """Take merged adapters out of the weights again."""
+        for part in reversed(self.parts):
+            for module in _layers(part):
+                if module.merged:
+                    module.unmerge()
+
+    def freeze(self) -> None:
+        """Let nothing on this backbone be trained further: what stands is what a further adapter builds on."""
+        self.backbone.requires_grad_(False)
+
+    def _activate(self) -> None:
+        """Set each layer's active adapters, leaving `requires_grad` alone (peft's own switch does not)."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        enabled = [part.name for part in self.parts if part.enabled]
+        for module in self.backbone.modules():
+            if isinstance(module, BaseTunerLayer):
+                available = module._get_available_adapters()
+                module._active_adapter = [name for name in enabled if name in available]
+                module._disable_adapters = not module._active_adapter
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module._active_adapter = [name for name in enabled if name in module._adapters]
+                module._disable_adapters = not module._active_adapter
+
+    # -- saving and loading -----------------------------------------------------------------------------------------
+
+    def keys(self, part: Part) -> dict[str, str]:
+        """The part's tensors: peft's key in a saved folder -> the name in `backbone.state_dict()`."""
+        from peft import get_peft_model_state_dict
+
+        names: dict[str, Any] = {name: name for name in self.backbone.state_dict()}
+        # peft only selects and renames entries, so names may stand in for tensors
+        selected = get_peft_model_state_dict(
+            self.backbone, state_dict=names, adapter_name=part.name, save_embedding_layers=False
+        )
+        return {_PREFIX + standalone_key(key): name for key, name in selected.items()}
+
+    def tensors(self, part: Part) -> dict[str, Tensor]:
+        """The part's tensors under the keys of a saved peft folder."""
+        state = self.backbone.state_dict()
+        return {key: state[name] for key, name in self.keys(part).items()}
+
+    def load_tensors(self, part: Part, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Copy saved tensors into a part, after checking every key, shape and value.
+
+        Raises:
+            AdapterError: a key is missing or unknown, a shape differs, or a value is not finite.
+        """
+        keys, state = self.keys(part), self.backbone.state_dict()
+        check_same_keys(set(keys), set(tensors), f"{source} and adapter {part.name!r}")
+        for key, name in keys.items():
+            if state[name].shape != tensors[key].shape:
+                raise AdapterError(
+                    f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(state[name].shape)}."
+                )
+        check_finite(tensors, source)
+        with torch.no_grad():
+            for key, name in keys.items():
+                state[name].copy_(tensors[key])
+
+    def describe(self) -> dict[str, Any]:
+        """The base's fingerprint and every part, JSON-able: what is needed to build the stack again."""
+        return {
+            "fingerprint": fingerprint(self.backbone),
+            "parts": [
+                {
+                    "name": part.name,
+                    "config": config_to_json(part.config),
+                    "computed": part.computed,
+                    "strength": part.strength,
+                    "record": part.record,
+                    "keys": self.keys(part),
+                }
+                for part in self.parts
+            ],
+        }
+
+    def check_base(self, expected: Mapping[str, Any], source: str) -> None:
+        """Raise `AdapterError` unless the backbone is the one whose fingerprint is given."""
+        if expected and (difference := mismatch(dict(expected), fingerprint(self.backbone))):
+            raise AdapterError(f"{source} was made for another base model: {difference}.")
+
+
+def standalone_key(key: str) -> str:
+    """A key as it would be if no other adapter wrapped the same module."""
+    return key.replace(".base_layer.", ".")
+
+
+def check_same_keys(expected: set[str], found: set[str], what: str) -> None:
+    """Raise `AdapterError` in one sentence unless both sets of keys are the same."""
+    if missing := sorted(expected - found):
+        raise AdapterError(f"{what} do not fit: {len(missing)} tensors are missing, the first is {missing[0]}.")
+    if unknown := sorted(found - expected):
+        raise AdapterError(f"{what} do not fit: {len(unknown)} tensors are unknown, the first is {unknown[0]}.")
+
+
+def stack_of(backbone: nn.Module) -> AdapterStack:
+    """The stack on exactly this backbone, made empty where there is none yet."""
+    existing = backbone.__dict__.get(_ATTRIBUTE)
+    if not isinstance(existing, AdapterStack):
+        existing = backbone.__dict__[_ATTRIBUTE] = AdapterStack(backbone)
+    return existing
+
+
+def find_stacks(module: nn.Module) -> dict[str, AdapterStack]:
+    """Every non-empty stack in `module`, by the name of its backbone (`""` is the module itself)."""
+    found = ((name, m.__dict__.get(_ATTRIBUTE)) for name, m in module.named_modules())
+    return {name: stack for name, stack in found if isinstance(stack, AdapterStack) and stack.parts}
+
+
+def adapters(module: nn.Module) -> AdapterStack:
+    """The one stack of adapters in `module`: a LightningModule, or the backbone itself.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    stacks = find_stacks(module)
+    if len(stacks) != 1:
+        found = f"adapters on {', '.join(map(repr, stacks))}" if stacks else "no adapter"
+        raise ValueError(f"Expected adapters on one backbone in {type(module).__name__}, found {found}.")
+    return next(iter(stacks.values()))
+
+
+def save_adapter(module: nn.Module, folder: str | Path) -> Path:
+    """Write the adapters of `module` as plain peft folders.
+
+    One adapter becomes one folder that `PeftModel.from_pretrained` reads. Several become a subfolder each, under
+    their names, with their order in `stack.json`. Files appear complete or not at all.
+
+    Args:
+        module: a LightningModule or backbone that carries adapters.
+        folder: where to write; existing adapter files there are replaced.
+
+    Returns:
+        The folder.
+    """
+    stack = adapters(module)
+    described = stack.describe()
+    weights = [stack.tensors(part) for part in stack.parts]
+    return write_described(described, weights, Path(folder), base=_base_name(stack.backbone))
+
+
+def write_described(
+    described: Mapping[str, Any], weights: list[dict[str, Tensor]], folder: Path, base: str | None
+) -> Path:
+    """Write what `AdapterStack.describe` gave, with each part's tensors, as `save_adapter` does."""
+    parts = described["parts"]
+    for part, tensors in zip(parts, weights, strict=True):
+        config = with_strength(config_from_json(part["config"]), part["strength"])
+        config.base_model_name_or_path = config.base_model_name_or_path or base
+        notes = {"fingerprint": described["fingerprint"], "computed": part["computed"], "record": part["record"]}
+        write_folder(folder if len(parts) == 1 else folder / part["name"], config, tensors, notes)
+    if len(parts) > 1:
+        (folder / "stack.json.tmp").write_text(json.dumps({"parts": [p["name"] for p in parts]}, indent=2) + "\n")
+        (folder / "stack.json.tmp").replace(folder / "stack.json")
+    return folder
+
+
+def load_adapter(backbone: nn.Module, folder: str | Path, name: str | None = None) -> list[Part]:
+    """Put a saved adapter, or a saved stack of them, on `backbone`; folders of plain peft serve as well as ours.
+
+    Args:
+        backbone: the model to adapt; frozen by this.
+        folder: a peft folder, or a folder of them with `stack.json`.
+        name: the name to give a single adapter; default `"default"`, or the subfolder's.
+
+    Returns:
+        The parts added, innermost first.
+
+    Raises:
+        AdapterError: unreadable, truncated or foreign files, another base model, values that are not finite.
+    """
+    folder = Path(folder)
+    order = folder / "stack.json"
+    folders = [folder / part for part in json.loads(order.read_text())["parts"]] if order.exists() else [folder]
+    stack, added = stack_of(backbone), []
+    for path in folders:
+        config, tensors, notes = read_folder(path)
+        stack.check_base(notes.get("fingerprint", {}), str(path))
+        own = name if name is not None and len(folders) == 1 else (path.name if len(folders) > 1 else "default")
+        part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
+        try:
+            stack.load_tensors(part, tensors, str(path))
+        except AdapterError:
+            stack.remove(own)
+            raise
+        added.append(part)
+    return added
+
+
+def _layers(part: Part) -> Iterator[BaseTunerLayer]:
+    """The tuner layers that carry this part."""
+    cls = type(part.tuner).tuner_layer_cls
+    for module in part.tuner.model.modules():
+        if isinstance(module, cls) and part.name in module._get_available_adapters():
+            yield module
+
+
+def _unwrap_empty(backbone: nn.Module, cls: type) -> None:
+    """Put back the modules of tuner layers that no adapter uses any more."""
+    for parent in list(backbone.modules()):
+        for child_name, child in list(parent.named_children()):
+            if isinstance(child, cls) and not child._get_available_adapters():  # type: ignore[attr-defined]
+                setattr(parent, child_name, child.base_layer)
+
+
+def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
+    """Every target named in a list must exist: peft is content if one of them does."""
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, list | set | tuple) or not targets:
+        return
+    modules = [standalone_key(name + ".").rstrip(".") for name, _ in backbone.named_modules() if name]
+    for target in sorted(targets):
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            near = nearest_names(target, modules)
+            raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
+
+
+def _base_name(backbone: nn.Module) -> str | None:
+    return getattr(getattr(backbone, "config", None), "_name_or_path", None) or None
