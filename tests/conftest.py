@@ -1,0 +1,71 @@
+"""What several tests need: tiny models, a tiny tokenizer, the real model, the TruthfulQA files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network; must be set before transformers is imported
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, tiny
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A real byte-pair tokenizer of 64 tokens, made here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(
+        ["Q: What is it?\nA: It is true. It is not false.\n\nQ: Who is he? A: He is she"], trainer
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Callable[[str], Path]:
+    """A folder with a tiny model and tokenizer, as a user's `pretrained`."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            tiny(kind).save_pretrained(made[kind])
+            tiny_tokenizer.save_pretrained(made[kind])
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """Token ids `[3, 9]`, no special tokens among them."""
+    return torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, which `make model` makes."""
+    folder = Path(os.environ.get("LIGHTNING_PEFT_SMOLLM2", ROOT / "models" / "SmolLM2-135M-Instruct"))
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"no SmolLM2 weights in {folder}: run `make model`")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def truthfulqa_data() -> Path:
+    """The TruthfulQA files, where they stand beside the project."""
+    folder = ROOT.parent / "shared" / "data" / "truthfulqa"
+    if not folder.is_dir():
+        pytest.skip("the TruthfulQA files are not beside the project, in ../shared/data/truthfulqa")
+    return folder

@@ -1,0 +1,191 @@
+"""An edit touches exactly the tokens its policy names: with and without cache, padded on either side, in any batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import LANGUAGE_MODELS, tiny
+from torch import Tensor, nn
+
+from lightning_peft.editing import head_offsets_config, head_sites
+from lightning_peft.positions import PositionsError, answering, track
+from lightning_peft.tuners.stack import AdapterStack, stack_of
+
+
+def edited(kind: str, positions: str = "answer") -> tuple[nn.Module, AdapterStack]:
+    model = tiny(kind)
+    stack = stack_of(model)
+    sites = head_sites(model)
+    part = stack.add(head_offsets_config(sites, [(0, 1), (1, 0), (2, 3)], 2.0, positions), "edit", computed=True)
+    generator = torch.Generator().manual_seed(3)
+    for tensor in stack.tensors(part).values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model, stack
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def plain_generate(model: nn.Module, prompt: Tensor, start: int, steps: int) -> Tensor:
+    """Greedy decoding without cache, with the answer's start given: what `generate` must equal."""
+    ids = prompt
+    for _ in range(steps):
+        with torch.no_grad(), answering(model, start=torch.tensor([start])):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids[:, prompt.shape[1] :]
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_generate_with_cache_equals_no_cache(kind: str, tokens: Tensor) -> None:
+    model, stack = edited(kind)
+    prompt = tokens[:1]
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    mask = torch.ones_like(prompt)
+    cached = model.generate(prompt, attention_mask=mask, use_cache=True, **options)[:, prompt.shape[1] :]
+    uncached = model.generate(prompt, attention_mask=mask, use_cache=False, **options)[:, prompt.shape[1] :]
+    assert torch.equal(cached, uncached)
+    with stack.disabled():
+        base = model.generate(prompt, attention_mask=mask, use_cache=True, **options)[:, prompt.shape[1] :]
+    assert not torch.equal(cached, base), "the edit must show, or this test says nothing"
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_generate_equals_scoring_positions(kind: str, tokens: Tensor) -> None:
+    model, _ = edited(kind)
+    model.generation_config.eos_token_id = None
+    prompt = tokens[:1]
+    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    assert torch.equal(made[:, prompt.shape[1] :], plain_generate(model, prompt, prompt.shape[1] - 1, 6))
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_left_padded_batch_equals_alone(kind: str, beams: int, tokens: Tensor) -> None:
+    model, _ = edited(kind)
+    lengths = (9, 5, 3)
+    ids, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for row, length in enumerate(lengths):
+        ids[row, -length:], mask[row, -length:] = tokens[row, :length], 1
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    together = model.generate(ids, attention_mask=mask, **options)[:, -6:]
+    for row, length in enumerate(lengths):
+        prompt = tokens[row : row + 1, :length]
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, -6:]
+        assert torch.equal(together[row], alone[0]), f"row {row}"
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_a_row(kind: str, side: str, tokens: Tensor) -> None:
+    model, _ = edited(kind)
+    row, starts = tokens[:1, :6], torch.tensor([3])
+    with torch.no_grad(), answering(model, start=starts):
+        alone = model(input_ids=row, attention_mask=torch.ones_like(row), position_ids=torch.arange(6)[None]).logits
+    ids, mask = tokens.clone(), torch.ones_like(tokens)
+    real = slice(0, 6) if side == "right" else slice(3, 9)
+    ids[0], mask[0] = 0, 0
+    ids[0, real], mask[0, real] = row[0], 1
+    with torch.no_grad(), answering(model, start=torch.tensor([3, 2, 5])):
+        batch = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits
+    torch.testing.assert_close(batch[0, real], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_answer_leaves_the_prompt_alone_and_reaches_the_last_prompt_token(tokens: Tensor) -> None:
+    model, stack = edited("llama")
+    with torch.no_grad():
+        with stack.disabled():
+            base = model(input_ids=tokens).logits
+        with answering(model, start=torch.tensor([4, 4, 4])):
+            moved = model(input_ids=tokens).logits
+    same = [torch.equal(base[:, t], moved[:, t]) for t in range(tokens.shape[1])]
+    assert same == [True] * 4 + [False] * 5
+
+
+def test_generated_begins_one_token_later(tokens: Tensor) -> None:
+    model, stack = edited("llama", "generated")
+    with torch.no_grad():
+        with stack.disabled():
+            base = model(input_ids=tokens).logits
+        with answering(model, start=torch.tensor([4, 4, 4])):
+            moved = model(input_ids=tokens).logits
+    assert [torch.equal(base[:, t], moved[:, t]) for t in range(9)] == [True] * 5 + [False] * 4
+
+
+def test_labels_say_where_the_answer_begins(tokens: Tensor) -> None:
+    model, _ = edited("llama")
+    labels = torch.full_like(tokens, -100)
+    labels[:, 5:] = tokens[:, 5:]
+    with torch.no_grad():
+        by_labels = model(input_ids=tokens, labels=labels).logits
+        with answering(model, start=torch.tensor([4, 4, 4])):
+            by_start = model(input_ids=tokens).logits
+        with answering(model, mask=torch.arange(9).ge(4).expand(3, 9)):
+            by_mask = model(input_ids=tokens).logits
+    assert torch.equal(by_labels, by_start) and torch.equal(by_labels, by_mask)
+
+
+def test_row_without_labels_is_not_edited(tokens: Tensor) -> None:
+    model, stack = edited("llama")
+    labels = torch.full_like(tokens, -100)
+    labels[0, 5:] = tokens[0, 5:]
+    with torch.no_grad():
+        moved = model(input_ids=tokens, labels=labels).logits
+        with stack.disabled():
+            base = model(input_ids=tokens).logits
+    assert torch.equal(moved[1:], base[1:]) and not torch.equal(moved[0], base[0])
+
+
+def test_plain_text_is_edited_everywhere(tokens: Tensor) -> None:
+    answer, _ = edited("llama")
+    everywhere, _ = edited("llama", "all")
+    with torch.no_grad():
+        torch.testing.assert_close(answer(input_ids=tokens).logits, everywhere(input_ids=tokens).logits)
+
+
+def test_a_cached_past_without_a_start_is_an_error(tokens: Tensor) -> None:
+    model, _ = edited("llama")
+    with torch.no_grad(), answering(model, start=torch.tensor([8, 8, 8])):
+        past = model(input_ids=tokens, use_cache=True).past_key_values
+    with torch.no_grad(), pytest.raises(PositionsError, match="nothing says where the answer began"):
+        model(input_ids=tokens[:, :1], past_key_values=past)
+
+
+def test_chunked_prefill_equals_one_call(tokens: Tensor) -> None:
+    model, _ = edited("llama")
+    with torch.no_grad(), answering(model, start=torch.tensor([4, 5, 6])):
+        whole = model(input_ids=tokens).logits
+        first = model(input_ids=tokens[:, :5], use_cache=True)
+        second = model(input_ids=tokens[:, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_outside_forward_is_an_error(tokens: Tensor) -> None:
+    model, _ = edited("llama")
+    with torch.no_grad(), pytest.raises(PositionsError, match="call the backbone itself"):
+        model.model(input_ids=tokens)
+
+
+def test_wrong_number_of_rows_is_an_error(tokens: Tensor) -> None:
+    model, _ = edited("llama")
+    with answering(model, start=torch.tensor([1, 1])), pytest.raises(PositionsError, match="2 answer starts"):
+        model(input_ids=tokens)
+
+
+def test_a_copy_has_positions_of_its_own(tokens: Tensor) -> None:
+    model, _ = edited("llama")
+    twin = copy.deepcopy(model)
+    assert track(twin) is not track(model) and track(twin).model is twin
+    made = [m.generate(tokens[:1], attention_mask=torch.ones(1, 9), max_new_tokens=4) for m in (model, twin)]
+    assert torch.equal(*made)
+
+
+def test_nothing_is_left_over_from_a_call(tokens: Tensor) -> None:
+    model, _ = edited("llama")
+    with torch.no_grad(), answering(model, start=torch.tensor([4])):
+        model(input_ids=tokens)
+    positions = track(model)
+    assert positions._call is None and positions.explicit_start is None

@@ -1,0 +1,67 @@
+"""Small random models of several architectures."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+VOCABULARY = 64
+
+
+def tiny(kind: str) -> nn.Module:
+    """A small random model of an architecture: `llama` (grouped queries, tied), `wide_llama` (explicit head_dim),
+    `gpt2`, `gpt_neox`, `opt`."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind in ("llama", "wide_llama"):
+        config = t.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16 if kind == "wide_llama" else None,
+            tie_word_embeddings=True,
+            max_position_embeddings=128,
+            **common,
+        )
+        model = t.LlamaForCausalLM(config)
+    elif kind == "gpt2":
+        config = t.GPT2Config(
+            n_embd=32, n_layer=3, n_head=4, n_positions=128, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1, **common
+        )
+        model = t.GPT2LMHeadModel(config)
+    elif kind == "gpt_neox":
+        config = t.GPTNeoXConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            **common,
+        )
+        model = t.GPTNeoXForCausalLM(config)
+    elif kind == "opt":
+        config = t.OPTConfig(
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            word_embed_proj_dim=32,
+            **common,
+        )
+        model = t.OPTForCausalLM(config)
+    else:
+        raise ValueError(kind)
+    # freshly made projections are so small that an edit hardly shows; wider weights make every law bite
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.eval()
+
+
+LANGUAGE_MODELS = ("llama", "wide_llama", "gpt2", "gpt_neox", "opt")
