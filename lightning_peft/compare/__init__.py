@@ -1,0 +1,1 @@
+"""Many adaptations, one table: plan, run, statistics, report."""

@@ -1,0 +1,134 @@
+"""What is compared: a model, a question set, and a list of rows, each with a way to adapt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lightning_peft.callbacks import PEFT, Edit
+
+Kind = Literal["base", "prompt", "tuned", "edited", "control", "stack"]
+
+
+@dataclass
+class Data:
+    """The questions, the same for every row.
+
+    Args:
+        source: `"package"` (this package's own set), `"hub"` (TruthfulQA), or a folder or file of a release.
+        limit: take only so many questions, stratified by category.
+        num_folds: every question is tested once, by a model that has not seen its fold.
+        val_fraction: share of the training questions that hyperparameters are chosen on.
+        seed: of folds and splits.
+    """
+
+    source: str = "package"
+    limit: int | None = None
+    num_folds: int = 2
+    val_fraction: float = 0.2
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Args:
+        name: unique, short; names the cell folders.
+        label: what the table says.
+        kind: what sort of adaptation it is.
+        callback: the callback that adapts; none for the base and for prompting.
+        few_shot: number of demonstrations, drawn from the training questions, in place of the 6-shot primer.
+        after: the name of an earlier row whose adapter lies below this one's.
+        learning_rates: for tuned rows, the learning rates tried; the one with the lowest validation loss is taken.
+        max_epochs: for tuned rows, the most epochs a trial runs; each ends when its validation loss stops falling.
+        patience: for tuned rows, validation checks without a lower loss before a trial ends.
+        batch_size: of training and capturing.
+    """
+
+    name: str
+    label: str
+    kind: Kind
+    callback: PEFT | None = None
+    few_shot: int = 0
+    after: str | None = None
+    learning_rates: list[float] = field(default_factory=list)
+    max_epochs: int = 10
+    patience: int = 1
+    batch_size: int = 16
+
+    @property
+    def edits(self) -> bool:
+        """Whether the adapter is computed, not trained."""
+        return isinstance(self.callback, Edit)
+
+
+@dataclass
+class Plan:
+    """One comparison, read from YAML by `lightning-peft compare --config`.
+
+    Args:
+        name: of the comparison.
+        model: a causal language model on the Hugging Face hub, or a folder.
+        data: the questions.
+        rows: the table's lines; the one of kind `"base"` is what all others are compared with.
+        output: the folder for cells, results and report; default `runs/<name>`.
+        seed: of everything random in a cell.
+        dtype: the torch dtype the weights are loaded in.
+        accelerator: Lightning's accelerator.
+    """
+
+    name: str
+    model: str
+    rows: list[Row]
+    data: Data = field(default_factory=Data)
+    output: str | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    accelerator: str = "auto"
+
+
+def check(plan: Plan) -> None:
+    """Raise `ValueError` in one sentence for a plan that could not be run to its end."""
+    names = [row.name for row in plan.rows]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The rows' names must differ, got {', '.join(names)}.")
+    bases = [row.name for row in plan.rows if row.kind == "base"]
+    if len(bases) != 1:
+        raise ValueError(f"A plan needs exactly one row of kind base to compare with, it has {len(bases)}.")
+    for i, row in enumerate(plan.rows):
+        if row.after is not None and row.after not in names[:i]:
+            raise ValueError(f"Row {row.name!r} comes after {row.after!r}, which is not an earlier row.")
+        if row.kind in ("base", "prompt") and row.callback is not None:
+            raise ValueError(f"Row {row.name!r} is of kind {row.kind} and can have no callback.")
+        if row.kind not in ("base", "prompt") and row.callback is None:
+            raise ValueError(f"Row {row.name!r} is of kind {row.kind} and needs a callback.")
+        if row.callback is not None and not row.edits and not row.learning_rates:
+            raise ValueError(f"Row {row.name!r} is tuned and needs learning_rates to choose from.")
+    if plan.data.num_folds < 2:
+        raise ValueError(
+            f"num_folds must be at least 2, so that tests are on unseen questions, got {plan.data.num_folds}."
+        )
+
+
+def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, data_hash: str, fold: int) -> str:
+    """A hash of everything a cell's result depends on; a finished cell with another key is computed again.
+
+    Args:
+        plan: the plan.
+        settings: the plan as it was written, row settings by name under `"rows"`.
+        row: the cell's row.
+        data_hash: hash of the questions.
+        fold: the cell's test fold.
+    """
+    rows: Mapping[str, Any] = settings["rows"]
+    depends = [rows[row.name]]
+    below = row.after
+    while below is not None:
+        depends.append(rows[below])
+        below = next(r.after for r in plan.rows if r.name == below)
+    described = [depends, plan.model, plan.dtype, plan.seed, asdict(plan.data), data_hash, fold]
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()

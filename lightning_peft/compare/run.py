@@ -1,0 +1,286 @@
+"""Run a plan cell by cell, resumably, and put the results together."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lightning_peft.compare.cell import run_cell
+from lightning_peft.compare.plan import Plan, Row, cell_key, check
+from lightning_peft.compare.statistics import mean_interval, minimal_detectable, paired_difference
+from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2, mc3
+from lightning_peft.truthfulqa.questions import data_hash, load_questions, subset
+
+_SCORES = {"mc0": mc0, "mc1": mc1, "mc2": mc2, "mc3": mc3}
+_PACKAGES = ("lightning-peft", "torch", "lightning", "transformers", "peft", "torchmetrics", "scikit-learn")
+
+
+def run(plan: Plan, settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """Run every cell that is not finished yet, then write `results.json` and `samples.jsonl`.
+
+    A cell's result is written whole under its own name once it is finished, so a killed run loses at most the cell
+    it was in. A failed cell is noted, does not stop the others, and is tried again next time.
+
+    Args:
+        plan: the plan.
+        settings: the plan as it was written, row settings by name under `"rows"`.
+        console: where to report progress.
+
+    Returns:
+        The content of `results.json`, whose form `report.py` describes.
+    """
+    check(plan)
+    output = Path(plan.output or f"runs/{plan.name}")
+    questions = load_questions(plan.data.source)
+    if plan.data.limit is not None:
+        questions = subset(questions, plan.data.limit, plan.data.seed)
+    hashed = data_hash(questions)
+    cells = [(row, fold) for row in plan.rows for fold in range(plan.data.num_folds)]
+    outcomes: dict[tuple[str, int], dict[str, Any]] = {}
+    begin = time.perf_counter()
+    for number, (row, fold) in enumerate(cells, start=1):
+        folder = output / "cells" / f"{row.name}-fold{fold}"
+        key = cell_key(plan, settings, row, hashed, fold)
+        title = f"[{number}/{len(cells)}] {row.label}, fold {fold}"
+        found = _finished(folder, key)
+        if found is None:
+            console.print(f"{title}", highlight=False, markup=False)
+            found = _attempt(plan, row, fold, folder, key, outcomes)
+            status = (
+                f"failed: {found['failed']}" if found["failed"] else f"done, {time.perf_counter() - begin:.0f} s so far"
+            )
+            console.print(f"  {status}", highlight=False, markup=False)
+        else:
+            console.print(f"{title}: finished before", highlight=False, markup=False)
+        outcomes[row.name, fold] = found
+    results = collect(plan, settings, outcomes, len(questions), hashed, output)
+    samples = [s for row, fold in cells for s in outcomes[row.name, fold]["samples"]]
+    write_atomically(output / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    write_atomically(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    return results
+
+
+def collect(
+    plan: Plan,
+    settings: Mapping[str, Any],
+    outcomes: Mapping[tuple[str, int], dict[str, Any]],
+    questions: int,
+    hashed: str,
+    output: Path,
+) -> dict[str, Any]:
+    """Put finished cells together: scores by question, intervals, paired differences, head accuracies."""
+    base = next(row.name for row in plan.rows if row.kind == "base")
+    scores = {row.name: _question_scores(plan, row, outcomes) for row in plan.rows}
+    rows = [_row(plan, row, outcomes, scores, base) for row in plan.rows]
+    contrasts = []
+    for a, b in _contrasted(plan):
+        if scores[a] and scores[b]:
+            found = _difference(scores[a]["mc2"], scores[b]["mc2"])
+            contrasts.append({"a": a, "b": b, "metric": "mc2", **{k: found[k] for k in ("mean", "low", "high", "p")}})
+    own = plan.data.source == "package"
+    label = "this package's own question set" if own else "TruthfulQA"
+    return {
+        "name": plan.name,
+        "data": {
+            "source": plan.data.source,
+            "label": f"{label}, {questions} questions",
+            "questions": questions,
+            "hash": hashed,
+            "folds": plan.data.num_folds,
+        },
+        "model": _model(plan),
+        "rows": rows,
+        "contrasts": contrasts,
+        "categories": _categories(plan, outcomes, scores),
+        "head_accuracy": _head_accuracy(plan, output),
+        "settings": dict(settings),
+        "versions": {package: version(package) for package in _PACKAGES},
+        "caveats": _caveats(plan, questions, own),
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name and rename, so that a crash leaves no half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finished(folder: Path, key: str) -> dict[str, Any] | None:
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["key"] == key and not result["failed"] else None
+
+
+def _attempt(
+    plan: Plan, row: Row, fold: int, folder: Path, key: str, outcomes: Mapping[tuple[str, int], dict[str, Any]]
+) -> dict[str, Any]:
+    empty = {"samples": [], "seconds": 0.0, "scoring_seconds": 0.0, "chosen": {}}
+    empty |= {"trainable_parameters": 0, "edited_parameters": 0, "adapter_bytes": 0}
+    below = None
+    try:
+        if row.after is not None:
+            if outcomes[row.after, fold]["failed"]:
+                raise RuntimeError(f"it comes after {row.after!r}, which failed")
+            below = folder.parent / f"{row.after}-fold{fold}" / "adapter"
+        result = {"key": key, "failed": None, **run_cell(plan, row, fold, folder, below)}
+    except Exception as error:  # whatever a method does wrong, the other rows are worth having
+        result = {"key": key, "failed": f"{type(error).__name__}: {error}", **empty}
+    write_atomically(folder / "result.json", json.dumps(result, ensure_ascii=False) + "\n")
+    return result
+
+
+def _question_scores(
+    plan: Plan, row: Row, outcomes: Mapping[tuple[str, int], dict[str, Any]]
+) -> dict[str, dict[int, float]]:
+    """For each metric the score of each question over all folds; empty if a fold failed."""
+    folds = [outcomes[row.name, fold] for fold in range(plan.data.num_folds)]
+    if any(outcome["failed"] for outcome in folds):
+        return {}
+    by_question: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for outcome in folds:
+        for sample in outcome["samples"]:
+            by_question[sample["question_id"]].append(sample)
+    scores: dict[str, dict[int, float]] = {name: {} for name in _SCORES}
+    for question, choices in by_question.items():
+        logprobs = torch.tensor([c["logprob"] for c in choices])
+        for name, score in _SCORES.items():
+            truth = torch.tensor([c["mc2" if name == "mc3" else name] for c in choices])
+            if {0, 1} <= set(truth.tolist()):
+                scores[name][question] = score(logprobs, truth)
+    return {name: values for name, values in scores.items() if values}
+
+
+def _row(
+    plan: Plan,
+    row: Row,
+    outcomes: Mapping[tuple[str, int], dict[str, Any]],
+    scores: Mapping[str, dict[str, dict[int, float]]],
+    base: str,
+) -> dict[str, Any]:
+    folds = [outcomes[row.name, fold] for fold in range(plan.data.num_folds)]
+    failed = next((outcome["failed"] for outcome in folds if outcome["failed"]), None)
+    metrics, difference = {}, {}
+    for name, values in scores[row.name].items():
+        interval = mean_interval(list(values.values()))
+        metrics[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+        if row.name != base and name in scores[base]:
+            difference[name] = _difference(values, scores[base][name])
+    chosen: dict[str, list[Any]] = defaultdict(list)
+    for outcome in folds:
+        for name, value in outcome["chosen"].items():
+            chosen[name].append(value)
+    return {
+        "method": row.name,
+        "label": row.label,
+        "kind": row.kind,
+        "metrics": metrics,
+        "difference": difference or None,
+        "trainable_parameters": max(outcome["trainable_parameters"] for outcome in folds),
+        "edited_parameters": max(outcome["edited_parameters"] for outcome in folds),
+        "adapter_bytes": max(outcome["adapter_bytes"] for outcome in folds),
+        "seconds": sum(outcome["seconds"] for outcome in folds),
+        "scoring_seconds": sum(outcome["scoring_seconds"] for outcome in folds),
+        "failed": failed,
+        "chosen": dict(chosen),
+    }
+
+
+def _difference(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, float | None]:
+    shared = sorted(a.keys() & b.keys())
+    x, y = [a[q] for q in shared], [b[q] for q in shared]
+    found = paired_difference(x, y)
+    return {
+        "mean": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "p": found.p,
+        "mde": minimal_detectable(x, y),
+    }
+
+
+def _contrasted(plan: Plan) -> list[tuple[str, str]]:
+    """The pairs of rows worth a line of their own: edited against tuned and against controls, a stack against its base."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for row in plan.rows:
+        kinds[row.kind].append(row.name)
+    pairs = [(a, b) for a in kinds["edited"] for b in [*kinds["tuned"], *kinds["control"]]]
+    return pairs + [(row.name, row.after) for row in plan.rows if row.kind == "stack" and row.after is not None]
+
+
+def _categories(
+    plan: Plan, outcomes: Mapping[tuple[str, int], dict[str, Any]], scores: Mapping[str, dict[str, dict[int, float]]]
+) -> dict[str, dict[str, float]]:
+    category = {s["question_id"]: s["category"] for o in outcomes.values() for s in o["samples"]}
+    table: dict[str, dict[str, float]] = {}
+    for name in sorted(set(category.values())):
+        members = [question for question, c in category.items() if c == name]
+        table[name] = {"n": len(members)}
+        for row in plan.rows:
+            values = [scores[row.name]["mc2"][q] for q in members if q in scores[row.name].get("mc2", {})]
+            if values:
+                table[name][row.name] = sum(values) / len(values)
+    return table
+
+
+def _head_accuracy(plan: Plan, output: Path) -> dict[str, Any] | None:
+    """Probe accuracy by layer and head, mean over folds, from the notes of the first edited row's adapters."""
+    edited = next((row for row in plan.rows if row.kind == "edited"), None)
+    if edited is None:
+        return None
+    notes = [
+        output / "cells" / f"{edited.name}-fold{f}" / "adapter" / "lightning_peft.json"
+        for f in range(plan.data.num_folds)
+    ]
+    records = [json.loads(path.read_text(encoding="utf-8"))["record"] for path in notes if path.exists()]
+    if not records or "accuracy" not in records[0]:
+        return None
+    accuracy = torch.tensor([record["accuracy"] for record in records]).mean(0)
+    return {"accuracy": accuracy.tolist(), "selected": records[0]["heads"]}
+
+
+def _model(plan: Plan) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lightning_peft.tuners.fingerprint import fingerprint
+
+    config = AutoConfig.from_pretrained(plan.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {
+        "pretrained": plan.model,
+        "fingerprint": fingerprint(model)["names"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+    }
+
+
+def _caveats(plan: Plan, questions: int, own: bool) -> list[str]:
+    caveats = []
+    if own:
+        caveats.append(
+            "These are the package's own questions, not TruthfulQA: the numbers cannot be compared with published ones."
+        )
+    if questions < 400:
+        caveats.append(f"With {questions} questions only large differences can be detected; see the last column.")
+    caveats.append(
+        "Tuned rows choose learning rate and epochs on held-out training questions; edited rows use their settings as "
+        "given, and choose heads on held-out training questions."
+    )
+    source = Path(plan.model) / "source.txt"
+    if source.is_file():
+        caveats.append(f"Weights: {source.read_text(encoding='utf-8').strip()}")
+    return caveats

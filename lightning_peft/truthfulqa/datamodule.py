@@ -1,0 +1,193 @@
+"""Questions as batches: to tune on, to probe on, to score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_peft.truthfulqa.folds import assign_folds, inner_split
+from lightning_peft.truthfulqa.prompts import QA_PRIMER, encode_pair, few_shot_primer, question_prompt, statement
+from lightning_peft.truthfulqa.questions import Question, data_hash, load_questions, subset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Example = dict[str, list[int] | int]
+
+
+class TruthfulQADataModule(L.LightningDataModule):
+    """TruthfulQA (or this package's own questions) in folds: train on all but one, test on that one.
+
+    Batches are dicts of tensors, padded on the right: `input_ids [B, T]`, `attention_mask [B, T]`, `labels [B, T]`
+    (-100 outside the answer), `truth [B]` (1 true, 0 false), `question_id [B]`, and `answer_start [B]`, the position
+    id of the last prompt token, from which the answer is predicted.
+
+    - Training, `train="answers"` (to tune): every true answer to the inner training questions, shuffled.
+    - Training, `train="statements"` (to probe): every true and false answer to all training questions, one line
+      each, sorted by length; callbacks that probe make their own inner split.
+    - Validation: every true answer to the inner validation questions.
+    - Test: a batch is one question of the test fold after the primer, a row is a choice, and `mc0`, `mc1`,
+      `mc2 [B]` say what it is to each metric (1 true, 0 false, -1 not among its choices).
+
+    Args:
+        source: `"hub"`, `"package"`, or a folder or file; see `load_questions`.
+        train: what the training batches hold.
+        fold: the fold to test on, from 0.
+        num_folds: how many folds.
+        val_fraction: share of the training questions held out for validation.
+        seed: of folds, splits, order and demonstrations.
+        limit: take only so many questions, stratified by category.
+        batch_size: rows of a training or validation batch.
+        tokenizer: a tokenizer, or its name or folder; default the LightningModule's `tokenizer`.
+        primer: what stands before each test question; default the benchmark's 6-shot primer.
+        few_shot: use that many demonstrations from the training questions as primer.
+        num_workers: of the data loaders.
+    """
+
+    def __init__(
+        self,
+        source: str = "hub",
+        train: Literal["answers", "statements"] = "answers",
+        fold: int = 0,
+        num_folds: int = 2,
+        val_fraction: float = 0.2,
+        seed: int = 0,
+        limit: int | None = None,
+        batch_size: int = 16,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        primer: str | None = None,
+        few_shot: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        if train not in ("answers", "statements"):
+            raise ValueError(f'train must be "answers" or "statements", got {train!r}.')
+        if not 0 <= fold < num_folds:
+            raise ValueError(f"fold must be from 0 to {num_folds - 1}, got {fold}.")
+        if few_shot and primer is not None:
+            raise ValueError("Give either a primer or few_shot, not both.")
+        super().__init__()
+        self.source, self.kind, self.fold, self.num_folds = source, train, fold, num_folds
+        self.val_fraction, self.seed, self.limit, self.batch_size = val_fraction, seed, limit, batch_size
+        self.tokenizer, self.primer, self.few_shot, self.num_workers = tokenizer, primer, few_shot, num_workers
+        self.train_questions: list[Question] = []
+        self.val_questions: list[Question] = []
+        self.test_questions: list[Question] = []
+        self.data_hash = ""
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the questions and split them; the same questions stay where they are when called again."""
+        self._tokenizer = self._find_tokenizer()
+        if self.test_questions:
+            return
+        questions = load_questions(self.source)
+        if self.limit is not None:
+            questions = subset(questions, self.limit, self.seed)
+        self.data_hash = data_hash(questions)
+        folds = assign_folds(questions, self.num_folds, self.seed)
+        outside = [question for question, fold in zip(questions, folds, strict=True) if fold != self.fold]
+        self.test_questions = [question for question, fold in zip(questions, folds, strict=True) if fold == self.fold]
+        self.train_questions, self.val_questions = inner_split(outside, self.val_fraction, self.seed)
+
+    @property
+    def fold_questions(self) -> list[Question]:
+        """All questions outside the test fold, in the release's order."""
+        return sorted(self.train_questions + self.val_questions, key=lambda question: question.id)
+
+    def train_dataloader(self) -> DataLoader:
+        if self.kind == "statements":
+            # sorted by length, so that a batch holds little padding, whatever sampler a strategy puts in
+            examples = sorted(self._statements(self.fold_questions), key=lambda e: len(e["input_ids"]))  # type: ignore[arg-type]
+            return self._loader(examples)
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._loader(self._answers(self.train_questions), shuffle=True, generator=generator)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self._answers(self.val_questions))
+
+    def test_dataloader(self) -> DataLoader:
+        primer = self.primer if self.primer is not None else QA_PRIMER
+        if self.few_shot:
+            primer = few_shot_primer(self.fold_questions, self.few_shot, self.seed)
+        batches = [self._choices(question, primer) for question in self.test_questions]
+        # a batch is a question: its rows share a prompt, which the scorer computes once
+        return DataLoader(batches, batch_size=None, num_workers=self.num_workers)  # type: ignore[arg-type]
+
+    def _loader(self, examples: Sequence[Example], **options: object) -> DataLoader:
+        return DataLoader(
+            list(examples),  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def _answers(self, questions: Sequence[Question]) -> list[Example]:
+        return [
+            self._example(question, question_prompt(question.text, ""), " " + choice.text, 1)
+            for question in questions
+            for choice in question.choices
+            if choice.mc2 == 1
+        ]
+
+    def _statements(self, questions: Sequence[Question]) -> list[Example]:
+        examples = []
+        for question in questions:
+            for choice in question.choices:
+                if choice.mc2 >= 0:
+                    text = statement(question.text, choice.text)
+                    example = self._example(question, text[: -len(choice.text)], choice.text, choice.mc2)
+                    examples.append(example | {"labels": [-100] * len(example["labels"])})  # type: ignore[arg-type]
+        return examples
+
+    def _choices(self, question: Question, primer: str) -> dict[str, Tensor]:
+        context = question_prompt(question.text, primer)
+        rows = [self._example(question, context, " " + choice.text, choice.mc2) for choice in question.choices]
+        batch = self._collate(rows)
+        for metric in ("mc0", "mc1", "mc2"):
+            batch[metric] = torch.tensor([getattr(choice, metric) for choice in question.choices])
+        return batch
+
+    def _example(self, question: Question, context: str, answer: str, truth: int) -> Example:
+        assert self._tokenizer is not None
+        ids, prompt = encode_pair(self._tokenizer, context, answer)
+        return {
+            "input_ids": ids,
+            "labels": [-100] * prompt + ids[prompt:],
+            "truth": truth,
+            "question_id": question.id,
+            "answer_start": prompt - 1,
+        }
+
+    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        assert self._tokenizer is not None
+        pad = self._tokenizer.pad_token_id
+        pad = self._tokenizer.eos_token_id if pad is None else pad
+        ids = [torch.tensor(e["input_ids"]) for e in examples]
+        pad_to = torch.nn.utils.rnn.pad_sequence
+        batch = {
+            "input_ids": pad_to(ids, batch_first=True, padding_value=0 if pad is None else pad),
+            "attention_mask": pad_to([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_to([torch.tensor(e["labels"]) for e in examples], batch_first=True, padding_value=-100),
+        }
+        for name in ("truth", "question_id", "answer_start"):
+            batch[name] = torch.tensor([e[name] for e in examples])
+        return batch
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            module = getattr(self.trainer, "lightning_module", None)
+            found = getattr(module, "tokenizer", None)
+            if found is None:
+                raise ValueError("The data module needs a tokenizer: give one, or a LightningModule that has one.")
+            return found
+        if isinstance(self.tokenizer, str):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        return self.tokenizer

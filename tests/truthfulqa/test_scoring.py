@@ -1,0 +1,156 @@
+"""Packed scoring gives the plain definition's log-probabilities, whatever the model, the order and the answers."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tiny_models import LANGUAGE_MODELS, VOCABULARY, tiny
+from torch import Tensor, nn
+
+from lightning_peft.editing import head_offsets_config, head_sites
+from lightning_peft.truthfulqa.scoring import ChoiceScorer
+from lightning_peft.tuners.stack import stack_of
+
+PRIMER = [5, 9, 11, 3, 7, 8, 12, 30, 31, 9, 9, 4]
+
+
+def question(seed: int, answers: tuple[int, ...] = (3, 1, 5, 2)) -> tuple[list[list[int]], int]:
+    """Rows that share a primer and a question, with random answers of the given lengths; and the prompt's length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
+
+    prompt = PRIMER + draw(6)
+    return [prompt + draw(n) for n in answers], len(prompt)
+
+
+def batch(rows: list[list[int]], prompt: int, side: str = "right") -> tuple[Tensor, Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids, mask, labels = [], [], []
+    for row in rows:
+        pad = width - len(row)
+        label = [-100] * prompt + row[prompt:]
+        columns = ((row, 0), ([1] * len(row), 0), (label, -100))
+        padded = [c + [v] * pad if side == "right" else [v] * pad + c for c, v in columns]
+        for out, column in zip((ids, mask, labels), padded, strict=True):
+            out.append(column)
+    return torch.tensor(ids), torch.tensor(mask), torch.tensor(labels)
+
+
+def definition(model: nn.Module, row: list[int], prompt: int) -> float:
+    """One row alone, without any cache or padding."""
+    with torch.no_grad():
+        labels = torch.tensor([[-100] * prompt + row[prompt:]])
+        # the labels tell an edit where the answer begins; the loss itself is not used
+        logits = model(input_ids=torch.tensor([row]), labels=labels).logits[0].log_softmax(-1)
+    return float(sum(logits[t - 1, row[t]] for t in range(prompt, len(row))))
+
+
+def edit(model: nn.Module, positions: str) -> None:
+    stack = stack_of(model)
+    config = head_offsets_config(head_sites(model), [(0, 1), (1, 0), (2, 3)], 2.0, positions)
+    part = stack.add(config, "edit", computed=True)
+    for tensor in stack.tensors(part).values():
+        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+@pytest.mark.parametrize("positions", [None, "answer", "generated", "all"])
+def test_packed_equals_the_definition(kind: str, positions: str | None) -> None:
+    model = tiny(kind)
+    if positions:
+        edit(model, positions)
+    scorer = ChoiceScorer(model)
+    for seed in range(4):
+        rows, prompt = question(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # falling back to the plain way would warn
+            scores = scorer.score(*batch(rows, prompt))
+        expected = torch.tensor([definition(model, row, prompt) for row in rows])
+        torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+    assert scorer._packs
+
+
+def test_the_primer_is_computed_once() -> None:
+    model = tiny("llama")
+    scorer, seen = ChoiceScorer(model), []
+    scorer._packs = True  # without the trial, to count tokens
+    model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].shape[1]), with_kwargs=True)
+    for seed in range(3):
+        rows, prompt = question(seed)
+        scorer.score(*batch(rows, prompt))
+    own = sum((3, 1, 5, 2))
+    assert seen[0] == len(PRIMER) + 6 + own
+    assert seen[1:] == [6 + own] * 2, "later questions run their own tokens only"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_and_order_do_not_matter(side: str) -> None:
+    model = tiny("llama")
+    rows, prompt = question(0)
+    straight = ChoiceScorer(model).score(*batch(rows, prompt, "right"))
+    order = [2, 0, 3, 1]
+    turned = ChoiceScorer(model).score(*batch([rows[i] for i in order], prompt, side))
+    torch.testing.assert_close(turned, straight[order], atol=1e-5, rtol=1e-5)
+
+
+def test_answers_that_are_prefixes_of_each_other_and_equal_answers() -> None:
+    model = tiny("llama")
+    rows, prompt = question(0, (4,))
+    rows = [rows[0], rows[0][:-1], rows[0][: prompt + 1], list(rows[0])]
+    scores = ChoiceScorer(model).score(*batch(rows, prompt))
+    expected = torch.tensor([definition(model, row, prompt) for row in rows])
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+    assert scores[0] == scores[3]
+
+
+def test_one_choice_alone() -> None:
+    model = tiny("gpt2")
+    rows, prompt = question(3, (2,))
+    score = ChoiceScorer(model).score(*batch(rows, prompt))
+    assert float(score[0]) == pytest.approx(definition(model, rows[0], prompt), abs=1e-4)
+
+
+def test_a_boundary_that_differs_between_choices_is_scored_row_by_row() -> None:
+    model = tiny("llama")
+    rows, prompt = question(0)
+    ids, mask, labels = batch(rows, prompt)
+    labels[1, prompt - 1] = ids[1, prompt - 1]  # this answer begins a token earlier
+    scores = ChoiceScorer(model).score(ids, mask, labels)
+    assert float(scores[1]) == pytest.approx(definition(model, rows[1], prompt - 1), abs=1e-4)
+    assert float(scores[0]) == pytest.approx(definition(model, rows[0], prompt), abs=1e-4)
+
+
+def test_a_model_that_cannot_be_packed_is_scored_row_by_row_with_a_warning() -> None:
+    class Recurrent(nn.Module):
+        """Sees a running mean: no attention mask can keep packed answers apart."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(VOCABULARY, 8)
+            self.out = nn.Linear(8, VOCABULARY)
+            self.config = tiny("llama").config
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None):
+            hidden = self.embed(input_ids).cumsum(1) / torch.arange(1, input_ids.shape[1] + 1)[:, None]
+            return type("Output", (), {"logits": self.out(hidden)})()
+
+    torch.manual_seed(0)
+    model, (rows, prompt) = Recurrent(), question(0)
+    with pytest.warns(UserWarning, match="scored row by row"):
+        scores = ChoiceScorer(model).score(*batch(rows, prompt))
+    expected = torch.tensor([definition(model, row, prompt) for row in rows])
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_row_without_answer_or_prompt_is_one_sentence() -> None:
+    rows, prompt = question(0)
+    ids, mask, labels = batch(rows, prompt)
+    scorer = ChoiceScorer(tiny("llama"))
+    with pytest.raises(ValueError, match="needs a prompt and an answer"):
+        scorer.score(ids, mask, torch.full_like(labels, -100))
+    with pytest.raises(ValueError, match="needs a prompt and an answer"):
+        scorer.score(ids, mask, ids)
