@@ -73,3 +73,7 @@ def compare(args: list[str]) -> dict[str, Any]:
     report = write_html(results, Path(plan.output or f"runs/{plan.name}") / "report.html")
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return results
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ A call with a past and none of these is an error: where its answer began cannot 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -158,9 +158,22 @@ class Positions:
         return start.repeat_interleave(batch // len(start))
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: forget the call, so that nothing stale is read. Kept while gradients may recompute it."""
+        """Forward hook: forget the call, so that nothing stale is read.
+
+        While gradients are recorded it is kept: checkpointed blocks run again in the backward pass. Other calls may
+        come in between, so it is recalled when the gradient of its output arrives.
+        """
         if not torch.is_grad_enabled():
             self._call = None
+        elif not torch.compiler.is_compiling():
+            call = self._call
+
+            def recall(_: Tensor) -> None:
+                self._call = call
+
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(recall)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with the prompt's real length noted first."""
@@ -216,6 +229,24 @@ def tracked(module: nn.Module) -> list[Positions]:
 
 
 @contextmanager
+def calling(module: nn.Module, **tokens: Any) -> Iterator[None]:
+    """Around a call that passes by the tracked model's own `forward`, its trunk alone say: what that call is given.
+
+    Args:
+        module: a module that is or contains the tracked backbone; without one this does nothing.
+        **tokens: `input_ids [B, T]`, `attention_mask`, `position_ids`, as `forward` would get them.
+    """
+    found = tracked(module)
+    for positions in found:
+        positions.before_forward(positions.model, (), tokens)
+    try:
+        yield
+    finally:
+        for positions in found:
+            positions._call = None
+
+
+@contextmanager
 def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | None = None) -> Iterator[None]:
     """Say, for the calls inside, where the answers begin. Without a tracked model in `module` it does nothing.
 
@@ -235,3 +266,14 @@ def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | Non
     finally:
         for positions, (outer_start, outer_mask) in zip(found, before, strict=True):
             positions.explicit_start, positions.explicit_mask = outer_start, outer_mask
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, however nested."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(tuple(output.values()))
+    elif isinstance(output, tuple | list):
+        for item in output:
+            yield from _tensors(item)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -33,7 +35,10 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, below: Path | None) 
         hyperparameters.
     """
     L.seed_everything(plan.seed, verbose=False)
+    # a dozen Trainers would each say which devices there are and that no data workers were asked for
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`configure_optimizers` returned `None`.*")
     begin = time.perf_counter()
     chosen: dict[str, Any] = {}
     if row.callback is None or row.edits:
@@ -69,15 +74,14 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, below: Path | None) 
 
 def _tune(plan: Plan, row: Row, fold: int, folder: Path, below: Path | None) -> tuple[CausalLM, dict[str, Any]]:
     """Try every learning rate until its validation loss stops falling; return the best epoch of the best trial."""
+    shutil.rmtree(folder / "trials", ignore_errors=True)  # what a killed run left
     trials = []
     for rate in row.learning_rates:
         L.seed_everything(plan.seed, verbose=False)  # every trial starts alike
         module = _module(plan, row, below)
         module.learning_rate = rate
         stop = EarlyStopping("val_loss", patience=row.patience)
-        keep = ModelCheckpoint(
-            folder / "trials", f"lr{rate:g}", monitor="val_loss", save_top_k=1, enable_version_counter=False
-        )
+        keep = ModelCheckpoint(folder / "trials" / f"lr{rate:g}", monitor="val_loss", save_top_k=1)
         epochs = _Epochs()
         callbacks = [copy.deepcopy(row.callback), stop, keep, epochs]
         trainer = _trainer(
@@ -88,11 +92,10 @@ def _tune(plan: Plan, row: Row, fold: int, folder: Path, below: Path | None) -> 
         best = min(range(len(losses)), key=losses.__getitem__)
         trials.append({"learning_rate": rate, "epochs": best + 1, "val_losses": losses, "path": keep.best_model_path})
     winner = min(trials, key=lambda trial: trial["val_losses"][trial["epochs"] - 1])
-    best_module = _module(plan, row, None)
     best_module = CausalLM.load_from_checkpoint(winner["path"], map_location="cpu", weights_only=True)
+    shutil.rmtree(folder / "trials")
     for trial in trials:
-        Path(trial.pop("path")).unlink()
-    (folder / "trials").rmdir()
+        del trial["path"]
     return best_module, {"learning_rate": winner["learning_rate"], "epochs": winner["epochs"], "trials": trials}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lightning_peft import __version__
 from lightning_peft.compare.cell import run_cell
 from lightning_peft.compare.plan import Plan, Row, cell_key, check
 from lightning_peft.compare.statistics import mean_interval, minimal_detectable, paired_difference
@@ -21,7 +22,7 @@ from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2, mc3
 from lightning_peft.truthfulqa.questions import data_hash, load_questions, subset
 
 _SCORES = {"mc0": mc0, "mc1": mc1, "mc2": mc2, "mc3": mc3}
-_PACKAGES = ("lightning-peft", "torch", "lightning", "transformers", "peft", "torchmetrics", "scikit-learn")
+_PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "scikit-learn")
 
 
 def run(plan: Plan, settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def collect(
         "categories": _categories(plan, outcomes, scores),
         "head_accuracy": _head_accuracy(plan, output),
         "settings": dict(settings),
-        "versions": {package: version(package) for package in _PACKAGES},
+        "versions": {"lightning-peft": __version__} | {package: version(package) for package in _PACKAGES},
         "caveats": _caveats(plan, questions, own),
     }
 

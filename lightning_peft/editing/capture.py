@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.editing.heads import HeadSite
+from lightning_peft.positions import calling
 
 
 class HeadCapture:
@@ -125,10 +126,12 @@ def capture_tokens(
 
 def run_trunk(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
     """Run a transformers model without its head (any other module: as it is), with explicit position ids."""
-    trunk = getattr(backbone, getattr(backbone, "base_model_prefix", "") or "", backbone)
+    model: nn.Module = getattr(backbone, "get_base_model", lambda: backbone)()  # looks into a PeftModel
+    trunk = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
     arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     accepted = inspect.signature(type(trunk).forward).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         arguments = {name: value for name, value in arguments.items() if name in accepted}
-    return trunk(input_ids, **arguments)
+    with calling(model, input_ids=input_ids, **arguments):  # for other edits on the model, if there are any
+        return trunk(input_ids, **arguments)

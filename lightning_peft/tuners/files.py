@@ -17,29 +17,62 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
+ORDER = "stack.json"
 
 
 class AdapterError(ValueError):
     """A saved adapter cannot be used: unreadable, incomplete, not finite, or made for another base model."""
 
 
-def write_folder(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
-    """Write `adapter_config.json`, `adapter_model.safetensors` and our notes (fingerprint, how it was computed).
+def write_folders(
+    root: Path, adapters: Mapping[str, tuple[PeftConfig, Mapping[str, Tensor], dict[str, Any]]]
+) -> None:
+    """Write one adapter as a peft folder, or several as a subfolder each with their order in `stack.json`.
 
-    Every file is written beside its place and renamed, the configuration last: a folder with one is complete.
+    Everything is written beside its place and renamed once all of it is there. What says that a folder is whole, its
+    configuration or the order, goes first and comes last: a crash leaves no mixture of old and new.
+
+    Args:
+        root: the folder; made if need be.
+        adapters: for each name, its configuration, tensors and our notes (fingerprint, how it was computed).
     """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(config)
-    config.inference_mode = True  # as peft saves it
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(contiguous, Path(made, WEIGHTS), metadata={"format": "pt"})
-        Path(made, NOTES).write_text(json.dumps(notes, indent=2) + "\n")
-        config.save_pretrained(made)
-        for name in (WEIGHTS, NOTES, CONFIG):
-            os.replace(Path(made, name), folder / name)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    places = {name: name if len(adapters) > 1 else "" for name in adapters}
+    with tempfile.TemporaryDirectory(dir=root.parent) as made:
+        for name, (config, tensors, notes) in adapters.items():
+            folder = Path(made, places[name])
+            folder.mkdir(exist_ok=True)
+            contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+            (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
+            config = copy.deepcopy(config)
+            config.inference_mode = True  # as peft saves it
+            config.save_pretrained(str(folder))
+        Path(made, ORDER).write_text(json.dumps({"parts": list(adapters)}, indent=2) + "\n")
+        for file in (ORDER, CONFIG, *(f"{place}/{CONFIG}" for place in places.values() if place)):
+            (root / file).unlink(missing_ok=True)
+        for place in places.values():
+            (root / place).mkdir(exist_ok=True)
+            for file in (WEIGHTS, NOTES, CONFIG):
+                os.replace(Path(made, place, file), root / place / file)
+        if len(adapters) > 1:
+            os.replace(Path(made, ORDER), root / ORDER)
+
+
+def adapter_folders(root: Path) -> list[Path]:
+    """The folders that a saved adapter or stack consists of, innermost first.
+
+    Raises:
+        AdapterError: the stack's order cannot be read.
+    """
+    if not (root / ORDER).exists():
+        return [root]
+    try:
+        return [root / Path(name).name for name in json.loads((root / ORDER).read_text())["parts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{root / ORDER} is truncated or not the order of a stack: {error!r}.") from error
 
 
 def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, Any]]:
@@ -57,18 +90,19 @@ def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, 
             raise AdapterError(f"{folder} is not an adapter folder: it has no {name}.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{folder / CONFIG} is not a peft configuration: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{folder / CONFIG} is not a peft configuration: {error!r}.") from error
     config.inference_mode = False
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder / WEIGHTS} is truncated or not a safetensors file: {error}") from error
-    notes_file = folder / NOTES
+        raise AdapterError(f"{folder / WEIGHTS} is truncated or not a safetensors file: {error}.") from error
     try:
-        notes = json.loads(notes_file.read_text()) if notes_file.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise AdapterError(f"{notes_file} is not JSON: {error}") from error
+        notes = json.loads((folder / NOTES).read_text()) if (folder / NOTES).is_file() else {}
+    except ValueError as error:
+        raise AdapterError(f"{folder / NOTES} is not JSON: {error}.") from error
+    if not isinstance(notes, dict):
+        raise AdapterError(f"{folder / NOTES} is not what this package writes.")
     return config, tensors, notes
 
 

@@ -8,7 +8,7 @@ built on the backbone in place, and its keys are saved as if it stood alone.
 from __future__ import annotations
 
 import copy
-import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.tuners.configs import config_from_json, config_to_json, nearest_names, with_strength
-from lightning_peft.tuners.files import AdapterError, check_finite, read_folder, write_folder
+from lightning_peft.tuners.files import AdapterError, adapter_folders, check_finite, read_folder, write_folders
 from lightning_peft.tuners.fingerprint import fingerprint, mismatch
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class AdapterStack:
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
         self.parts: list[Part] = []
+        self.base: dict[str, Any] = {}  # fingerprint of the backbone before the first adapter
 
     # -- making -----------------------------------------------------------------------------------------------------
 
@@ -79,8 +80,8 @@ class AdapterStack:
             record: how they were computed.
 
         Raises:
-            ValueError: the name is taken, the method cannot be injected in place, no module matches its targets, or
-                a tuned adapter would come on top of an edit.
+            ValueError: the name is taken or a module's, the method cannot be injected in place, no module matches its
+                targets, or a tuned adapter would come on top of an edit. The backbone is then as it was.
         """
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -94,16 +95,22 @@ class AdapterStack:
             raise ValueError(f"{type(config).__name__} does not adapt modules in place, which this package needs.")
         if tuner_class.uses_shared_state:
             raise ValueError(f"{type(config).__name__} shares weights between layers and cannot be injected in place.")
+        _check_name(name, self.backbone)
         _check_targets(config, self.backbone)
+        self.unmerge()
+        base = self.base if self.parts else fingerprint(self.backbone)
         # peft warns of a second configuration on one model; here that is the point, so it is shown a bare model
         configs = self.backbone.__dict__.pop("peft_config", {})
         own = copy.deepcopy(config)
         try:
             tuner = tuner_class(self.backbone, {name: own}, name)
         except Exception:
+            _take_out(self.backbone, tuner_class.tuner_layer_cls, name)
             if configs:
                 self.backbone.peft_config = configs
+            self._activate()
             raise
+        self.base = base
         self.backbone.peft_config = {**configs, name: own}
         part = Part(name, copy.deepcopy(config), tuner, computed, dict(record or {}))
         part.scaling = {m: float(m.scaling[name]) for m in _layers(part) if name in getattr(m, "scaling", {})}
@@ -114,13 +121,12 @@ class AdapterStack:
     def remove(self, name: str) -> None:
         """Take one adapter out. Where no other adapter sits on a module, the module itself comes back."""
         part = self[name]
-        for module in list(_layers(part)):
-            module.delete_adapter(name)
+        self.unmerge()
         self.parts.remove(part)
         del self.backbone.peft_config[name]
         if not self.backbone.peft_config:
             del self.backbone.peft_config
-        _unwrap_empty(self.backbone, type(part.tuner).tuner_layer_cls)
+        _take_out(self.backbone, type(part.tuner).tuner_layer_cls, name)
         self._activate()
 
     def __getitem__(self, name: str) -> Part:
@@ -140,15 +146,19 @@ class AdapterStack:
         Raises:
             ValueError: the method has no scaling.
         """
-        for part in self.parts if name is None else [self[name]]:
+        parts = self.parts if name is None else [self[name]]
+        for part in parts:
             if not part.scaling:
                 raise ValueError(f"Adapter {part.name!r} ({type(part.config).__name__}) has no strength to scale.")
+        self.unmerge()
+        for part in parts:
             for module, base in part.scaling.items():
                 module.scaling[part.name] = base * strength  # type: ignore[union-attr, operator, index]
             part.strength = strength
 
     def enable(self, enabled: bool = True, name: str | None = None) -> None:
         """Switch one adapter, or all, on or off. Off, the outputs are the base model's, bit for bit."""
+        self.unmerge()
         for part in self.parts if name is None else [self[name]]:
             part.enabled = enabled
         self._activate()
@@ -166,14 +176,24 @@ class AdapterStack:
             self._activate()
 
     def merge(self) -> None:
-        """Write every adapter into the weights, inner ones first; `unmerge` undoes it.
+        """Write every enabled adapter into the weights, inner ones first.
+
+        `unmerge` undoes it, and so does whatever changes the adapters: `scale`, `enable`, `add`, `remove`. Head offsets
+        come out bit for bit; peft takes LoRA out by subtraction, to rounding.
 
         Raises:
-            ValueError: a method (or its configuration) cannot be merged.
+            ValueError: a method (or its configuration) cannot be merged. Nothing is merged then.
         """
-        for part in self.parts:
-            for module in _layers(part):
-                module.merge(safe_merge=True, adapter_names=[part.name])
+        parts = [part for part in self.parts if part.enabled]
+        for part in parts:
+            part.tuner._check_merge_allowed()
+        try:
+            for part in parts:
+                for module in _layers(part):
+                    module.merge(safe_merge=True, adapter_names=[part.name])
+        except Exception:
+            self.unmerge()
+            raise
 
     def unmerge(self) -> None:
         """Take merged adapters out of the weights again."""
@@ -233,6 +253,7 @@ class AdapterStack:
                     f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(state[name].shape)}."
                 )
         check_finite(tensors, source)
+        self.unmerge()
         with torch.no_grad():
             for key, name in keys.items():
                 state[name].copy_(tensors[key])
@@ -240,7 +261,7 @@ class AdapterStack:
     def describe(self) -> dict[str, Any]:
         """The base's fingerprint and every part, JSON-able: what is needed to build the stack again."""
         return {
-            "fingerprint": fingerprint(self.backbone),
+            "fingerprint": self.base,
             "parts": [
                 {
                     "name": part.name,
@@ -256,7 +277,8 @@ class AdapterStack:
 
     def check_base(self, expected: Mapping[str, Any], source: str) -> None:
         """Raise `AdapterError` unless the backbone is the one whose fingerprint is given."""
-        if expected and (difference := mismatch(dict(expected), fingerprint(self.backbone))):
+        found = self.base if self.parts else fingerprint(self.backbone)
+        if expected and (difference := mismatch(dict(expected), found)):
             raise AdapterError(f"{source} was made for another base model: {difference}.")
 
 
@@ -323,15 +345,13 @@ def write_described(
     described: Mapping[str, Any], weights: list[dict[str, Tensor]], folder: Path, base: str | None
 ) -> Path:
     """Write what `AdapterStack.describe` gave, with each part's tensors, as `save_adapter` does."""
-    parts = described["parts"]
-    for part, tensors in zip(parts, weights, strict=True):
+    made = {}
+    for part, tensors in zip(described["parts"], weights, strict=True):
         config = with_strength(config_from_json(part["config"]), part["strength"])
         config.base_model_name_or_path = config.base_model_name_or_path or base
         notes = {"fingerprint": described["fingerprint"], "computed": part["computed"], "record": part["record"]}
-        write_folder(folder if len(parts) == 1 else folder / part["name"], config, tensors, notes)
-    if len(parts) > 1:
-        (folder / "stack.json.tmp").write_text(json.dumps({"parts": [p["name"] for p in parts]}, indent=2) + "\n")
-        (folder / "stack.json.tmp").replace(folder / "stack.json")
+        made[part["name"]] = (config, tensors, notes)
+    write_folders(folder, made)
     return folder
 
 
@@ -350,20 +370,21 @@ def load_adapter(backbone: nn.Module, folder: str | Path, name: str | None = Non
         AdapterError: unreadable, truncated or foreign files, another base model, values that are not finite.
     """
     folder = Path(folder)
-    order = folder / "stack.json"
-    folders = [folder / part for part in json.loads(order.read_text())["parts"]] if order.exists() else [folder]
+    folders = adapter_folders(folder)
     stack, added = stack_of(backbone), []
-    for path in folders:
-        config, tensors, notes = read_folder(path)
+    read = [read_folder(path) for path in folders]
+    for path, (_, _, notes) in zip(folders, read, strict=True):
         stack.check_base(notes.get("fingerprint", {}), str(path))
-        own = name if name is not None and len(folders) == 1 else (path.name if len(folders) > 1 else "default")
-        part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
-        try:
+    try:
+        for path, (config, tensors, notes) in zip(folders, read, strict=True):
+            own = path.name if len(folders) > 1 else name or "default"
+            part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
+            added.append(part)
             stack.load_tensors(part, tensors, str(path))
-        except AdapterError:
-            stack.remove(own)
-            raise
-        added.append(part)
+    except Exception:
+        for part in reversed(added):
+            stack.remove(part.name)
+        raise
     return added
 
 
@@ -375,12 +396,29 @@ def _layers(part: Part) -> Iterator[BaseTunerLayer]:
             yield module
 
 
-def _unwrap_empty(backbone: nn.Module, cls: type) -> None:
-    """Put back the modules of tuner layers that no adapter uses any more."""
+def _take_out(backbone: nn.Module, cls: type, name: str) -> None:
+    """Delete an adapter from every wrapper of `cls`, and put back the modules whose wrapper holds no other."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     for parent in list(backbone.modules()):
         for child_name, child in list(parent.named_children()):
-            if isinstance(child, cls) and not child._get_available_adapters():  # type: ignore[attr-defined]
-                setattr(parent, child_name, child.base_layer)
+            if isinstance(child, cls) and name in child._get_available_adapters():  # type: ignore[attr-defined]
+                child._active_adapter = []  # so that peft need not choose, and warn of, another
+                child.delete_adapter(name)  # type: ignore[operator]
+                if not child._get_available_adapters():  # type: ignore[attr-defined]
+                    setattr(parent, child_name, child.base_layer)
+            elif isinstance(child, AuxiliaryTrainingWrapper) and name in child._adapters:
+                child.delete_adapter(name, [])
+                if not child._adapters:
+                    setattr(parent, child_name, child.original_module)
+
+
+def _check_name(name: str, backbone: nn.Module) -> None:
+    """An adapter's name must be a folder's, and none that peft, which sorts tensors by it, would find elsewhere."""
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"An adapter's name consists of letters, digits, - and _, unlike {name!r}.")
+    if any(name in module.split(".") for module, _ in backbone.named_modules()):
+        raise ValueError(f"{name!r} is the name of a module of the backbone: give the adapter another name.")
 
 
 def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
