@@ -7,6 +7,7 @@ and which tensor of a peft folder each entry is. So it can be exported without a
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,8 +71,7 @@ def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str,
         AdapterError: not a checkpoint of adapters, another base, other settings, other keys or shapes, or values that
             are not finite.
     """
-    if META not in checkpoint:
-        raise AdapterError(f"{source} holds no adapters: it was not written with a lightning_peft callback.")
+    _check_adapters(checkpoint, source)
     for name, described in checkpoint[META]["backbones"].items():
         try:
             backbone = module.get_submodule(name)
@@ -85,7 +85,8 @@ def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str,
     for entry in _STATES:
         if entry not in checkpoint:
             continue
-        state: dict[str, Tensor] = checkpoint[entry]
+        # a module with AdapterCheckpointMixin comes here twice, the second time with live names
+        state: dict[str, Tensor] = {standalone_key(key): value for key, value in checkpoint[entry].items()}
         check_same_keys(set(names), set(state), f"{source} and {type(module).__name__}")
         for saved, live in names.items():
             if state[saved].shape != live_state[live].shape:
@@ -111,9 +112,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path, map_location: Any = Non
     Raises:
         AdapterError: as `restore_adapters`.
     """
-    checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    if META not in checkpoint:
-        raise AdapterError(f"{path} holds no adapters: it was not written with a lightning_peft callback.")
+    checkpoint = _read(path, map_location or "cpu")
     with warnings.catch_warnings():
         # Lightning builds the module without adapters, so every adapter key is a stranger to it at first
         warnings.filterwarnings("ignore", message="Found keys that are")
@@ -147,16 +146,32 @@ def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None
     Raises:
         AdapterError: the file holds no adapters, or those of several backbones and none was named.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    backbones = checkpoint.get(META, {}).get("backbones", {})
-    if not backbones:
-        raise AdapterError(f"{path} holds no adapters: it was not written with a lightning_peft callback.")
+    checkpoint = _read(path, "cpu")
+    backbones = checkpoint[META]["backbones"]
+    names = ", ".join(map(repr, backbones))
     if backbone is None and len(backbones) > 1:
-        raise AdapterError(f"{path} holds adapters of several backbones ({', '.join(backbones)}): name one.")
+        raise AdapterError(f"{path} holds adapters of several backbones, {names}: name one.")
     name = next(iter(backbones)) if backbone is None else backbone
+    if name not in backbones:
+        raise AdapterError(f"{path} holds no adapters of {name!r}, but of {names}.")
     described, state = backbones[name], checkpoint["state_dict"]
     weights = [{key: state[_join(name, saved)] for key, saved in part["keys"].items()} for part in described["parts"]]
     return write_described(described, weights, Path(folder), base=None)
+
+
+def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
+    """A checkpoint with adapters in it; only tensors and plain values are read."""
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise AdapterError(f"{path} is truncated or holds more than tensors and plain values.") from error
+    _check_adapters(checkpoint, str(path))
+    return checkpoint
+
+
+def _check_adapters(checkpoint: dict[str, Any], source: str) -> None:
+    if not checkpoint.get(META, {}).get("backbones"):
+        raise AdapterError(f"{source} holds no adapters: it was not written with a lightning_peft callback.")
 
 
 def _names(module: nn.Module, stacks: dict[str, AdapterStack]) -> dict[str, str]:

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric
 
+_WRAPPED = "_lightning_peft_wrapped"  # on a hook of ours: what was on the instance before it
+
 
 def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> str | None:
     """The name of the submodule to freeze and adapt.
@@ -47,43 +49,65 @@ def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> st
     candidates = pretrained or [
         child for child, m in module.named_children() if not isinstance(m, Metric) and any(True for _ in m.parameters())
     ]
-    if len(candidates) != 1:
-        found_text = f"{len(candidates)} candidates" if candidates else "none"
+    if not candidates:
+        raise ValueError(f"{type(module).__name__} has no backbone to adapt: no child of it has parameters.")
+    if len(candidates) > 1:
+        names = ", ".join(map(repr, candidates))
         raise ValueError(
-            f"The backbone of {type(module).__name__} cannot be found unambiguously ({found_text}): "
-            f"name it with backbone=...; the children are {_children(module)}."
+            f"The backbone of {type(module).__name__} cannot be told among {names}: name it with backbone=...."
         )
     return candidates[0]
 
 
-def when_built(module: L.LightningModule, name: str | None, then: Callable[[str], None]) -> None:
-    """Call `then(backbone name)` as soon as the backbone exists: now, or right after the hook that builds it.
+def building_hooks(module: L.LightningModule) -> list[str]:
+    """The hooks, in the order Lightning calls them, in which this module may yet build its backbone."""
+    return [hook for hook in ("setup", "configure_model") if is_overridden(hook, module)]
 
-    Called from a callback's `setup`, which runs before the module's own `setup` and `configure_model`; those are
-    wrapped on the instance until the backbone has been found.
+
+def when_built(module: L.LightningModule, name: str | None, then: Callable[[str], object]) -> None:
+    """Call `then(backbone name)` as soon as the backbone exists, and again where a hook may have built it anew.
+
+    Called from a callback's `setup`, which runs before the module's own `setup` and `configure_model`; each of those
+    is wrapped on the instance for one call.
     """
-    hooks = [hook for hook in ("setup", "configure_model") if is_overridden(hook, module)]
-    if (found := find_backbone(module, name, final=not hooks)) is not None:
-        then(found)
-        return
-    originals = {hook: getattr(module, hook) for hook in hooks}
 
-    def wrap(hook: str) -> Callable[..., Any]:
-        @functools.wraps(originals[hook])  # Lightning looks through __wrapped__ to see that the hook is overridden
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = originals[hook](*args, **kwargs)
-            if hook in module.__dict__:
-                found = find_backbone(module, name, final=hook == hooks[-1])
-                if found is not None:
-                    for wrapped_hook in hooks:
-                        module.__dict__.pop(wrapped_hook, None)
-                    then(found)
-            return result
+    def look(final: bool) -> None:
+        if (found := find_backbone(module, name, final)) is not None:
+            then(found)
 
-        return wrapped
-
+    hooks = building_hooks(module)
+    look(final=not hooks)
     for hook in hooks:
-        module.__dict__[hook] = wrap(hook)
+        _after(module, hook, functools.partial(look, hook == hooks[-1]))
+
+
+def forget(module: L.LightningModule) -> None:
+    """Undo `when_built` where a failed run never came to call the hooks."""
+    for hook in ("setup", "configure_model"):
+        while hasattr(module.__dict__.get(hook), _WRAPPED):
+            _put(module, hook, getattr(module.__dict__[hook], _WRAPPED))
+
+
+def _after(module: L.LightningModule, hook: str, then: Callable[[], None]) -> None:
+    """Call `then` after the next call of a hook, and only that one."""
+    original, before = getattr(module, hook), module.__dict__.get(hook)
+
+    @functools.wraps(original)  # Lightning looks through __wrapped__ to see that the hook is overridden
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        _put(module, hook, before)
+        result = original(*args, **kwargs)
+        then()
+        return result
+
+    setattr(wrapped, _WRAPPED, before)
+    module.__dict__[hook] = wrapped
+
+
+def _put(module: L.LightningModule, hook: str, value: Any) -> None:
+    if value is None:
+        module.__dict__.pop(hook, None)
+    else:
+        module.__dict__[hook] = value
 
 
 def _pretrained(module: nn.Module) -> list[str]:

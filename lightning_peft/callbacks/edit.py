@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.stack import AdapterStack
 
 _TAKEN = ("training_step", "configure_optimizers")
+
+T = TypeVar("T")
 
 
 class Edit(PEFT):
@@ -40,7 +44,7 @@ class Edit(PEFT):
         """Prepare to capture from the backbone, this edit's own adapter being switched off."""
 
     @abstractmethod
-    def observe(self, batch: dict[str, Tensor]) -> None:
+    def observe(self, batch: Mapping[str, Tensor]) -> None:
         """Capture one batch."""
 
     @abstractmethod
@@ -54,6 +58,8 @@ class Edit(PEFT):
     # -- Lightning's hooks -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._check_alone(trainer)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._take_over(pl_module)
@@ -83,9 +89,14 @@ class Edit(PEFT):
             self.end()
             self.stack.enable(True, self.name)
             self._done = True
-            steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-            steps.increment_ready()
-            steps.increment_completed()
+            loop = trainer.fit_loop.epoch_loop
+            # one step, whether the module is asked while taken over (manual optimization) or afterwards
+            for steps in (
+                loop.manual_optimization.optim_step_progress,
+                loop.automatic_optimization.optim_progress.optimizer.step,
+            ):
+                steps.increment_ready()
+                steps.increment_completed()
             trainer.should_stop = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -123,10 +134,22 @@ class Edit(PEFT):
         self._taken = None
         self.end()
         if self.stack is not None and self.name in self.stack:
+            self._note_answers(None)
             self.stack.enable(True, self.name)
+            self.stack[self.name].tuner.set_requires_grad(self.name, False)
 
-    def _labelled(self, batch: Any) -> dict[str, Tensor]:
-        missing = [k for k in ("input_ids", "truth", "question_id") if not isinstance(batch, dict) or k not in batch]
+    def _check_alone(self, trainer: L.Trainer) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [type(c).__name__ for c in callbacks if isinstance(c, PEFT) and c is not self]
+        if others:
+            raise ValueError(
+                f"{type(self).__name__} takes the whole of fit, so {others[0]} cannot share it: fit one after the "
+                "other, each in a Trainer of its own; the adapters stack."
+            )
+
+    def _labelled(self, batch: Any) -> Mapping[str, Tensor]:
+        # a tokenizer's BatchEncoding is a mapping, not a dict
+        missing = [k for k in ("input_ids", "truth", "question_id") if not isinstance(batch, Mapping) or k not in batch]
         if missing:
             raise ValueError(
                 f"{type(self).__name__} needs labelled statements, but the training batch has no "
@@ -136,7 +159,7 @@ class Edit(PEFT):
 
 
 def gather(trainer: L.Trainer, *captured: Tensor) -> tuple[Tensor, ...]:
-    """Every rank's captured rows, in the order of the data set, without the rows a sampler added to fill up.
+    """Every rank's captured rows on every rank, without the rows a distributed sampler added to fill up.
 
     Args:
         trainer: the running Trainer.
@@ -144,20 +167,17 @@ def gather(trainer: L.Trainer, *captured: Tensor) -> tuple[Tensor, ...]:
     """
     if trainer.world_size == 1:
         return captured
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, captured)
-    total = sum(len(part[0]) for part in parts)
-    data = getattr(trainer.train_dataloader, "dataset", None)
-    size = len(data) if hasattr(data, "__len__") else total
-    gathered = []
-    for tensors in zip(*parts, strict=True):
-        # a distributed sampler deals rows out in turn and fills up from the beginning
-        dealt = torch.stack([t[: min(map(len, tensors))] for t in tensors], dim=1).flatten(0, 1)
-        gathered.append(dealt[:size])
-    return tuple(gathered)
+    ranks: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(ranks, captured)
+    sampler = getattr(trainer.train_dataloader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return tuple(torch.cat(tensors) for tensors in zip(*ranks, strict=True))
+    # such a sampler deals rows out in turn, as many to each rank, and fills up at the end
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    return tuple(torch.stack(tensors, dim=1).flatten(0, 1)[:size] for tensors in zip(*ranks, strict=True))
 
 
-def from_rank_zero(trainer: L.Trainer, make: Any) -> Any:
+def from_rank_zero(trainer: L.Trainer, make: Callable[[], T]) -> T:
     """What `make()` returns on rank 0, on every rank; an error there is raised everywhere."""
     if trainer.world_size == 1:
         return make()
@@ -165,9 +185,9 @@ def from_rank_zero(trainer: L.Trainer, make: Any) -> Any:
     if trainer.global_rank == 0:
         try:
             result = [make()]
-        except ValueError as error:
+        except Exception as error:  # whatever it is: the other ranks are waiting
             result = [error]
     torch.distributed.broadcast_object_list(result, src=0)
-    if isinstance(result[0], ValueError):
+    if isinstance(result[0], Exception):
         raise result[0]
     return result[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import lightning as L
@@ -42,6 +43,7 @@ class ITI(Edit):
         name: the adapter's name.
         pattern: where the architecture is unknown, a regular expression for the end of the names of the attention
             output projections.
+        heads_per_layer: where no configuration says it, how many heads enter each projection.
 
     Attributes:
         edit_: the computed `HeadEdit` after `fit`: heads, directions, sigma, accuracy `[layers, heads]`.
@@ -63,6 +65,7 @@ class ITI(Edit):
         backbone: str | None = None,
         name: str = "iti",
         pattern: str | None = None,
+        heads_per_layer: int | None = None,
     ) -> None:
         if direction not in DIRECTIONS:
             raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}.")
@@ -74,14 +77,15 @@ class ITI(Edit):
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}.")
         super().__init__(backbone, name)
         self.num_heads, self.alpha, self.direction, self.positions = num_heads, alpha, direction, positions
-        self.val_fraction, self.C, self.seed, self.pattern = val_fraction, C, seed, pattern
+        self.val_fraction, self.C, self.seed = val_fraction, C, seed
+        self.pattern, self.heads_per_layer = pattern, heads_per_layer
         self.edit_: HeadEdit | None = None
         self._sites: list[HeadSite] = []
         self._capture: HeadCapture | None = None
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
-        self._sites = head_sites(backbone, self.pattern)
+        self._sites = head_sites(backbone, self.pattern, self.heads_per_layer)
         available = sum(site.num_heads for site in self._sites)
         if self.num_heads > available:
             raise ValueError(f"num_heads is {self.num_heads}, but the model has {available} heads.")
@@ -91,7 +95,7 @@ class ITI(Edit):
         self._rows = []
         self._capture = HeadCapture(stack.backbone, self._sites).__enter__()
 
-    def observe(self, batch: dict[str, Tensor]) -> None:
+    def observe(self, batch: Mapping[str, Tensor]) -> None:
         assert self._capture is not None
         heads = self._capture(batch["input_ids"], batch.get("attention_mask"))
         self._rows.append((heads, batch["truth"].cpu(), batch["question_id"].cpu()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from lightning_peft.callbacks.peft import PEFT
-from lightning_peft.tuners.targets import default_targets
+from lightning_peft.tuners.targets import default_targets, targets_in_layers
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -24,7 +24,8 @@ class LoRA(PEFT):
         dropout: dropout on the input of A, in training.
         target_modules: names of the modules to adapt (or suffixes; a string is a regular expression). Default: peft's
             choice for the model's type, else every linear layer of the backbone.
-        layers: block numbers (0-based) to adapt; default all. Needs the backbone's blocks in a numbered list.
+        layers: block numbers (0-based) to adapt; default all. Needs the backbone's blocks in a numbered list; each
+            block that is named must exist.
         variant: `"lora"`, `"rslora"` (scaling `alpha / sqrt(r)`) or `"dora"` (magnitude and direction apart).
         init: peft's `init_lora_weights`: True (the paper's), `"gaussian"`, `"orthogonal"`, `"pissa"`, …
         bias: `"none"`, `"all"` or `"lora_only"`: which biases are trained too.
@@ -59,6 +60,8 @@ class LoRA(PEFT):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         if variant not in ("lora", "rslora", "dora"):
             raise ValueError(f'variant must be "lora", "rslora" or "dora", got {variant!r}.')
+        if layers is not None and isinstance(target_modules, str):
+            raise ValueError("layers goes with a list of target_modules; a regular expression says the layers itself.")
         super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.target_modules, self.layers = target_modules, layers
@@ -67,12 +70,14 @@ class LoRA(PEFT):
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from peft import LoraConfig
 
+        targets = default_targets(backbone) if self.target_modules is None else self.target_modules
+        if self.layers is not None:
+            targets = targets_in_layers(backbone, list(targets), self.layers)
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
-            target_modules=default_targets(backbone) if self.target_modules is None else self.target_modules,
-            layers_to_transform=self.layers,
+            target_modules=targets,
             use_rslora=self.variant == "rslora",
             use_dora=self.variant == "dora",
             init_lora_weights=self.init,  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def repair(module: nn.Module, optimizers: Sequence[Optimizer]) -> int:
             if len(kept) < len(group["params"]):
                 # the group held the backbone, so this is where its adapters belong
                 added += len(missing)
-                group["params"] = kept + missing
+                group["params"][:] = kept + missing  # in place: LBFGS keeps the list itself
                 missing = []
         # a group may be left without parameters; torch accepts that, and schedulers count groups
         for parameter in [p for p in optimizer.state if not p.requires_grad]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -9,12 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_peft.callbacks import optimizers
-from lightning_peft.callbacks.backbone import when_built
+from lightning_peft.callbacks.backbone import building_hooks, find_backbone, forget, when_built
 from lightning_peft.callbacks.report import print_table, summary
 from lightning_peft.checkpoint import keep_adapters, restore_adapters
 from lightning_peft.positions import tracked
 from lightning_peft.tuners.configs import different_fields
-from lightning_peft.tuners.stack import AdapterStack, Part, stack_of
+from lightning_peft.tuners.stack import AdapterStack, Part, find_stacks, stack_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -77,13 +80,13 @@ class PEFT(Callback):
 
     def apply(self, module: L.LightningModule) -> Part:
         """Freeze and inject now, without a Trainer: for launchers that fork or spawn, and for use by hand."""
-        found: list[Part] = []
-        when_built(module, self.backbone, lambda name: found.append(self._inject(module, name)))
-        if not found:
-            for hook in ("setup", "configure_model"):
-                module.__dict__.pop(hook, None)
-            raise ValueError(f"{type(module).__name__} has not built its backbone yet; build it, then apply.")
-        return found[0]
+        name = find_backbone(module, self.backbone, final=not building_hooks(module))
+        if name is None:
+            raise ValueError(
+                f"{type(module).__name__} may not have built its backbone yet: build it, then apply, or name it with "
+                "backbone=...."
+            )
+        return self._inject(module, name)
 
     # -- Lightning's hooks, in the order in which they run -----------------------------------------------------------
 
@@ -113,6 +116,9 @@ class PEFT(Callback):
         assert self.stack is not None
         set_modes(self.stack.backbone, self.backbone_dropout)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        forget(pl_module)
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -137,7 +143,9 @@ class PEFT(Callback):
     def _inject(self, module: L.LightningModule, backbone_name: str) -> Part:
         """Freeze and inject, once; a later call finds the adapter in place."""
         backbone = module.get_submodule(backbone_name)
-        stack = self.stack = stack_of(backbone)
+        # the hook that ran in between may have wrapped the backbone, as torch.compile does
+        there = [stack for stack in find_stacks(backbone).values() if self.name in stack]
+        stack = self.stack = there[0] if there else stack_of(backbone)
         config = self.make_config(backbone)
         if self.name in stack:
             part = stack[self.name]
@@ -198,15 +206,23 @@ class PEFT(Callback):
 def set_modes(backbone: nn.Module, dropout: bool) -> None:
     """Frozen parts in evaluation mode (with `dropout`, all but normalisation in training mode), adapters in training."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     backbone.train(dropout)
-    for module in backbone.modules():
+    for module in list(backbone.modules()):
         if isinstance(module, BaseTunerLayer):
+            module.training = True  # some tuners ask the layer itself whether their dropout is on
             for child in module.children():
                 if child is not getattr(module, "base_layer", None):
                     child.train()
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
             module.eval()
+    for module in backbone.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):  # whole modules that are trained and saved (modules_to_save)
+            for child in module.children():
+                if child is not module.original_module:
+                    child.train()
+    _checkpoint_in_evaluation(backbone, dropout)
 
 
 def stop_input_gradients(backbone: nn.Module) -> None:
@@ -217,8 +233,38 @@ def stop_input_gradients(backbone: nn.Module) -> None:
     """
     functions = (getattr(m, "_gradient_checkpointing_func", None) for m in backbone.modules())
     reentrant = any(f is not None and getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions)
-    if not reentrant and hasattr(backbone, "disable_input_require_grads"):
-        backbone.disable_input_require_grads()
+    if not reentrant:
+        for module in backbone.modules():
+            if hasattr(module, "disable_input_require_grads"):
+                module.disable_input_require_grads()
+
+
+def _checkpoint_in_evaluation(backbone: nn.Module, dropout: bool) -> None:
+    """Keep activation checkpointing on in a frozen backbone: transformers leaves it out in evaluation mode."""
+    layers = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ())
+    for module in backbone.modules():
+        if isinstance(module, layers) and module.gradient_checkpointing:
+            function = module._gradient_checkpointing_func
+            function = getattr(function, "checkpoint", function)
+            module._gradient_checkpointing_func = function if dropout else _Checkpoint(module, function)
+            module.training = True
+
+
+class _Checkpoint:
+    """A block's checkpointing function that runs the block in evaluation mode, now and when it is recomputed."""
+
+    def __init__(self, block: nn.Module, checkpoint: functools.partial[Any]) -> None:
+        self.block, self.checkpoint, self.keywords = block, checkpoint, checkpoint.keywords
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.checkpoint(self._run, function, *args)
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        self.block.training = False
+        try:
+            return function(*args)
+        finally:
+            self.block.training = True
 
 
 def hook_checkpoints(module: L.LightningModule) -> None:
@@ -249,6 +295,4 @@ class _CheckpointHooks:
 
 
 def _has_adapter(module: nn.Module, name: str) -> bool:
-    from lightning_peft.tuners.stack import find_stacks
-
     return any(name in stack for stack in find_stacks(module).values())

@@ -71,7 +71,8 @@ def head_sites(model: nn.Module, pattern: str | None = None, num_heads: int | No
     count = num_heads or getattr(config, "num_attention_heads", None)
     if not count:
         raise ValueError(
-            f"{type(model).__name__} has no configuration that says how many heads it has: give num_heads."
+            f"{type(model).__name__} has no configuration that says how many heads it has: give num_heads (ITI's "
+            "heads_per_layer)."
         )
     sites = []
     for layer, (name, module) in enumerate(sorted(found, key=lambda item: _numbers(item[0]))):

@@ -58,8 +58,8 @@ def compute_iti(
 ) -> HeadEdit:
     """Fit a probe to every head, rank the heads on held-out questions, and compute direction and spread of the best.
 
-    Li et al. 2023, arXiv:2306.03341. Heads are ranked by validation accuracy, ties by validation log-loss. Direction
-    and sigma come from all examples given, which must be training questions only.
+    Li et al. 2023, arXiv:2306.03341. Heads are ranked by validation accuracy, ties by validation log-loss. The mass
+    mean and sigma come from all examples given, which must be training questions only.
 
     Args:
         activations: `[N, layers, heads, head_dim]`, last-token head outputs of N labelled statements.
@@ -73,10 +73,15 @@ def compute_iti(
         seed: of the inner split and of random directions.
 
     Raises:
-        ValueError: more heads asked for than there are, one class only, too few questions, or activations that are
-            not finite.
+        ValueError: more heads asked for than there are, one class only, too few questions, rows that do not match, or
+            activations that are not finite.
     """
     layers, heads, width = activations.shape[1:]
+    if len({len(activations), len(truth), len(question_id)}) > 1:
+        raise ValueError(
+            f"{len(activations)} activations, {len(truth)} truth values and {len(question_id)} question ids were "
+            "given: one of each is needed for every statement."
+        )
     if not 1 <= num_heads <= layers * heads:
         raise ValueError(f"num_heads is {num_heads}, but the model has {layers * heads} heads ({layers} x {heads}).")
     if direction not in DIRECTIONS:
@@ -86,7 +91,7 @@ def compute_iti(
         layer, head = (int(i) for i in (~finite).nonzero()[0])
         raise ValueError(f"The activations of layer {layer}, head {head} contain NaN or infinite values.")
     if (found := set(truth.unique().tolist())) != {0, 1}:
-        raise ValueError(f"Statements of both classes are needed, truth 0 and 1; only {sorted(found)} were given.")
+        raise ValueError(f"Statements of both classes are needed, truth 0 and 1; the values given are {sorted(found)}.")
 
     x = activations.reshape(len(activations), layers * heads, width).float()
     train, val = split_questions(question_id, val_fraction, seed)

@@ -24,9 +24,7 @@ class AdapterError(ValueError):
     """A saved adapter cannot be used: unreadable, incomplete, not finite, or made for another base model."""
 
 
-def write_folders(
-    root: Path, adapters: Mapping[str, tuple[PeftConfig, Mapping[str, Tensor], dict[str, Any]]]
-) -> None:
+def write_folders(root: Path, adapters: Mapping[str, tuple[PeftConfig, Mapping[str, Tensor], dict[str, Any]]]) -> None:
     """Write one adapter as a peft folder, or several as a subfolder each with their order in `stack.json`.
 
     Everything is written beside its place and renamed once all of it is there. What says that a folder is whole, its
@@ -54,7 +52,7 @@ def write_folders(
         for file in (ORDER, CONFIG, *(f"{place}/{CONFIG}" for place in places.values() if place)):
             (root / file).unlink(missing_ok=True)
         for place in places.values():
-            (root / place).mkdir(exist_ok=True)
+            (root / place).mkdir(parents=True, exist_ok=True)
             for file in (WEIGHTS, NOTES, CONFIG):
                 os.replace(Path(made, place, file), root / place / file)
         if len(adapters) > 1:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 _SAMPLES = 8  # values read from each sampled tensor
 _TENSORS = 4  # tensors sampled, spread over the model
-# an adapter fits the same base in another precision: bfloat16 keeps 8 bits, so values agree to 2**-8 of themselves
-_RELATIVE = 2.0**-7
+_SUBNORMAL = 1e-7  # values this small are rounded to a fixed grid in float16
 
 
 def fingerprint(backbone: nn.Module) -> dict[str, Any]:
@@ -19,14 +18,15 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
 
     Returns:
         `{"names": sha256 of all parameter names and shapes, "model_type": str | None,
-        "samples": {parameter name: [values]}}`. Quantised weights are named but not sampled.
+        "samples": {parameter name: {"dtype": str, "values": [...]}}}`. Matrices are sampled, since norms and biases
+        are often alike in different models. Quantised weights are named but not sampled.
     """
     parameters = _base_parameters(backbone)
     digest = hashlib.sha256()
     for name, parameter in parameters.items():
         digest.update(f"{name} {tuple(_shape(parameter))}\n".encode())
     floats = {n: p for n, p in parameters.items() if p.is_floating_point() and p.numel() and p.device.type != "meta"}
-    names = list(floats)
+    names = [n for n, p in floats.items() if p.dim() > 1] or list(floats)
     chosen = sorted(
         {names[round(i * (len(names) - 1) / max(1, _TENSORS - 1))] for i in range(_TENSORS)} if names else ()
     )
@@ -38,16 +38,19 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
 
 
 def mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """Say in a few words how two fingerprints differ, or None where they fit (precision may differ)."""
+    """Say in a few words how two fingerprints differ, or None where they fit: the precision may differ."""
     if expected["names"] != found["names"]:
         kinds = f"{expected.get('model_type')} and {found.get('model_type')}"
         return f"their parameters have other names or shapes (model types {kinds})"
-    for name, values in expected["samples"].items():
+    for name, sample in expected["samples"].items():
         other = found["samples"].get(name)
         if other is None:  # quantised, or on the meta device: names and shapes are all that can be compared
             continue
-        a, b = torch.tensor(values), torch.tensor(other)
-        if not torch.allclose(a, b, rtol=_RELATIVE, atol=_RELATIVE * float(a.abs().max())):
+        # values agree to the coarser of the two precisions, exactly where both are the same
+        coarse = max(torch.finfo(getattr(torch, s["dtype"])).eps for s in (sample, other))
+        relative = coarse if sample["dtype"] != other["dtype"] else 0.0
+        a, b = torch.tensor(sample["values"]), torch.tensor(other["values"])
+        if not torch.allclose(a, b, rtol=relative, atol=_SUBNORMAL):
             return f"{name} holds other values"
     return None
 
@@ -70,7 +73,8 @@ def _shape(parameter: Tensor) -> torch.Size:
     return parameter.shape if state is None else state.shape
 
 
-def _sample(parameter: Tensor) -> list[float]:
+def _sample(parameter: Tensor) -> dict[str, Any]:
     flat = parameter.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel())).long()
-    return [float(v) for v in flat[index.to(flat.device)].float().cpu()]
+    index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+    values = [float(v) for v in flat[index.to(flat.device)].float().cpu()]
+    return {"dtype": str(parameter.dtype).removeprefix("torch."), "values": values}

@@ -190,7 +190,8 @@ class AdapterStack:
         try:
             for part in parts:
                 for module in _layers(part):
-                    module.merge(safe_merge=True, adapter_names=[part.name])
+                    if part.name not in module.merged_adapters:
+                        module.merge(safe_merge=True, adapter_names=[part.name])
         except Exception:
             self.unmerge()
             raise
@@ -249,9 +250,8 @@ class AdapterStack:
         check_same_keys(set(keys), set(tensors), f"{source} and adapter {part.name!r}")
         for key, name in keys.items():
             if state[name].shape != tensors[key].shape:
-                raise AdapterError(
-                    f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(state[name].shape)}."
-                )
+                shapes = f"has shape {tuple(tensors[key].shape)}, the model needs {tuple(state[name].shape)}"
+                raise AdapterError(f"{source}: {key} {shapes}.")
         check_finite(tensors, source)
         self.unmerge()
         with torch.no_grad():
@@ -284,7 +284,7 @@ class AdapterStack:
 
 def standalone_key(key: str) -> str:
     """A key as it would be if no other adapter wrapped the same module."""
-    return key.replace(".base_layer.", ".")
+    return re.sub(r"\.base_layer(?=\.)", "", key)
 
 
 def check_same_keys(expected: set[str], found: set[str], what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -30,6 +31,31 @@ def default_targets(backbone: nn.Module) -> list[str]:
     if not names:
         raise ValueError(f"{type(backbone).__name__} has no linear layer to adapt; name the target_modules.")
     return names
+
+
+def targets_in_layers(backbone: nn.Module, targets: list[str], layers: list[int]) -> list[str]:
+    """The full names of the targets that stand in blocks of these numbers, counted in the outermost numbered list.
+
+    peft's `layers_to_transform` lets targets given by full name through, and is content if one of the blocks exists.
+
+    Args:
+        backbone: the model to adapt.
+        targets: names or ends of names; one that matches nothing is kept, to be refused with the others.
+        layers: block numbers, 0-based.
+
+    Raises:
+        ValueError: there is no such block with a target in it.
+    """
+    unknown, blocks = set(targets), dict[str, int]()
+    for name, _ in base_modules(backbone):
+        if matching := {target for target in targets if name == target or name.endswith(f".{target}")}:
+            unknown -= matching
+            if block := re.search(r"(?:^|\.)(\d+)(?:\.|$)", name):
+                blocks[name] = int(block[1])
+    if not unknown and (absent := sorted(set(layers) - set(blocks.values()))):
+        known = ", ".join(map(str, sorted(set(blocks.values())))) or "in no numbered list"
+        raise ValueError(f"There is no block {absent[0]} to adapt: the blocks with target modules are {known}.")
+    return [name for name, number in blocks.items() if number in layers] + sorted(unknown)
 
 
 def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:

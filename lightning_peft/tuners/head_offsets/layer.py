@@ -90,18 +90,23 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
             )
         return mask.to(x.dtype).reshape(*x.shape[:-1], 1)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the edit into the projection's bias: `b + W_o · displacement`, exact for `positions="all"`."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.head_offsets]
-        for name in names:
-            if self.policies[name] != "all":
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Raise `ValueError` unless these adapters (those of them that the layer has) can become a bias."""
+        base = self.get_base_layer()
+        for name in adapter_names:
+            if name in self.policies and self.policies[name] != "all":
                 raise ValueError(
                     f"Adapter {name!r} edits only {self.policies[name]!r} positions; a bias acts at every one, so "
                     'only positions="all" can be merged.'
                 )
+            if name in self.policies and not hasattr(base, "bias"):
+                raise ValueError(f"Cannot merge head offsets into {type(base).__name__}: it has no place for a bias.")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the edit into the projection's bias: `b + W_o · displacement`, exact for `positions="all"`."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.head_offsets]
+        self.check_merge(names)
         base = self.get_base_layer()
-        if names and not hasattr(base, "bias"):
-            raise ValueError(f"Cannot merge head offsets into {type(base).__name__}: it has no place for a bias.")
         for name in names:
             # running the projection itself serves Conv1D, quantised and wrapped layers alike
             with torch.no_grad():

@@ -53,8 +53,16 @@ class HeadOffsetsModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        if peft_config.heads is not None and current_key not in peft_config.heads:
+            return  # peft matches the ends of names; heads are given by full names
         if isinstance(target, HeadOffsetsLayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
         layer = HeadOffsetsLayer(target, adapter_name, peft_config, current_key, track(self.model))
         setattr(parent, target_name, layer)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, HeadOffsetsLayer):
+                module.check_merge(list(self.peft_config))
