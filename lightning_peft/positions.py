@@ -108,7 +108,7 @@ class Positions:
             self._call = None
             return
         batch, length = tokens.shape[:2]
-        past = given.get("past_key_values")
+        past: Any = given.get("past_key_values")
         past_length = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
         attention = given.get("attention_mask")
         if not (isinstance(attention, Tensor) and attention.dim() == 2):

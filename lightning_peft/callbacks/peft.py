@@ -84,7 +84,7 @@ class PEFT(Callback):
         if name is None:
             raise ValueError(
                 f"{type(module).__name__} may not have built its backbone yet: build it, then apply, or name it with "
-                "backbone=...."
+                "the argument backbone."
             )
         return self._inject(module, name)
 
@@ -95,7 +95,13 @@ class PEFT(Callback):
         self._check_launcher(trainer, pl_module)
         if stage == "fit":
             self._check_data(trainer)
-        when_built(pl_module, self.backbone, lambda name: self._inject(pl_module, name))
+
+        def place(name: str) -> None:
+            self._inject(pl_module, name)
+            if stage == "fit":
+                self._choose_trained(trainer)
+
+        when_built(pl_module, self.backbone, place)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.stack is not None
@@ -146,7 +152,7 @@ class PEFT(Callback):
         # the hook that ran in between may have wrapped the backbone, as torch.compile does
         there = [stack for stack in find_stacks(backbone).values() if self.name in stack]
         stack = self.stack = there[0] if there else stack_of(backbone)
-        config = self.make_config(backbone)
+        config = self.make_config(stack.backbone)
         if self.name in stack:
             part = stack[self.name]
             differences = different_fields(part.config, config)
@@ -156,11 +162,18 @@ class PEFT(Callback):
                 raise ValueError(
                     f"The backbone already has an adapter {self.name!r} with other settings: {'; '.join(differences)}."
                 )
-            part.tuner.set_requires_grad(self.name, True)
         else:
             part = stack.add(config, self.name, self.computed)
         hook_checkpoints(module)
         return part
+
+    def _choose_trained(self, trainer: L.Trainer) -> None:
+        """This adapter acts and is trained; one that no callback of this Trainer asks for stays as it is."""
+        assert self.stack is not None
+        self.stack.enable(True, self.name)
+        asked = {callback.name for callback in _callbacks(trainer) if isinstance(callback, PEFT)}
+        for part in self.stack.parts:
+            part.tuner.set_requires_grad(part.name, part.name in asked)
 
     def _prepare_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.optimizers:
@@ -177,7 +190,7 @@ class PEFT(Callback):
     def _check_callbacks(self, trainer: L.Trainer) -> None:
         from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = _callbacks(trainer)
         for callback in callbacks[: callbacks.index(self)]:
             if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
                 raise ValueError(
@@ -204,7 +217,7 @@ class PEFT(Callback):
 
 
 def set_modes(backbone: nn.Module, dropout: bool) -> None:
-    """Frozen parts in evaluation mode (with `dropout`, all but normalisation in training mode), adapters in training."""
+    """Frozen parts in evaluation mode (with `dropout`, normalisation only), adapters in training mode."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -292,6 +305,10 @@ class _CheckpointHooks:
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore_adapters(self.module, checkpoint, "the checkpoint")
         type(self.module).on_load_checkpoint(self.module, checkpoint)
+
+
+def _callbacks(trainer: L.Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _has_adapter(module: nn.Module, name: str) -> bool:

@@ -75,7 +75,7 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, below: Path | None) 
 def _tune(plan: Plan, row: Row, fold: int, folder: Path, below: Path | None) -> tuple[CausalLM, dict[str, Any]]:
     """Try every learning rate until its validation loss stops falling; return the best epoch of the best trial."""
     shutil.rmtree(folder / "trials", ignore_errors=True)  # what a killed run left
-    trials = []
+    trials: list[dict[str, Any]] = []
     for rate in row.learning_rates:
         L.seed_everything(plan.seed, verbose=False)  # every trial starts alike
         module = _module(plan, row, below)

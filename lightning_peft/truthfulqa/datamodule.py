@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_peft.truthfulqa.batches import LengthGroupedSampler
 from lightning_peft.truthfulqa.folds import assign_folds, inner_split
 from lightning_peft.truthfulqa.prompts import QA_PRIMER, encode_pair, few_shot_primer, question_prompt, statement
 from lightning_peft.truthfulqa.questions import Question, data_hash, load_questions, subset
@@ -27,7 +28,8 @@ class TruthfulQADataModule(L.LightningDataModule):
     (-100 outside the answer), `truth [B]` (1 true, 0 false), `question_id [B]`, and `answer_start [B]`, the position
     id of the last prompt token, from which the answer is predicted.
 
-    - Training, `train="answers"` (to tune): every true answer to the inner training questions, shuffled.
+    - Training, `train="answers"` (to tune): every true answer to the inner training questions, shuffled,
+      rows of like length together.
     - Training, `train="statements"` (to probe): every true and false answer to all training questions, one line
       each, sorted by length; callbacks that probe make their own inner split.
     - Validation: every true answer to the inner validation questions.
@@ -104,8 +106,9 @@ class TruthfulQADataModule(L.LightningDataModule):
             # sorted by length, so that a batch holds little padding, whatever sampler a strategy puts in
             examples = sorted(self._statements(self.fold_questions), key=lambda e: len(e["input_ids"]))  # type: ignore[arg-type]
             return self._loader(examples)
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._loader(self._answers(self.train_questions), shuffle=True, generator=generator)
+        examples = self._answers(self.train_questions)
+        lengths = [len(e["input_ids"]) for e in examples]  # type: ignore[arg-type]
+        return self._loader(examples, sampler=LengthGroupedSampler(lengths, self.batch_size, self.seed))
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self._answers(self.val_questions))

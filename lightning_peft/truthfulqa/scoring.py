@@ -65,7 +65,7 @@ class ChoiceScorer:
         shared = _common_prefix(rows)
         keep = min(len(_common_prefix([self._cached, shared])), start)
         if self._cache is None:
-            self._cache = DynamicCache(config=self.backbone.config)
+            self._cache = DynamicCache(config=getattr(self.backbone, "config", None))
         self._crop(keep)
         tokens = shared[keep:]
         positions = list(range(keep, len(shared)))

@@ -41,8 +41,8 @@ def with_strength(config: PeftConfig, strength: float) -> PeftConfig:
     config = copy.deepcopy(config)
     if strength == 1.0:
         return config
-    if getattr(config, "alpha_pattern", None):
-        config.alpha_pattern = {key: value * strength for key, value in config.alpha_pattern.items()}
+    if pattern := getattr(config, "alpha_pattern", None):
+        config.alpha_pattern = {k: v * strength for k, v in pattern.items()}  # type: ignore[attr-defined]
     for name in ("lora_alpha", "alpha"):
         if hasattr(config, name):
             setattr(config, name, getattr(config, name) * strength)

@@ -24,7 +24,7 @@ from lightning_peft.tuners.fingerprint import fingerprint, mismatch
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner
 
 _ATTRIBUTE = "_lightning_peft_stack"
 _PREFIX = "base_model.model."  # what PeftModel puts before every key
@@ -90,7 +90,7 @@ class AdapterStack:
         if not computed and any(part.computed for part in self.parts):
             edits = ", ".join(repr(part.name) for part in self.parts if part.computed)
             raise ValueError(f"Adapter {name!r} is tuned and belongs below the edit {edits}: tune first, then edit.")
-        tuner_class = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+        tuner_class = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)  # type: ignore[call-overload]
         if config.is_prompt_learning or tuner_class is None or not hasattr(tuner_class, "tuner_layer_cls"):
             raise ValueError(f"{type(config).__name__} does not adapt modules in place, which this package needs.")
         if tuner_class.uses_shared_state:
@@ -107,11 +107,11 @@ class AdapterStack:
         except Exception:
             _take_out(self.backbone, tuner_class.tuner_layer_cls, name)
             if configs:
-                self.backbone.peft_config = configs
+                self.backbone.__dict__["peft_config"] = configs
             self._activate()
             raise
         self.base = base
-        self.backbone.peft_config = {**configs, name: own}
+        self.backbone.__dict__["peft_config"] = {**configs, name: own}
         part = Part(name, copy.deepcopy(config), tuner, computed, dict(record or {}))
         part.scaling = {m: float(m.scaling[name]) for m in _layers(part) if name in getattr(m, "scaling", {})}
         self.parts.append(part)
@@ -123,9 +123,9 @@ class AdapterStack:
         part = self[name]
         self.unmerge()
         self.parts.remove(part)
-        del self.backbone.peft_config[name]
-        if not self.backbone.peft_config:
-            del self.backbone.peft_config
+        configs = self.backbone.__dict__.pop("peft_config")
+        if remaining := {other: config for other, config in configs.items() if other != name}:
+            self.backbone.__dict__["peft_config"] = remaining
         _take_out(self.backbone, type(part.tuner).tuner_layer_cls, name)
         self._activate()
 
@@ -388,24 +388,24 @@ def load_adapter(backbone: nn.Module, folder: str | Path, name: str | None = Non
     return added
 
 
-def _layers(part: Part) -> Iterator[BaseTunerLayer]:
-    """The tuner layers that carry this part."""
+def _layers(part: Part) -> Iterator[Any]:
+    """The tuner layers (`BaseTunerLayer`) that carry this part."""
     cls = type(part.tuner).tuner_layer_cls
     for module in part.tuner.model.modules():
         if isinstance(module, cls) and part.name in module._get_available_adapters():
             yield module
 
 
-def _take_out(backbone: nn.Module, cls: type, name: str) -> None:
+def _take_out(backbone: nn.Module, cls: Any, name: str) -> None:
     """Delete an adapter from every wrapper of `cls`, and put back the modules whose wrapper holds no other."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     for parent in list(backbone.modules()):
         for child_name, child in list(parent.named_children()):
-            if isinstance(child, cls) and name in child._get_available_adapters():  # type: ignore[attr-defined]
+            if isinstance(child, cls) and name in child._get_available_adapters():
                 child._active_adapter = []  # so that peft need not choose, and warn of, another
-                child.delete_adapter(name)  # type: ignore[operator]
-                if not child._get_available_adapters():  # type: ignore[attr-defined]
+                child.delete_adapter(name)
+                if not child._get_available_adapters():
                     setattr(parent, child_name, child.base_layer)
             elif isinstance(child, AuxiliaryTrainingWrapper) and name in child._adapters:
                 child.delete_adapter(name, [])

@@ -22,7 +22,7 @@ def default_targets(backbone: nn.Module) -> list[str]:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     model_type = getattr(getattr(backbone, "config", None), "model_type", None)
-    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)  # type: ignore[arg-type]
     if known is not None:
         return list(known)
     get_output = getattr(backbone, "get_output_embeddings", None)
@@ -65,8 +65,7 @@ def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[nn.Module] = set()
     for name, module in backbone.named_modules():
         if isinstance(module, BaseTunerLayer):
-            base = module.get_base_layer()
-            inside |= set(module.modules()) - set(base.modules())
+            inside |= set(module.modules()) - set(module.get_base_layer().modules())  # type: ignore[attr-defined]
         if module not in inside:
             yield standalone_key(name + ".").rstrip("."), module
 

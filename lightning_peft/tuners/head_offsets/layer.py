@@ -33,7 +33,9 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._bias_before_merge: Tensor | None = None
         self._positions = positions
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features: int
+        self.out_features: int
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
@@ -106,7 +108,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         """Write the edit into the projection's bias: `b + W_o · displacement`, exact for `positions="all"`."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.head_offsets]
         self.check_merge(names)
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         for name in names:
             # running the projection itself serves Conv1D, quantised and wrapped layers alike
             with torch.no_grad():
@@ -124,8 +126,9 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the projection's own bias back, bit for bit."""
         if self.merged_adapters:
+            base: Any = self.get_base_layer()
             before = self._bias_before_merge
-            self.get_base_layer().bias = None if before is None else nn.Parameter(before, requires_grad=False)
+            base.bias = None if before is None else nn.Parameter(before, requires_grad=False)
             self.merged_adapters.clear()
 
     def __repr__(self) -> str:

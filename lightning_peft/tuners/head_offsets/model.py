@@ -30,7 +30,9 @@ class HeadOffsetsModel(BaseTuner):
     tuner_layer_cls = HeadOffsetsLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
 
-    def _prepare_adapter_config(self, peft_config: HeadOffsetsConfig, model_config: dict) -> HeadOffsetsConfig:
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: HeadOffsetsConfig, model_config: dict
+    ) -> HeadOffsetsConfig:
         if peft_config.target_modules is None or peft_config.head_dim is None:
             raise ValueError(
                 "HeadOffsetsConfig needs target_modules (or heads) and head_dim; "
@@ -43,7 +45,7 @@ class HeadOffsetsModel(BaseTuner):
                 raise ValueError(f"The model has no module {name!r}, whose heads the adapter edits.")
         return peft_config
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: HeadOffsetsConfig,
         adapter_name: str,

@@ -1,0 +1,43 @@
+"""Shuffled batches of rows of like length, so that little of a batch is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+_POOL = 8  # batches whose rows are sorted together: enough to be alike, few enough to stay shuffled
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Row numbers in an order in which each run of `batch_size` rows is of like length; another order every epoch.
+
+    Args:
+        lengths: the length of each row, in tokens.
+        batch_size: the loader's.
+        seed: of the order.
+
+    Example:
+        >>> sorted(LengthGroupedSampler([5, 1, 4, 2], batch_size=2, seed=0))
+        [0, 1, 2, 3]
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+        pool = _POOL * self.batch_size
+        for begin in range(0, len(order), pool):
+            rows = sorted(order[begin : begin + pool], key=self.lengths.__getitem__)
+            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            # the short batch stays last, or the loader would cut all that follow it elsewhere
+            whole = len(batches) - (len(batches[-1]) < self.batch_size)
+            for i in [*torch.randperm(whole, generator=self.generator).tolist(), *range(whole, len(batches))]:
+                yield from batches[i]
