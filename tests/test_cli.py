@@ -54,6 +54,8 @@ def test_fit_then_test_from_the_checkpoint(
 def test_print_config_is_readable(
     tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(["fit", *arguments("lora.yaml", tiny_folder("llama"), tmp_path), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)

@@ -47,7 +47,7 @@ def test_base_scores_on_all_817_questions(smollm2: Path, truthfulqa_data: Path) 
 
 
 def test_iti_raises_mc2_on_questions_it_has_not_seen(smollm2: Path, truthfulqa_data: Path) -> None:
-    """K=48, α=15, mass mean, fitted on one fold, 150 questions of the other: MC2 up by at least .05; α=0 is the base."""
+    """K=48, α=15, mass mean, from one fold, on 150 questions of the other: MC2 up by at least .05; α=0 is the base."""
     L.seed_everything(0, verbose=False)
     module = CausalLM(str(smollm2))
     data = TruthfulQADataModule(source=str(truthfulqa_data / "v1"), train="statements", fold=1)

@@ -213,7 +213,7 @@ def _difference(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, flo
 
 
 def _contrasted(plan: Plan) -> list[tuple[str, str]]:
-    """The pairs of rows worth a line of their own: edited against tuned and against controls, a stack against its base."""
+    """The pairs worth a line of their own: edited against tuned and control rows, a stack against what it is on."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for row in plan.rows:
         kinds[row.kind].append(row.name)

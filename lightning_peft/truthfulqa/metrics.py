@@ -107,7 +107,8 @@ class MC1(_ChoiceMetric):
 
     Example:
         >>> metric = MC1()
-        >>> metric.update(torch.tensor([-2.0, -3.0, -4.0, -1.0]), torch.tensor([1, 0, 1, 0]), torch.tensor([0, 0, 1, 1]))
+        >>> logprobs, truth = torch.tensor([-2.0, -3.0, -4.0, -1.0]), torch.tensor([1, 0, 1, 0])
+        >>> metric.update(logprobs, truth, question_id=torch.tensor([0, 0, 1, 1]))
         >>> float(metric.compute())
         0.5
     """

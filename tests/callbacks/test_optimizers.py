@@ -120,9 +120,9 @@ def test_resuming_restores_the_repaired_group(tmp_path: Any) -> None:
         return AdamW(module.parameters(), lr=0.01)
 
     whole, first, second = Optimized(make), Optimized(make), Optimized(make)
-    made = fit(whole, lora(), max_steps=4)
-    fit(first, lora(), max_steps=2).save_checkpoint(tmp_path / "half.ckpt")
-    resumed = fit(second, lora(), max_steps=4, ckpt_path=tmp_path / "half.ckpt")
+    made = fit(whole, lora(), max_steps=8)
+    fit(first, lora(), max_steps=4).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(second, lora(), max_steps=8, ckpt_path=tmp_path / "half.ckpt")
     assert moved(weights(whole), weights(second)) == set()
     state, other = (o.optimizers[0].state_dict()["state"] for o in (made, resumed))
     assert len(state) == len(other) == len(trainable(whole))

@@ -15,8 +15,9 @@ from lightning_peft.truthfulqa import load_questions
 from lightning_peft.truthfulqa.questions import OWN_SET
 
 STOP = set(
-    "a an and are at be by do does did for from has have how in is it of on or that the to was were what when where which who why with".split()
-)  # noqa: E501
+    """a an and are at be by do does did for from has have how in is it of on or that the to was were what when where
+    which who why with""".split()
+)
 
 
 def rows() -> list[dict[str, str]]:
