@@ -14,10 +14,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from lightning_peft.truthfulqa import load_questions
 from lightning_peft.truthfulqa.questions import OWN_SET
 
-STOP = set(
-    """a an and are at be by do does did for from has have how in is it of on or that the to was were what when where
-    which who why with""".split()
-)
+STOP = frozenset({"a", "an", "and", "are", "be", "did", "do", "does", "for", "from", "has", "have", "how", "in", "is"})
+STOP |= {"it", "of", "on", "or", "that", "the", "to", "was", "were", "what", "when", "where", "which", "who", "why"}
 
 
 def rows() -> list[dict[str, str]]:
@@ -26,7 +24,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def words(question: str) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", question.lower())) - STOP
+    return {word for word in re.findall(r"[a-z0-9]+", question.lower()) if word not in STOP}
 
 
 def test_there_are_enough_of_enough_kinds() -> None:
