@@ -11,7 +11,10 @@ _POOL = 8  # batches whose rows are sorted together: enough to be alike, few eno
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Row numbers in an order in which each run of `batch_size` rows is of like length; another order every epoch.
+    """Row numbers in an order in which each run of `batch_size` rows is of like length.
+
+    The order depends on the seed and the epoch alone, so a resumed run goes on as it would have; Lightning calls
+    `set_epoch`.
 
     Args:
         lengths: the length of each row, in tokens.
@@ -26,18 +29,24 @@ class LengthGroupedSampler(Sampler[int]):
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch's order comes next."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
         pool = _POOL * self.batch_size
         for begin in range(0, len(order), pool):
             rows = sorted(order[begin : begin + pool], key=self.lengths.__getitem__)
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
             # the short batch stays last, or the loader would cut all that follow it elsewhere
             whole = len(batches) - (len(batches[-1]) < self.batch_size)
-            for i in [*torch.randperm(whole, generator=self.generator).tolist(), *range(whole, len(batches))]:
+            for i in [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]:
                 yield from batches[i]

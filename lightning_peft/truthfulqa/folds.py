@@ -57,6 +57,11 @@ def inner_split(
     """
     if not 0.0 < val_fraction <= 0.5:
         raise ValueError(f"val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
+    if len({_group(question) for question in questions}) < round(1 / val_fraction):
+        raise ValueError(
+            f"val_fraction {val_fraction} needs at least {round(1 / val_fraction)} training questions, "
+            f"got {len(questions)}: take more questions or a larger val_fraction."
+        )
     # one of round(1 / fraction) folds, so that the held-out part is stratified and grouped as the folds are
     folds = assign_folds(questions, round(1 / val_fraction), seed + 1)
     train = [question for question, fold in zip(questions, folds, strict=True) if fold != 0]

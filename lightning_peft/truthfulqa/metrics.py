@@ -30,6 +30,8 @@ def mc1(logprobs: Tensor, truth: Tensor, ties: Ties = "strict") -> float:
         >>> mc1(torch.tensor([-2.0, -2.0]), torch.tensor([1, 0])), mc1(torch.zeros(2), torch.tensor([1, 0]), "lm_eval")
         (0.0, 1.0)
     """
+    if ties not in ("strict", "lm_eval"):
+        raise ValueError(f'ties must be "strict" or "lm_eval", got {ties!r}.')
     true, false = _split(logprobs, truth)
     best, rival = true.max(), false.max()
     return float(best >= rival) if ties == "lm_eval" else float(best > rival)

@@ -85,8 +85,10 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
-    whole = tokenizer(stripped + continuation)["input_ids"]
-    prompt = len(tokenizer(stripped)["input_ids"])
+    # as the harness: a text that already begins with the tokenizer's own first token is not given another
+    options = {"add_special_tokens": False} if tokenizer.bos_token and stripped.startswith(tokenizer.bos_token) else {}
+    whole = tokenizer(stripped + continuation, **options)["input_ids"]
+    prompt = len(tokenizer(stripped, **options)["input_ids"])
     if not stripped:
         raise ValueError(f"The answer {continuation!r} has no prompt before it.")
     if len(whole) <= prompt:

@@ -80,6 +80,8 @@ def load_questions(source: str | Path = "hub") -> list[Question]:
         task, table = path, path.with_name("TruthfulQA.csv")
     else:
         task, table = path.with_suffix(".none"), path
+    if path.suffix == ".json" and not path.exists():
+        raise DataError(f"{path} does not exist.")  # never the CSV beside it instead, unasked
     if task.is_file():
         references = {_normal(q.text): q for q in _from_csv(table)} if table.is_file() else {}
         return _from_task(task, references)
@@ -124,7 +126,7 @@ def _from_csv(path: Path) -> list[Question]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
     except csv.Error as error:
-        raise DataError(f"{path} is not a CSV file: {error}.") from error
+        raise DataError(f"{path}, line {reader.reader.line_num}: not complete CSV ({error}).") from error
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     if not questions:
@@ -145,12 +147,14 @@ def _csv_question(row: Mapping[str, str | None], number: int, where: str, seen: 
     mc2 = dict.fromkeys(correct, 1) | dict.fromkeys(incorrect, 0)
     mc0 = {best: 1, _sentence(fields[_BINARY_COLUMN]): 0} if fields[_BINARY_COLUMN] else {}
     category = fields["Category"] or "unknown"
+    for labels in (mc1, mc2, mc0) if mc0 else (mc1, mc2):
+        _check_sides(labels, where)
     return _question(number, fields["Question"], category, (mc0, mc1, mc2), best, correct, incorrect)
 
 
 def _from_task(path: Path, references: Mapping[str, Question]) -> list[Question]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
     except json.JSONDecodeError as error:
@@ -165,9 +169,14 @@ def _from_task(path: Path, references: Mapping[str, Question]) -> list[Question]
         for key in ("question", "mc1_targets", "mc2_targets"):
             if not isinstance(entry, dict) or not entry.get(key):
                 raise DataError(f"{where}: {key!r} is missing or empty.")
+        if not isinstance(entry["question"], str) or not entry["question"].strip():
+            raise DataError(f"{where}: 'question' must be a text, got {entry['question']!r}.")
         targets = tuple(_labels(entry.get(f"mc{i}_targets", {}), f"{where}, mc{i}_targets") for i in range(3))
         empty += sum(not text.strip() for labels in targets for text in labels)
         targets = tuple({t: truth for t, truth in labels.items() if t.strip()} for labels in targets)
+        for i, labels in enumerate(targets):
+            if labels or i:  # only mc0 may be absent
+                _check_sides(labels, f"{where}, mc{i}_targets")
         _check_new(entry["question"], where, number, seen)
         reference = references.get(_normal(entry["question"]))
         correct = [text for text, truth in targets[2].items() if truth]
@@ -186,9 +195,12 @@ def _labels(targets: Any, where: str) -> dict[str, int]:
     for text, truth in targets.items():
         if truth not in (0, 1):
             raise DataError(f"{where}: {text!r} is labelled {truth!r}, not 0 or 1.")
-    if targets and set(targets.values()) != {0, 1}:
-        raise DataError(f"{where} needs a true and a false choice.")
     return targets
+
+
+def _check_sides(labels: Mapping[str, int], where: str) -> None:
+    if set(labels.values()) != {0, 1}:
+        raise DataError(f"{where} needs a true and a false choice.")
 
 
 def _from_hub() -> list[Question]:

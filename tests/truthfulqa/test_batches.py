@@ -14,9 +14,14 @@ def padding(order: list[int], batch_size: int = 8) -> int:
     return sum(max(row) * len(row) - sum(row) for row in rows)
 
 
-def test_every_row_once_in_another_order_each_epoch_and_the_same_for_a_seed() -> None:
+def test_every_row_once_in_another_order_each_epoch_and_the_same_for_a_seed_and_epoch() -> None:
     sampler = LengthGroupedSampler(LENGTHS, 8, seed=1)
-    first, second = list(sampler), list(sampler)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    resumed = LengthGroupedSampler(LENGTHS, 8, seed=1)
+    resumed.set_epoch(1)
+    assert list(resumed) == second, "a resumed run goes on as it would have"
     assert sorted(first) == sorted(second) == list(range(len(LENGTHS))) and first != second
     assert first == list(LengthGroupedSampler(LENGTHS, 8, seed=1)) and len(sampler) == 203
 

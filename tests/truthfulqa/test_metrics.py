@@ -42,6 +42,8 @@ def test_nan_and_one_sided_questions_are_one_sentence() -> None:
         mc1(torch.tensor([float("nan"), 0.0]), torch.tensor([1, 0]))
     with pytest.raises(ValueError, match="at least one true and one false"):
         mc2(SCORES, torch.tensor([1, 1, -1, -1]))
+    with pytest.raises(ValueError, match='ties must be "strict" or "lm_eval"'):
+        mc1(SCORES, torch.tensor([1, -1, 0, 0]), "lm-eval")  # type: ignore[arg-type]
 
 
 def test_metrics_are_means_over_questions_and_pass_over_others() -> None:

@@ -156,3 +156,47 @@ def test_a_subset_keeps_categories_in_proportion() -> None:
     assert data_hash(chosen) != data_hash(questions)
     with pytest.raises(ValueError, match="limit is 0"):
         subset(questions, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (ROW.replace("It is not; No", "; ;"), "line 2 needs a true and a false choice"),
+        (ROW.replace("It is not; No", "It is; No"), "line 2 needs a true and a false choice"),
+        (ROW.replace("It is,It is not,", "It is,It is,"), "line 2 needs a true and a false choice"),
+    ],
+)
+def test_a_csv_row_whose_answers_contradict_each_other_is_one_sentence(tmp_path: Path, row: str, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        load_questions(table(tmp_path, row))
+
+
+@pytest.mark.filterwarnings("ignore:.*empty choices")
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({**ENTRY, "mc1_targets": {"": 1, "No.": 0}}, "question 0, mc1_targets needs a true and a false choice"),
+        ({**ENTRY, "question": 5}, "question 0: 'question' must be a text, got 5"),
+        ({**ENTRY, "question": "  "}, "question 0: 'question' must be a text"),
+    ],
+)
+def test_a_task_entry_that_cannot_be_scored_is_one_sentence(tmp_path: Path, entry: object, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        load_questions(task(tmp_path, entry))
+
+
+def test_a_mistyped_task_file_is_not_replaced_by_the_csv_beside_it(tmp_path: Path) -> None:
+    table(tmp_path, ROW)
+    with pytest.raises(DataError, match=r"mc_tsk.json does not exist"):
+        load_questions(tmp_path / "mc_tsk.json")
+
+
+def test_a_truncated_csv_names_its_line_and_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    path = table(tmp_path, ROW)
+    path.write_text(path.read_text() + 'Adversarial,Tests,"Wh')
+    with pytest.raises(DataError, match=r"TruthfulQA.csv, line 3: not complete CSV"):
+        load_questions(path)
+    path.unlink()
+    path = task(tmp_path, ENTRY)
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    assert len(load_questions(path)) == 1
