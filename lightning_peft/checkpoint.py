@@ -163,7 +163,9 @@ def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
     """A checkpoint with adapters in it; only tensors and plain values are read."""
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise AdapterError(f"{path} is truncated or holds more than tensors and plain values.") from error
     _check_adapters(checkpoint, str(path))
     return checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network; must be set before transformers is imported
@@ -12,6 +12,9 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny
 from torch import Tensor
+
+# tiny models gain nothing from a second thread, and threads of several processes on few cores cost a multiple
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +54,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Cal
 def tokens() -> Tensor:
     """Token ids `[3, 9]`, no special tokens among them."""
     return torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """As many threads as there are cores, for the real model."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

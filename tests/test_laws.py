@@ -17,11 +17,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from edits import HEADS, close, fill
+from edits import HEADS, close, fill, rough
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from statements import Statements, trainer
-from tiny_models import tiny
 from torch import Tensor, nn
 
 from lightning_peft import load_adapter, save_adapter
@@ -100,9 +99,9 @@ def offsets_count(model: nn.Module, of: Architecture) -> int:
 
 
 ARCHITECTURES = {
-    "gpt2": Architecture(lambda: tiny("gpt2"), ("attn.c_attn", "attn.c_proj")),
-    "llama": Architecture(lambda: tiny("llama"), ("q_proj", "o_proj", "down_proj")),
-    "gpt_neox": Architecture(lambda: tiny("gpt_neox"), ("query_key_value", "attention.dense")),
+    "gpt2": Architecture(lambda: rough("gpt2"), ("attn.c_attn", "attn.c_proj")),
+    "llama": Architecture(lambda: rough("llama"), ("q_proj", "o_proj", "down_proj")),
+    "gpt_neox": Architecture(lambda: rough("gpt_neox"), ("query_key_value", "attention.dense")),
     "plain": Architecture(
         hand_written, ("qkv", "proj"), lambda model: head_sites(model, r"blocks\.\d+\.proj", 4), generates=False
     ),
@@ -270,6 +269,7 @@ def test_causality(method: str, architecture: str, tokens: Tensor) -> None:
 def test_cache(method: str, architecture: str, tokens: Tensor) -> None:
     """Generation with the key-value cache = without, and step by step = at once."""
     model, stack = adapted(method, architecture)
+    fill(stack, "adapter", size=2.0)  # so much that other tokens are chosen
     options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     cached, plain = (model.generate(tokens, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, plain)

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
 import pytest
-import torch
 
 from lightning_peft.callbacks import ITI
 from lightning_peft.models import CausalLM
 from lightning_peft.truthfulqa import TruthfulQADataModule
 from lightning_peft.tuners.stack import adapters
 
-pytestmark = [pytest.mark.real_model, pytest.mark.data, pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("all_threads"), pytest.mark.real_model, pytest.mark.data, pytest.mark.slow]
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def score(module: CausalLM, data: TruthfulQADataModule, questions: int | None = None) -> dict[str, float]:

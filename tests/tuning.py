@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parents[1]
+QUIET = (  # what Lightning says of any small run
+    "ignore:You defined a `validation_step`",
+    "ignore:.*does not have many workers",
+    "ignore:.*is deprecated",
+    "ignore:.*deprecated in",
+    "ignore:LightningCLI's args",
+    "ignore:.*Be aware that when using `ckpt_path`",
+    "ignore:.*removed from hparams",
+    "ignore:.*will be overridden by `LightningCLI",
+    "ignore:fan_in_fan_out",
+    "ignore:.*Checkpoint directory",
+)
 BUILT = ("__init__", "setup", "configure_model")  # where a module may build its backbone
 
 
@@ -197,8 +208,8 @@ def one_sentence(text: str) -> bool:
     return "\n" not in text and text.endswith(".") and len(re.findall(r"[.!?] +[A-Z]", text)) == 0
 
 
-def python(code: str, *arguments: Any, timeout: float = 240) -> str:
-    """Run code in a new process, with these tests' helpers at hand; what it prints."""
+def python(code: str | Path, *arguments: Any, timeout: float = 240) -> str:
+    """Run code, or a file of it, in a new process, with these tests' helpers at hand; what it prints."""
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     run = subprocess.run(
         [sys.executable, *(["-c", code] if isinstance(code, str) else [str(code)]), *map(str, arguments)],
@@ -209,7 +220,3 @@ def python(code: str, *arguments: Any, timeout: float = 240) -> str:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
-
-
-def names(parameters: Iterable[tuple[str, Tensor]]) -> set[str]:
-    return {name for name, _ in parameters}

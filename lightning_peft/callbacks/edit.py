@@ -70,7 +70,6 @@ class Edit(PEFT):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         assert self.stack is not None
-        self._done = False
         self.stack.backbone.eval()
         self.stack.enable(False, self.name)
         self.begin(self.stack)
@@ -100,16 +99,23 @@ class Edit(PEFT):
             trainer.should_stop = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._give_back(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and self._taken is not None:
             self._give_back(pl_module)
+            if not self._done and trainer.global_step == 0:  # else the edit came with a checkpoint
+                raise RuntimeError(
+                    f"{type(self).__name__} computed nothing, because fit ended before the first epoch did: it needs "
+                    "one whole pass over the training data."
+                )
 
     # -- taking over the module's training ---------------------------------------------------------------------------
 
     def _take_over(self, module: L.LightningModule) -> None:
         """Replace the module's training on the instance, remembering what was there."""
+        self._done = False
         self._taken = {name: module.__dict__.get(name) for name in _TAKEN}
         self._taken["automatic_optimization"] = module.automatic_optimization
 

@@ -18,7 +18,7 @@ from lightning_peft.positions import POLICIES
 from lightning_peft.tuners.stack import AdapterStack
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from lightning_peft.tuners.configs import PeftConfig  # as in lora.py
 
 
 class ITI(Edit):
@@ -51,6 +51,7 @@ class ITI(Edit):
     Raises:
         ValueError: in one sentence: no labels in the batch, one class only, more heads than the model has, activations
             that are not finite, an unknown architecture.
+        RuntimeError: fit ended before the pass did, so that nothing was computed.
     """
 
     def __init__(

@@ -10,7 +10,8 @@ from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.targets import default_targets, targets_in_layers
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
+    from lightning_peft.tuners.configs import PeftConfig
 
 
 class LoRA(PEFT):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
 from lightning_peft.callbacks import optimizers
@@ -135,6 +135,11 @@ class PEFT(Callback):
     ) -> None:
         self._note_answers(None)
 
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        keep_out_of_averages(trainer, pl_module)
+
+    on_train_end = on_validation_epoch_start
+
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         self._note_answers(batch)
 
@@ -171,9 +176,13 @@ class PEFT(Callback):
         """This adapter acts and is trained; one that no callback of this Trainer asks for stays as it is."""
         assert self.stack is not None
         self.stack.enable(True, self.name)
-        asked = {callback.name for callback in _callbacks(trainer) if isinstance(callback, PEFT)}
+        names = {callback.name for callback in _callbacks(trainer) if isinstance(callback, PEFT)}
+        parameters = dict(self.stack.backbone.named_parameters())
         for part in self.stack.parts:
-            part.tuner.set_requires_grad(part.name, part.name in asked)
+            part.tuner.set_requires_grad(part.name, part.name in names)
+            for live in self.stack.keys(part).values():
+                if live.endswith(".bias") and live in parameters:  # the base's own, where the method trains them
+                    parameters[live].requires_grad_(part.name in names)
 
     def _prepare_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.optimizers:
@@ -188,8 +197,6 @@ class PEFT(Callback):
             positions.batch_start = start
 
     def _check_callbacks(self, trainer: L.Trainer) -> None:
-        from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-
         callbacks = _callbacks(trainer)
         for callback in callbacks[: callbacks.index(self)]:
             if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
@@ -236,6 +243,16 @@ def set_modes(backbone: nn.Module, dropout: bool) -> None:
                 if child is not module.original_module:
                     child.train()
     _checkpoint_in_evaluation(backbone, dropout)
+
+
+def keep_out_of_averages(trainer: L.Trainer, module: nn.Module) -> None:
+    """Give averaged copies of the module its frozen weights bit for bit: averaging them would move them by rounding."""
+    for callback in _callbacks(trainer):
+        copied = callback._average_model if isinstance(callback, WeightAveraging) else None
+        if copied is not None:
+            for average, current in zip(copied.module.parameters(), module.parameters(), strict=True):
+                if not current.requires_grad:
+                    average.data.copy_(current.data)
 
 
 def stop_input_gradients(backbone: nn.Module) -> None:
@@ -303,7 +320,8 @@ class _CheckpointHooks:
         keep_adapters(self.module, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        restore_adapters(self.module, checkpoint, "the checkpoint")
+        # Lightning's averaging callbacks load both the average and the current weights strictly
+        restore_adapters(self.module, checkpoint, "the checkpoint", complete="current_model_state" in checkpoint)
         type(self.module).on_load_checkpoint(self.module, checkpoint)
 
 

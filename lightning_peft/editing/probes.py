@@ -99,7 +99,7 @@ class LogisticProbes:
         if self.standardize:
             mean = z.mean(1)
             scale = z.std(1, unbiased=False)
-            scale[scale <= len(sign) * torch.finfo(z.dtype).eps * mean.abs()] = 1.0  # constant but for rounding
+            scale[scale == 0] = 1.0
         z = torch.cat([(z - mean[:, None]) / scale[:, None], torch.ones_like(z[..., :1])], dim=-1)
         weights, used = self._newton(z, sign)
         coef = weights[:, :-1] / scale

@@ -11,6 +11,7 @@ from tiny_models import tiny
 from torch import nn
 from tuning import (
     BUILT,
+    QUIET,
     Classifier,
     ConfiguredClassifier,
     Language,
@@ -29,6 +30,8 @@ from tuning import (
 from lightning_peft import adapters
 from lightning_peft.callbacks import PEFT, LoRA
 from lightning_peft.tuners.stack import find_stacks
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
 
 def lora_layers(module: nn.Module) -> int:
@@ -125,6 +128,16 @@ def test_an_earlier_adapter_is_frozen_where_its_callback_is_not_given() -> None:
     assert all(value.any() for name, value in weights(module).items() if "lora_B.second" in name)
     fit(module, LoRA(r=2, backbone="net", name="first"))
     assert any(".first" in name for name in moved(before, weights(module)))
+
+
+def test_biases_are_trained_with_the_adapter_that_asks_for_them() -> None:
+    module = classifier()
+    first, second = (LoRA(r=2, bias=b, backbone="net", name=b) for b in ("lora_only", "none"))
+    bias = "net.input.base_layer.bias"
+    for callbacks, expected in (([first, second], True), ([second], False), ([first], True)):
+        before = weights(module)
+        fit(module, *callbacks)
+        assert torch.equal(before.get(bias, before.get("net.input.bias")), weights(module)[bias]) is not expected
 
 
 def test_an_adapter_that_was_merged_or_switched_off_acts_when_it_is_trained_on() -> None:

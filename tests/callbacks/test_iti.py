@@ -223,11 +223,12 @@ def test_best_is_taken_from_the_trainer_that_fitted(tmp_path: Path) -> None:
         assert trainer().test(module, DATA.loader(), verbose=False)[0]["test_loss"] != loss
 
 
-def test_fitting_on_from_a_checkpoint_gives_the_same_edit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_epochs", [1, 2])  # 1: the pass is over, and the edit is the checkpoint's
+def test_fitting_on_from_a_checkpoint_gives_the_same_edit(max_epochs: int, tmp_path: Path) -> None:
     module, keep = Module(), ModelCheckpoint(tmp_path)
     fitted(module, iti(), keep, enable_checkpointing=True)
     again = Module()
-    resumed = trainer(iti(), max_epochs=2)
+    resumed = trainer(iti(), max_epochs=max_epochs)
     resumed.fit(again, DATA.loader(), ckpt_path=keep.best_model_path)
     assert same(again.state_dict(), module.state_dict())
 
@@ -450,6 +451,22 @@ def test_activations_that_are_not_finite() -> None:
     module.backbone.model.layers[1].self_attn.v_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"^The activations of layer 1, head 0 contain NaN or infinite values\.$"):
         trainer(iti()).fit(module, DATA.loader())
+    assert was_restored(module)
+
+
+class Stop(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("callbacks", "options"), [([Stop()], {}), ([], {"limit_train_batches": 0})])
+def test_a_fit_that_ends_before_the_pass_does(callbacks: list[L.Callback], options: dict[str, Any]) -> None:
+    """As a time limit would end it: no edit of zeros is passed off as one."""
+    module = Module()
+    with pytest.raises(
+        RuntimeError, match=r"^ITI computed nothing, because fit ended before the first epoch did: it nee"
+    ):
+        trainer(iti(), *callbacks, **options).fit(module, DATA.loader())
     assert was_restored(module)
 
 

@@ -1,4 +1,4 @@
-"""However an optimizer came about, it holds every trainable parameter once and no frozen one, or the run does not start."""
+"""However an optimizer came about, it holds what is trainable once and nothing frozen, or the run does not start."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from tuning import Classifier, base_weights, classifier, fit, moved, one_sentence, points, weights
+from tuning import QUIET, Classifier, base_weights, classifier, fit, moved, one_sentence, points, weights
 
 from lightning_peft.callbacks import LoRA
 from lightning_peft.callbacks.optimizers import check, repair
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
 Make = Callable[[L.LightningModule], Any]
 
@@ -120,9 +122,9 @@ def test_resuming_restores_the_repaired_group(tmp_path: Any) -> None:
         return AdamW(module.parameters(), lr=0.01)
 
     whole, first, second = Optimized(make), Optimized(make), Optimized(make)
-    made = fit(whole, lora(), max_steps=8)
-    fit(first, lora(), max_steps=4).save_checkpoint(tmp_path / "half.ckpt")
-    resumed = fit(second, lora(), max_steps=8, ckpt_path=tmp_path / "half.ckpt")
+    made = fit(whole, lora(), max_steps=-1, max_epochs=2)
+    fit(first, lora(), max_steps=-1, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(second, lora(), max_steps=-1, max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
     assert moved(weights(whole), weights(second)) == set()
     state, other = (o.optimizers[0].state_dict()["state"] for o in (made, resumed))
     assert len(state) == len(other) == len(trainable(whole))

@@ -1,4 +1,4 @@
-"""The mechanism every tuning callback shares: frozen means frozen, nothing fails silently, and what is told to the user."""
+"""What every tuning callback shares: frozen means frozen, nothing fails silently, and what the user is told."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from tiny_models import tiny
 from torch import Tensor, nn
 from tuning import (
     Block,
@@ -43,7 +42,6 @@ METHODS = {
     "loha": peft.LoHaConfig(r=2, target_modules=["linear"], rank_dropout=0.1),
     "adapters of layer norm": peft.LNTuningConfig(target_modules=["norm"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["linear"]),
-    "vera": peft.VeraConfig(r=2, target_modules=["linear"]),
 }
 
 
@@ -65,9 +63,12 @@ def test_any_in_place_method_of_peft_trains(method: str) -> None:
     made = trainer(PEFT(METHODS[method], backbone="net"), max_steps=1)
     made.fit(module, points())
     part = adapters(module)["default"]
-    injected = {f"net.{name}": value.clone() for name, value in zip(
-        adapters(module).keys(part).values(), adapters(module).tensors(part).values(), strict=True
-    )}
+    injected = {
+        f"net.{name}": value.clone()
+        for name, value in zip(
+            adapters(module).keys(part).values(), adapters(module).tensors(part).values(), strict=True
+        )
+    }
     fit(module, PEFT(METHODS[method], backbone="net"))
     assert moved(injected, weights(module))
     frozen = {name for name in before if name.startswith("net.") and name in weights(module)} - set(injected)
@@ -91,6 +92,7 @@ def test_a_transformers_model_in_a_module_of_ones_own(kind: str) -> None:
     ("config", "message"),
     [
         (lambda: peft.PromptTuningConfig(num_virtual_tokens=2), "PromptTuningConfig does not adapt modules in place"),
+        (lambda: peft.VeraConfig(r=2), "VeraConfig shares weights between layers and cannot be injected in place"),
         (lambda: peft.PrefixTuningConfig(num_virtual_tokens=2), "PrefixTuningConfig does not adapt modules in place"),
     ],
 )
@@ -204,8 +206,8 @@ class Visits:
     def __init__(self, blocks: Any) -> None:
         self.forward, self.backward = [0] * len(blocks), [0] * len(blocks)
         for index, block in enumerate(blocks):
-            # a hook on the module itself is outside the checkpoint, one on its attention is inside
-            block.mlp.register_forward_hook(lambda *_, i=index: self._add(self.forward, i))
+            # hooks on the block itself would be outside the checkpoint
+            block.mlp.register_forward_pre_hook(lambda *_, i=index: self._add(self.forward, i))
             block.mlp.register_full_backward_hook(lambda *_, i=index: self._add(self.backward, i))
 
     @staticmethod
@@ -284,7 +286,9 @@ def test_weight_averaging_placed_first_is_one_sentence(averaging: Any) -> None:
     assert one_sentence(str(error.value))
 
 
-@pytest.mark.parametrize("averaging", [lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), EMAWeightAveraging])
+@pytest.mark.parametrize(
+    "averaging", [lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), EMAWeightAveraging]
+)
 def test_weight_averaging_placed_after_averages_the_adapter_only(averaging: Any) -> None:
     module = classifier()
     before = base_weights(module)
@@ -322,7 +326,9 @@ class Data(L.LightningDataModule):
 
 
 def test_a_data_module_of_the_wrong_kind_is_one_sentence() -> None:
-    with pytest.raises(ValueError, match=r"^LoRA needs answers to train on, but the data module yields statements: ") as error:
+    with pytest.raises(
+        ValueError, match=r"^LoRA needs answers to train on, but the data module yields statements: "
+    ) as error:
         trainer(lora()).fit(classifier(), Data("statements"))
     assert one_sentence(str(error.value))
     trainer(lora()).fit(classifier(), Data("answers"))
@@ -352,7 +358,7 @@ def test_the_table_says_what_was_injected_where(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert "Adapters on Net" in printed
     assert "4 × input, linear" in printed and "3 × linear" in printed
-    assert "171 trainable parameters" in printed.replace("\n", " ") or "trainable parameters" in printed
+    assert "195 trainable parameters" in printed
 
 
 def test_a_module_written_by_somebody_else_needs_no_change() -> None:
@@ -377,17 +383,25 @@ def test_a_module_written_by_somebody_else_needs_no_change() -> None:
 # -- several processes ----------------------------------------------------------------------------------------------
 
 DISTRIBUTED = """
-import json, sys
+import sys
 import torch
-from tuning import classifier, fit, points, weights
+from torch.utils.data import DataLoader, DistributedSampler
+from tuning import Classifier, points, trainer
 from lightning_peft.callbacks import LoRA
 
 torch.set_num_threads(1)
 strategy, devices, batch_size, path = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-import tuning
-tuning.data_of = lambda module: points(batch_size=batch_size)
-module = classifier()
-made = fit(module, LoRA(r=2, backbone="net"), strategy=strategy, devices=devices, max_steps=6, use_distributed_sampler=True)
+data = points().dataset
+options = {"strategy": strategy, "devices": devices, "max_steps": 6, "use_distributed_sampler": False}
+made = trainer(LoRA(r=2, backbone="net"), **options)
+
+class Module(Classifier):
+    def train_dataloader(self):
+        sampler = DistributedSampler(data, devices, self.global_rank, shuffle=False)  # deals rows out in turn
+        return DataLoader(data, batch_size, sampler=sampler)
+
+torch.manual_seed(5)
+made.fit(Module())
 made.save_checkpoint(path)
 """
 
@@ -424,6 +438,8 @@ import json
 from tuning import classifier, fit, weights
 from lightning_peft.callbacks import LoRA
 
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
+
 if __name__ == "__main__":
     module = classifier()
     LoRA(r=2, backbone="net").apply(module)
@@ -432,7 +448,3 @@ if __name__ == "__main__":
 """
     )
     assert json.loads(python(script).splitlines()[-1]) == [True] * 4
-
-
-def test_the_tiny_model_is_left_alone_by_these_tests() -> None:
-    assert same(weights(tiny("llama")), weights(tiny("llama")))

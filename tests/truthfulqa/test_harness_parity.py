@@ -16,7 +16,7 @@ from lightning_peft.models import CausalLM
 from lightning_peft.truthfulqa import ChoiceScorer, Question, TruthfulQADataModule, load_questions
 from lightning_peft.truthfulqa.metrics import mc1, mc2
 
-pytestmark = [pytest.mark.real_model, pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("all_threads"), pytest.mark.real_model, pytest.mark.slow]
 
 
 def harness(questions: Sequence[Question], model: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from edits import HEADS, add_offsets, both, close, edited, fill, logits
+from edits import HEADS, PROJECTIONS, add_lora, add_offsets, both, close, edited, fill, logits, rough
 from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ def test_strength_zero_is_the_identity_although_offsets_are_not_zero(positions: 
     model, stack = edited("llama", positions)
     stack.scale(0.0)
     assert torch.equal(logits(model, tokens), base)
+    with torch.no_grad():  # the trunk alone says nothing of positions, and at strength 0 nobody asks
+        assert torch.equal(model.model(tokens)[0], tiny("llama").model(tokens)[0])
 
 
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)
@@ -111,7 +113,10 @@ def test_two_edits_on_the_same_heads_add_up(tokens: Tensor) -> None:
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)  # Linear without bias, Conv1D, Linear with bias
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "on LoRA"])
 def test_merged_equals_unmerged_and_unmerging_is_exact(kind: str, wrapped: bool, tokens: Tensor) -> None:
-    model, stack = both(kind) if wrapped else edited(kind)
+    model = rough(kind)
+    if wrapped:
+        add_lora(model, [PROJECTIONS[kind]])
+    stack = add_offsets(model)
     unmerged = logits(model, tokens)
     biases = [layer.get_base_layer().bias for layer in offset_layers(model)]
     before = [None if bias is None else bias.clone() for bias in biases]
