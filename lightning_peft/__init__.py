@@ -14,15 +14,16 @@ from lightning_peft.tuners.registration import register_with_peft
 
 if TYPE_CHECKING:
     from lightning_peft.checkpoint import export_checkpoint, load_from_checkpoint
-    from lightning_peft.tuners.stack import AdapterStack, adapters, load_adapter, save_adapter
+    from lightning_peft.tuners.saving import load_adapter, save_adapter
+    from lightning_peft.tuners.stack import AdapterStack, adapters
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "AdapterStack": "lightning_peft.tuners.stack",
     "adapters": "lightning_peft.tuners.stack",
-    "load_adapter": "lightning_peft.tuners.stack",
-    "save_adapter": "lightning_peft.tuners.stack",
+    "load_adapter": "lightning_peft.tuners.saving",
+    "save_adapter": "lightning_peft.tuners.saving",
     "export_checkpoint": "lightning_peft.checkpoint",
     "load_from_checkpoint": "lightning_peft.checkpoint",
 }

@@ -50,7 +50,7 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
         return torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        inputs: dict[str, Tensor] = {n: batch[n] for n in ("input_ids", "attention_mask") if n in batch}
         if "position_ids" in self._accepts and "attention_mask" in batch:
             inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         return inputs
@@ -103,7 +103,7 @@ class CausalLM(_Pretrained):
         for name, metric in self.metrics.items():
             truth = batch.get("mc2" if name == "mc3" else name)
             if truth is not None:
-                metric.update(logprobs, truth.cpu(), question_id)
+                metric.update(logprobs, truth.cpu(), question_id)  # type: ignore[operator]
         return logprobs
 
     def on_test_epoch_end(self) -> None:
@@ -225,7 +225,8 @@ class Seq2SeqLM(_Pretrained):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """Generated token ids, `[B, U]`."""
-        return self.backbone.generate(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+        attention_mask = batch.get("attention_mask")
+        return self.backbone.generate(input_ids=batch["input_ids"], attention_mask=attention_mask)  # type: ignore[operator]
 
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         labels = batch["labels"]

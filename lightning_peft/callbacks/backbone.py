@@ -54,8 +54,7 @@ def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> st
     if len(candidates) > 1:
         names = ", ".join(map(repr, candidates))
         raise ValueError(
-            f"The backbone of {type(module).__name__} cannot be told among {names}: "
-            "name it with the argument backbone."
+            f"The backbone of {type(module).__name__} cannot be told among {names}: name it with the argument backbone."
         )
     return candidates[0]
 

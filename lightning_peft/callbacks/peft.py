@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -146,8 +146,8 @@ class PEFT(Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._note_answers(None)
 
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     # -- what they do ------------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class PEFT(Callback):
     def _note_answers(self, batch: Any) -> None:
         """Let edits know where the answers of this batch begin; `None` forgets it."""
         assert self.stack is not None
-        start = batch.get("answer_start") if isinstance(batch, dict) else None
+        start = batch.get("answer_start") if isinstance(batch, Mapping) else None
         for positions in tracked(self.stack.backbone):
             positions.batch_start = start
 
@@ -266,7 +266,7 @@ def stop_input_gradients(backbone: nn.Module) -> None:
     if not reentrant:
         for module in backbone.modules():
             if hasattr(module, "disable_input_require_grads"):
-                module.disable_input_require_grads()
+                module.disable_input_require_grads()  # type: ignore[operator]
 
 
 def _checkpoint_in_evaluation(backbone: nn.Module, dropout: bool) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.models import CausalLM
 from lightning_peft.truthfulqa import TruthfulQADataModule
-from lightning_peft.tuners.stack import adapters, find_stacks, load_adapter, save_adapter, stack_of
+from lightning_peft.tuners.saving import load_adapter, save_adapter
+from lightning_peft.tuners.stack import adapters, find_stacks, stack_of
 
 
 def run_cell(plan: Plan, row: Row, fold: int, folder: Path, below: Path | None) -> dict[str, Any]:

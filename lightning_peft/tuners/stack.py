@@ -12,14 +12,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.configs import config_from_json, config_to_json, nearest_names, with_strength
-from lightning_peft.tuners.files import AdapterError, adapter_folders, check_finite, read_folder, write_folders
+from lightning_peft.tuners.configs import config_to_json, nearest_names
+from lightning_peft.tuners.files import AdapterError, check_finite
 from lightning_peft.tuners.fingerprint import fingerprint, mismatch
 
 if TYPE_CHECKING:
@@ -65,8 +64,6 @@ class AdapterStack:
         self.backbone = backbone
         self.parts: list[Part] = []
         self.base: dict[str, Any] = {}  # fingerprint of the backbone before the first adapter
-
-    # -- making -----------------------------------------------------------------------------------------------------
 
     def add(
         self, config: PeftConfig, name: str = "default", computed: bool = False, record: dict[str, Any] | None = None
@@ -137,8 +134,6 @@ class AdapterStack:
 
     def __contains__(self, name: object) -> bool:
         return any(part.name == name for part in self.parts)
-
-    # -- using ------------------------------------------------------------------------------------------------------
 
     def scale(self, strength: float, name: str | None = None) -> None:
         """Turn the dial of one adapter, or of all: 1 as made, 0 equal to the base, negative reversed.
@@ -221,8 +216,6 @@ class AdapterStack:
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 module._active_adapter = [name for name in enabled if name in module._adapters]
                 module._disable_adapters = not module._active_adapter
-
-    # -- saving and loading -----------------------------------------------------------------------------------------
 
     def keys(self, part: Part) -> dict[str, str]:
         """The part's tensors: peft's key in a saved folder -> the name in `backbone.state_dict()`."""
@@ -322,72 +315,6 @@ def adapters(module: nn.Module) -> AdapterStack:
     return next(iter(stacks.values()))
 
 
-def save_adapter(module: nn.Module, folder: str | Path) -> Path:
-    """Write the adapters of `module` as plain peft folders.
-
-    One adapter becomes one folder that `PeftModel.from_pretrained` reads. Several become a subfolder each, under
-    their names, with their order in `stack.json`. Files appear complete or not at all.
-
-    Args:
-        module: a LightningModule or backbone that carries adapters.
-        folder: where to write; existing adapter files there are replaced.
-
-    Returns:
-        The folder.
-    """
-    stack = adapters(module)
-    described = stack.describe()
-    weights = [stack.tensors(part) for part in stack.parts]
-    return write_described(described, weights, Path(folder), base=_base_name(stack.backbone))
-
-
-def write_described(
-    described: Mapping[str, Any], weights: list[dict[str, Tensor]], folder: Path, base: str | None
-) -> Path:
-    """Write what `AdapterStack.describe` gave, with each part's tensors, as `save_adapter` does."""
-    made = {}
-    for part, tensors in zip(described["parts"], weights, strict=True):
-        config = with_strength(config_from_json(part["config"]), part["strength"])
-        config.base_model_name_or_path = config.base_model_name_or_path or base
-        notes = {"fingerprint": described["fingerprint"], "computed": part["computed"], "record": part["record"]}
-        made[part["name"]] = (config, tensors, notes)
-    write_folders(folder, made)
-    return folder
-
-
-def load_adapter(backbone: nn.Module, folder: str | Path, name: str | None = None) -> list[Part]:
-    """Put a saved adapter, or a saved stack of them, on `backbone`; folders of plain peft serve as well as ours.
-
-    Args:
-        backbone: the model to adapt; frozen by this.
-        folder: a peft folder, or a folder of them with `stack.json`.
-        name: the name to give a single adapter; default `"default"`, or the subfolder's.
-
-    Returns:
-        The parts added, innermost first.
-
-    Raises:
-        AdapterError: unreadable, truncated or foreign files, another base model, values that are not finite.
-    """
-    folder = Path(folder)
-    folders = adapter_folders(folder)
-    stack, added = stack_of(backbone), []
-    read = [read_folder(path) for path in folders]
-    for path, (_, _, notes) in zip(folders, read, strict=True):
-        stack.check_base(notes.get("fingerprint", {}), str(path))
-    try:
-        for path, (config, tensors, notes) in zip(folders, read, strict=True):
-            own = path.name if len(folders) > 1 else name or "default"
-            part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
-            added.append(part)
-            stack.load_tensors(part, tensors, str(path))
-    except Exception:
-        for part in reversed(added):
-            stack.remove(part.name)
-        raise
-    return added
-
-
 def _layers(part: Part) -> Iterator[Any]:
     """The tuner layers (`BaseTunerLayer`) that carry this part."""
     cls = type(part.tuner).tuner_layer_cls
@@ -431,7 +358,3 @@ def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             near = nearest_names(target, modules)
             raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
-
-
-def _base_name(backbone: nn.Module) -> str | None:
-    return getattr(getattr(backbone, "config", None), "_name_or_path", None) or None

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_peft.tuners import files
 from lightning_peft.tuners.files import AdapterError
-from lightning_peft.tuners.stack import load_adapter, save_adapter, stack_of
+from lightning_peft.tuners.saving import load_adapter, save_adapter
+from lightning_peft.tuners.stack import stack_of
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
 

@@ -15,7 +15,8 @@ from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
 
 from lightning_peft.tuners.files import AdapterError
-from lightning_peft.tuners.stack import AdapterStack, adapters, find_stacks, load_adapter, save_adapter, stack_of
+from lightning_peft.tuners.saving import load_adapter, save_adapter
+from lightning_peft.tuners.stack import AdapterStack, adapters, find_stacks, stack_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*gradient_checkpointing")
 
