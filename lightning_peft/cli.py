@@ -51,6 +51,7 @@ def compare(args: list[str]) -> dict[str, Any]:
     from rich.console import Console
 
     from lightning_peft.compare.plan import Plan
+    from lightning_peft.compare.plots import save_pictures
     from lightning_peft.compare.report import table, verdict, write_html
     from lightning_peft.compare.run import run
 
@@ -70,7 +71,10 @@ def compare(args: list[str]) -> dict[str, Any]:
     console.print(table(results))
     for sentence in verdict(results):
         console.print(sentence, highlight=False)
-    report = write_html(results, Path(plan.output or f"runs/{plan.name}") / "report.html")
+    output = Path(plan.output or f"runs/{plan.name}")
+    if any(row["metrics"] for row in results["rows"]):
+        save_pictures(results, output)
+    report = write_html(results, output / "report.html")
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return results
 

@@ -20,6 +20,8 @@ QUIET = (  # what Lightning says of any small run
     "ignore:You defined a `validation_step`",
     "ignore:.*does not have many workers",
     "ignore:.*is deprecated",
+    r"ignore:\s*(``|skip_none|By default only one Jsonargparse)",
+    "ignore:.*loftq_config",
     "ignore:.*deprecated in",
     "ignore:LightningCLI's args",
     "ignore:.*Be aware that when using `ckpt_path`",
@@ -210,10 +212,14 @@ def one_sentence(text: str) -> bool:
 
 def python(code: str | Path, *arguments: Any, timeout: float = 240) -> str:
     """Run code, or a file of it, in a new process, with these tests' helpers at hand; what it prints."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums in another order are other sums
+    }
     run = subprocess.run(
-        [sys.executable, *(["-c", code] if isinstance(code, str) else [str(code)]), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        [sys.executable, *(["-c", code] if isinstance(code, str) else [code]), *map(str, arguments)],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -7,6 +7,7 @@ thread and leave nothing open. The background is transparent; ``ink`` is the col
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,3 +138,23 @@ def _draw_with(axes: Axes, ink: str) -> None:
     axes.yaxis.label.set_color(ink)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def save_pictures(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write both pictures as PNG files on white, for use outside the report.
+
+    Args:
+        results: the content of ``results.json``; without probes there is no heat map.
+        folder: where ``by_method.png`` and ``head_accuracy.png`` go; it must exist.
+
+    Returns:
+        The files written.
+    """
+    figures = {"by_method": by_method(results)}
+    if results.get("head_accuracy"):
+        figures["head_accuracy"] = head_accuracy_map(results["head_accuracy"])
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], facecolor="white", dpi=110)
+    return paths

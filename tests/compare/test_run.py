@@ -111,6 +111,8 @@ def test_one_command_gives_table_results_samples_and_report(write: Callable[...,
     tested = {(s["method"], s["question_id"]) for s in samples}
     assert len(tested) == len(ROWS) * 16, "every question is tested once by every row"
     assert (tmp_path / "whole" / "report.html").read_text().count("<html") == 1
+    for picture in ("by_method.png", "head_accuracy.png"):
+        assert (tmp_path / "whole" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_killed_half_way_and_run_again_equals_an_uninterrupted_run(write: Callable[..., Path], tmp_path: Path) -> None:
