@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -13,6 +11,7 @@ from torch import nn
 
 from lightning_peft.callbacks import optimizers
 from lightning_peft.callbacks.backbone import building_hooks, find_backbone, forget, when_built
+from lightning_peft.callbacks.modes import set_modes, stop_input_gradients
 from lightning_peft.callbacks.report import print_table, summary
 from lightning_peft.checkpoint import keep_adapters, restore_adapters
 from lightning_peft.positions import tracked
@@ -115,12 +114,10 @@ class PEFT(Callback):
         self.stack.backbone.train()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.stack is not None
-        set_modes(self.stack.backbone, self.backbone_dropout)
+        self._set_modes(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.stack is not None
-        set_modes(self.stack.backbone, self.backbone_dropout)
+        self._set_modes(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         forget(pl_module)
@@ -176,13 +173,20 @@ class PEFT(Callback):
         """This adapter acts and is trained; one that no callback of this Trainer asks for stays as it is."""
         assert self.stack is not None
         self.stack.enable(True, self.name)
-        names = {callback.name for callback in _callbacks(trainer) if isinstance(callback, PEFT)}
+        names = _adapters_of(trainer)
         parameters = dict(self.stack.backbone.named_parameters())
         for part in self.stack.parts:
             part.tuner.set_requires_grad(part.name, part.name in names)
             for live in self.stack.keys(part).values():
                 if live.endswith(".bias") and live in parameters:  # the base's own, where the method trains them
                     parameters[live].requires_grad_(part.name in names)
+        # learning-rate and batch-size finders train before this callback's further hooks run
+        self._set_modes(trainer)
+
+    def _set_modes(self, trainer: L.Trainer) -> None:
+        assert self.stack is not None
+        frozen = {part.name for part in self.stack.parts} - _adapters_of(trainer)
+        set_modes(self.stack.backbone, self.backbone_dropout, frozen)
 
     def _prepare_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.optimizers:
@@ -223,28 +227,6 @@ class PEFT(Callback):
             )
 
 
-def set_modes(backbone: nn.Module, dropout: bool) -> None:
-    """Frozen parts in evaluation mode (with `dropout`, normalisation only), adapters in training mode."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    backbone.train(dropout)
-    for module in list(backbone.modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.training = True  # some tuners ask the layer itself whether their dropout is on
-            for child in module.children():
-                if child is not getattr(module, "base_layer", None):
-                    child.train()
-        elif isinstance(module, nn.modules.batchnorm._NormBase):
-            module.eval()
-    for module in backbone.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):  # whole modules that are trained and saved (modules_to_save)
-            for child in module.children():
-                if child is not module.original_module:
-                    child.train()
-    _checkpoint_in_evaluation(backbone, dropout)
-
-
 def keep_out_of_averages(trainer: L.Trainer, module: nn.Module) -> None:
     """Give averaged copies of the module its frozen weights bit for bit: averaging them would move them by rounding."""
     for callback in _callbacks(trainer):
@@ -253,48 +235,6 @@ def keep_out_of_averages(trainer: L.Trainer, module: nn.Module) -> None:
             for average, current in zip(copied.module.parameters(), module.parameters(), strict=True):
                 if not current.requires_grad:
                     average.data.copy_(current.data)
-
-
-def stop_input_gradients(backbone: nn.Module) -> None:
-    """Undo `enable_input_require_grads` where checkpointing does not need it.
-
-    transformers turns it on with activation checkpointing for every text model, and backward then runs through all
-    frozen blocks below the first adapter. Only reentrant checkpointing needs it; the adapter's gradient is the same.
-    """
-    functions = (getattr(m, "_gradient_checkpointing_func", None) for m in backbone.modules())
-    reentrant = any(f is not None and getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions)
-    if not reentrant:
-        for module in backbone.modules():
-            if hasattr(module, "disable_input_require_grads"):
-                module.disable_input_require_grads()  # type: ignore[operator]
-
-
-def _checkpoint_in_evaluation(backbone: nn.Module, dropout: bool) -> None:
-    """Keep activation checkpointing on in a frozen backbone: transformers leaves it out in evaluation mode."""
-    layers = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ())
-    for module in backbone.modules():
-        if isinstance(module, layers) and module.gradient_checkpointing:
-            function = module._gradient_checkpointing_func
-            function = getattr(function, "checkpoint", function)
-            module._gradient_checkpointing_func = function if dropout else _Checkpoint(module, function)
-            module.training = True
-
-
-class _Checkpoint:
-    """A block's checkpointing function that runs the block in evaluation mode, now and when it is recomputed."""
-
-    def __init__(self, block: nn.Module, checkpoint: functools.partial[Any]) -> None:
-        self.block, self.checkpoint, self.keywords = block, checkpoint, checkpoint.keywords
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self.checkpoint(self._run, function, *args)
-
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        self.block.training = False
-        try:
-            return function(*args)
-        finally:
-            self.block.training = True
 
 
 def hook_checkpoints(module: L.LightningModule) -> None:
@@ -327,6 +267,10 @@ class _CheckpointHooks:
 
 def _callbacks(trainer: L.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _adapters_of(trainer: L.Trainer) -> set[str]:
+    return {callback.name for callback in _callbacks(trainer) if isinstance(callback, PEFT)}
 
 
 def _has_adapter(module: nn.Module, name: str) -> bool:

@@ -13,12 +13,18 @@ import lightning as L
 import peft
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from tuning import (
     QUIET,
     Block,
+    Classifier,
     Language,
     base_weights,
     classifier,
@@ -133,6 +139,40 @@ def test_everything_frozen_is_bit_equal_after_training_with_weight_decay(dropout
     assert "net.blocks.0.norm.running_mean" in before
 
 
+class Found(Classifier):
+    """A classifier whose learning rate and batch size can be found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learning_rate, self.batch_size = 0.01, 2
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.1)
+
+    def train_dataloader(self) -> Any:
+        return points(64, self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return points()
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode")
+@pytest.mark.parametrize(
+    "finder",
+    [
+        lambda: LearningRateFinder(num_training_steps=10, min_lr=1e-4, max_lr=1e-2),
+        lambda: BatchSizeFinder(max_trials=2, steps_per_trial=1),
+    ],
+    ids=["learning rate", "batch size"],
+)
+def test_finders_that_train_first_leave_the_backbone_alone(tmp_path: Path, finder: Any) -> None:
+    module = Found()
+    before = base_weights(module)
+    trainer(finder(), lora(), default_root_dir=tmp_path).fit(module)
+    assert same(head_only(before), head_only(base_weights(module)))
+    assert all(value.any() for name, value in weights(module).items() if "lora_B" in name)
+
+
 def test_statistics_would_move_without_the_callback() -> None:
     module = classifier()
     before = base_weights(module)
@@ -161,6 +201,14 @@ def test_dropout_of_frozen_parts_is_inactive_and_the_adapters_active() -> None:
         }
         assert not any(name.endswith(("norm", ".dropout", "base_layer")) for name in training)
         assert {"net.input.lora_dropout.lora", "head", ""} <= training
+
+
+def test_dropout_of_an_earlier_adapter_is_inactive_too() -> None:
+    module, modes = classifier(), Modes()
+    fit(module, lora(dropout=0.5, name="first"))
+    fit(module, lora(dropout=0.5, name="second"), modes)
+    assert "net.input.lora_dropout.second" in modes.training[0]
+    assert "net.input.lora_dropout.first" not in modes.training[0]
 
 
 def test_dropout_of_frozen_parts_is_kept_where_asked() -> None:
@@ -400,6 +448,9 @@ class Module(Classifier):
     def train_dataloader(self):
         sampler = DistributedSampler(data, devices, self.global_rank, shuffle=False)  # deals rows out in turn
         return DataLoader(data, batch_size, sampler=sampler)
+
+    def configure_optimizers(self):  # Adam would blow rounding up to whole steps where a gradient is nearly zero
+        return torch.optim.SGD(self.parameters(), lr=0.5)
 
 torch.manual_seed(5)
 made.fit(Module())
