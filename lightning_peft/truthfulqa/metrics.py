@@ -6,6 +6,7 @@ Evans 2021, arXiv:2109.07958; MC0, the binary choice, since the release of Janua
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
@@ -97,8 +98,9 @@ class _ChoiceMetric(Metric):
         """The mean over the questions so far."""
         return self.sum / self.total
 
+    @abstractmethod
     def _score(self, logprobs: Tensor, truth: Tensor) -> float:
-        raise NotImplementedError
+        """The score of one question's choices."""
 
 
 class MC1(_ChoiceMetric):
