@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import warnings
@@ -319,10 +320,14 @@ def test_dropout_in_a_checkpointed_frozen_block_is_off_unless_asked_for() -> Non
 def test_a_checkpointed_module_can_be_copied_and_pickled() -> None:
     module = Language()
     module.model.activation_checkpointing_enable()
-    fit(module, LoRA(r=2), max_steps=1)
+    fit(module, LoRA(r=2), max_steps=-1, max_epochs=2)
     module.trainer = None
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert copied.model.model.layers[0]._gradient_checkpointing_func.block is copied.model.model.layers[0]
+        block = copied.model.model.layers[0]
+        assert block._gradient_checkpointing_func.block is block
+        assert isinstance(
+            block._gradient_checkpointing_func.checkpoint, functools.partial
+        )  # wrapped once, not each epoch
         copied.training_step(next(iter(data_of(module))), 0).backward()
 
 
