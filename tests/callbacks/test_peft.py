@@ -437,50 +437,6 @@ def test_a_module_written_by_somebody_else_needs_no_change() -> None:
 
 # -- several processes ----------------------------------------------------------------------------------------------
 
-DISTRIBUTED = """
-import sys
-import torch
-from torch.utils.data import DataLoader, DistributedSampler
-from tuning import Classifier, points, trainer
-from lightning_peft.callbacks import LoRA
-
-strategy, devices, batch_size, path = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-data = points().dataset
-options = {"strategy": strategy, "devices": devices, "max_steps": 6, "use_distributed_sampler": False}
-made = trainer(LoRA(r=2, backbone="net"), **options)
-
-class Module(Classifier):
-    def train_dataloader(self):
-        sampler = DistributedSampler(data, devices, self.global_rank, shuffle=False)  # deals rows out in turn
-        return DataLoader(data, batch_size, sampler=sampler)
-
-    def configure_optimizers(self):  # Adam would blow rounding up to whole steps where a gradient is nearly zero
-        return torch.optim.SGD(self.parameters(), lr=0.5)
-
-torch.manual_seed(5)
-made.fit(Module())
-made.save_checkpoint(path)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does_with_the_same_batches(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(DISTRIBUTED)
-    states = []
-    for strategy, devices, batch_size in (("auto", 1, 8), ("ddp", 2, 4)):
-        path = tmp_path / f"{devices}.ckpt"
-        python(script, strategy, devices, batch_size, path)
-        states.append(torch.load(path, weights_only=True)["state_dict"])
-    one, two = states
-    assert one.keys() == two.keys()
-    assert not any("base_layer" in name or "norm" in name or "conv" in name for name in two)
-    untrained = classifier()
-    lora().apply(untrained)
-    assert moved(one, weights(untrained)) == set(one)
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
-
 
 @pytest.mark.slow
 def test_a_spawned_run_keeps_an_adapter_applied_before(tmp_path: Path) -> None:
