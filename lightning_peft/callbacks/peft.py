@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
@@ -54,6 +54,7 @@ class PEFT(Callback):
 
     needs: str | None = "answers"  # what the data module must yield in training, if it says what it yields
     computed = False  # whether the weights are computed (an edit) rather than trained
+    lacks: ClassVar[Mapping[str, str]] = {}  # laws (lightning_peft.testing) that cannot apply: name -> reason
 
     def __init__(
         self,
