@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from lightning_peft.tuners.configs import config_from_json, different_fields
 from lightning_peft.tuners.files import AdapterError, check_finite
+from lightning_peft.tuners.modules import standalone_key
 from lightning_peft.tuners.saving import write_described
 from lightning_peft.tuners.stack import (
     AdapterStack,
     check_same_keys,
     find_stacks,
     stack_of,
-    standalone_key,
 )
 
 META = "lightning_peft"

@@ -10,7 +10,7 @@ VOCABULARY = 64
 
 def tiny(kind: str) -> nn.Module:
     """A small random model of an architecture: `llama` (grouped queries, tied), `wide_llama` (explicit head_dim),
-    `gpt2`, `gpt_neox`, `opt`."""
+    `gpt2`, `gpt_neox`, `opt`, `bert` (an encoder with a masked-language head), `t5`, `vit` (an image classifier)."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -54,6 +54,39 @@ def tiny(kind: str) -> nn.Module:
             **common,
         )
         model = t.OPTForCausalLM(config)
+    elif kind == "bert":
+        config = t.BertConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            **common,
+        )
+        model = t.BertForMaskedLM(config)
+    elif kind == "t5":
+        config = t.T5Config(
+            d_model=32,
+            d_ff=48,
+            d_kv=8,
+            num_layers=2,
+            num_decoder_layers=3,
+            num_heads=4,
+            decoder_start_token_id=0,
+            **common,
+        )
+        model = t.T5ForConditionalGeneration(config)
+    elif kind == "vit":
+        config = t.ViTConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=8,
+            patch_size=4,
+            num_labels=5,
+        )
+        model = t.ViTForImageClassification(config)
     else:
         raise ValueError(kind)
     # freshly made projections are so small that an edit hardly shows; wider weights make every law bite

@@ -6,14 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_peft.callbacks.composite import Composite
     from lightning_peft.callbacks.edit import Edit
     from lightning_peft.callbacks.iti import ITI
     from lightning_peft.callbacks.lora import LoRA
     from lightning_peft.callbacks.peft import PEFT
 
-_MODULES = {"PEFT": "peft", "LoRA": "lora", "Edit": "edit", "ITI": "iti"}
+_MODULES = {"PEFT": "peft", "LoRA": "lora", "Edit": "edit", "ITI": "iti", "Composite": "composite"}
 
-__all__ = ["ITI", "PEFT", "Edit", "LoRA"]
+__all__ = ["ITI", "PEFT", "Composite", "Edit", "LoRA"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from lightning_peft.callbacks.peft import PEFT
-from lightning_peft.tuners.targets import default_targets, targets_in_layers
+from lightning_peft.tuners.targets import Layers, Within, choose_targets
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -25,8 +25,9 @@ class LoRA(PEFT):
         dropout: dropout on the input of A, in training.
         target_modules: names of the modules to adapt (or suffixes; a string is a regular expression). Default: peft's
             choice for the model's type, else every linear layer of the backbone.
-        layers: block numbers (0-based) to adapt; default all. Needs the backbone's blocks in a numbered list; each
-            block that is named must exist.
+        layers: which blocks to adapt: numbers (0-based), or a rule such as `Layers(last=4)`; default all. Needs the
+            backbone's blocks in a numbered list; each block that is named must exist.
+        within: adapt only modules in `"attention"`, or only those in the `"mlp"`.
         variant: `"lora"`, `"rslora"` (scaling `alpha / sqrt(r)`) or `"dora"` (magnitude and direction apart).
         init: peft's `init_lora_weights`: True (the paper's), `"gaussian"`, `"orthogonal"`, `"pissa"`, …
         bias: `"none"`, `"all"` or `"lora_only"`: which biases are trained too.
@@ -47,7 +48,8 @@ class LoRA(PEFT):
         alpha: float = 16,
         dropout: float = 0.0,
         target_modules: list[str] | str | None = None,
-        layers: list[int] | None = None,
+        layers: Layers | list[int] | None = None,
+        within: Within | None = None,
         variant: Literal["lora", "rslora", "dora"] = "lora",
         init: bool | str = True,
         bias: Literal["none", "all", "lora_only"] = "none",
@@ -61,24 +63,19 @@ class LoRA(PEFT):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         if variant not in ("lora", "rslora", "dora"):
             raise ValueError(f'variant must be "lora", "rslora" or "dora", got {variant!r}.')
-        if layers is not None and isinstance(target_modules, str):
-            raise ValueError("layers goes with a list of target_modules; a regular expression says the layers itself.")
         super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
         self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.target_modules, self.layers = target_modules, layers
+        self.target_modules, self.layers, self.within = target_modules, layers, within
         self.variant, self.init, self.bias = variant, init, bias
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from peft import LoraConfig
 
-        targets = default_targets(backbone) if self.target_modules is None else self.target_modules
-        if self.layers is not None:
-            targets = targets_in_layers(backbone, list(targets), self.layers)
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
-            target_modules=targets,
+            target_modules=choose_targets(backbone, self.target_modules, self.layers, self.within),
             use_rslora=self.variant == "rslora",
             use_dora=self.variant == "dora",
             init_lora_weights=self.init,  # type: ignore[arg-type]

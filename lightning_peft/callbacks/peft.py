@@ -78,7 +78,16 @@ class PEFT(Callback):
         assert self.config is not None
         return self.config
 
-    def apply(self, module: L.LightningModule) -> Part:
+    def make_configs(self, backbone: nn.Module) -> dict[str, PeftConfig]:
+        """Every adapter of this callback: its name -> its configuration, innermost first."""
+        return {self.name: self.make_config(backbone)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of this callback's adapters."""
+        return (self.name,)
+
+    def apply(self, module: L.LightningModule) -> list[Part]:
         """Freeze and inject now, without a Trainer: for launchers that fork or spawn, and for use by hand."""
         name = find_backbone(module, self.backbone, final=not building_hooks(module))
         if name is None:
@@ -149,31 +158,34 @@ class PEFT(Callback):
 
     # -- what they do ------------------------------------------------------------------------------------------------
 
-    def _inject(self, module: L.LightningModule, backbone_name: str) -> Part:
-        """Freeze and inject, once; a later call finds the adapter in place."""
+    def _inject(self, module: L.LightningModule, backbone_name: str) -> list[Part]:
+        """Freeze and inject, once; a later call finds the adapters in place."""
         backbone = module.get_submodule(backbone_name)
         # the hook that ran in between may have wrapped the backbone, as torch.compile does
-        there = [stack for stack in find_stacks(backbone).values() if self.name in stack]
+        there = [stack for stack in find_stacks(backbone).values() if any(name in stack for name in self.names)]
         stack = self.stack = there[0] if there else stack_of(backbone)
-        config = self.make_config(stack.backbone)
-        if self.name in stack:
-            part = stack[self.name]
-            differences = different_fields(part.config, config)
-            if self.computed:
-                differences = [d for d in differences if d.split(":")[0] not in ("heads", "target_modules")]
-            if differences:
-                raise ValueError(
-                    f"The backbone already has an adapter {self.name!r} with other settings: {'; '.join(differences)}."
-                )
-        else:
-            part = stack.add(config, self.name, self.computed)
+        parts = [self._place(stack, name, config) for name, config in self.make_configs(stack.backbone).items()]
         hook_checkpoints(module)
+        return parts
+
+    def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Part:
+        if name not in stack:
+            return stack.add(config, name, self.computed)
+        part = stack[name]
+        differences = different_fields(part.config, config)
+        if self.computed:
+            differences = [d for d in differences if d.split(":")[0] not in ("heads", "target_modules")]
+        if differences:
+            raise ValueError(
+                f"The backbone already has an adapter {name!r} with other settings: {'; '.join(differences)}."
+            )
         return part
 
     def _choose_trained(self, trainer: L.Trainer) -> None:
         """This adapter acts and is trained; one that no callback of this Trainer asks for stays as it is."""
         assert self.stack is not None
-        self.stack.enable(True, self.name)
+        for name in self.names:
+            self.stack.enable(True, name)
         names = _adapters_of(trainer)
         parameters = dict(self.stack.backbone.named_parameters())
         for part in self.stack.parts:
@@ -213,7 +225,7 @@ class PEFT(Callback):
     def _check_launcher(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not _has_adapter(module, self.name):
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not _has_adapters(module, self.names):
             raise ValueError(
                 "This strategy starts its processes from a copy of the module and would lose the adapter afterwards: "
                 f'use strategy="ddp", or call {type(self).__name__}.apply(module) before fit.'
@@ -271,8 +283,8 @@ def _callbacks(trainer: L.Trainer) -> list[Callback]:
 
 
 def _adapters_of(trainer: L.Trainer) -> set[str]:
-    return {callback.name for callback in _callbacks(trainer) if isinstance(callback, PEFT)}
+    return {name for callback in _callbacks(trainer) if isinstance(callback, PEFT) for name in callback.names}
 
 
-def _has_adapter(module: nn.Module, name: str) -> bool:
-    return any(name in stack for stack in find_stacks(module).values())
+def _has_adapters(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(all(name in stack for name in names) for stack in find_stacks(module).values())

@@ -6,7 +6,8 @@ from collections import Counter
 
 from torch import nn
 
-from lightning_peft.tuners.stack import AdapterStack, standalone_key
+from lightning_peft.tuners.modules import standalone_key
+from lightning_peft.tuners.stack import AdapterStack
 
 
 def summary(module: nn.Module, stack: AdapterStack) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lightning_peft.tuners.targets import base_modules
+from lightning_peft.tuners.modules import base_modules
 
 if TYPE_CHECKING:
     from lightning_peft.tuners.head_offsets import HeadOffsetsConfig

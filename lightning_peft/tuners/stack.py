@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_peft.tuners.configs import config_to_json, nearest_names
 from lightning_peft.tuners.files import AdapterError, check_finite
 from lightning_peft.tuners.fingerprint import fingerprint, mismatch
+from lightning_peft.tuners.modules import standalone_key
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -273,11 +274,6 @@ class AdapterStack:
         found = self.base if self.parts else fingerprint(self.backbone)
         if expected and (difference := mismatch(dict(expected), found)):
             raise AdapterError(f"{source} was made for another base model: {difference}.")
-
-
-def standalone_key(key: str) -> str:
-    """A key as it would be if no other adapter wrapped the same module."""
-    return re.sub(r"\.base_layer(?=\.)", "", key)
 
 
 def check_same_keys(expected: set[str], found: set[str], what: str) -> None:

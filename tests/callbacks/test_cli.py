@@ -120,6 +120,7 @@ def test_print_config_is_readable_and_can_be_read_back(tmp_path: Path, printed: 
             "dropout": 0.0,
             "target_modules": None,
             "layers": None,
+            "within": None,
             "variant": "lora",
             "init": True,
             "bias": "none",

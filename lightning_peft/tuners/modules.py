@@ -1,0 +1,36 @@
+"""A backbone's own modules, as they are without adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The backbone's own modules under the names they have without adapters, adapters' modules left out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inside: set[nn.Module] = set()
+    for name, module in backbone.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            inside |= set(module.modules()) - set(module.get_base_layer().modules())  # type: ignore[attr-defined]
+        if module not in inside:
+            yield standalone_key(name + ".").rstrip("."), module
+
+
+def standalone_key(key: str) -> str:
+    """A key as it would be if no other adapter wrapped the same module."""
+    return re.sub(r"\.base_layer(?=\.)", "", key)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a matrix product: `nn.Linear` (quantised ones included) or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module, or the one an adapter wraps, is a linear layer or a convolution."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return is_linear(base) or isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
