@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -32,5 +33,5 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether a module, or the one an adapter wraps, is a linear layer or a convolution."""
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    base: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
     return is_linear(base) or isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
