@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelSummary, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
 from lightning_peft.callbacks import optimizers
@@ -117,7 +117,8 @@ class PEFT(Callback):
         self._prepare_optimizers(trainer, pl_module)
         stop_input_gradients(self.stack.backbone)
         if trainer.is_global_zero:
-            print_table(pl_module, self.stack)
+            if any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer)):
+                print_table(pl_module, self.stack)
             for logger in trainer.loggers:
                 logger.log_metrics(summary(pl_module, self.stack), step=0)
         # Lightning warns of modules in evaluation mode when training starts, and we choose that mode right after

@@ -409,11 +409,13 @@ def test_the_logger_gets_the_numbers(tmp_path: Path) -> None:
 
 
 def test_the_table_says_what_was_injected_where(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(classifier(), lora(), PEFT(METHODS["ia3"], backbone="net", name="second"))
+    fit(classifier(), lora(), PEFT(METHODS["ia3"], backbone="net", name="second"), enable_model_summary=True)
     printed = capsys.readouterr().out
     assert "Adapters on Net" in printed
     assert "4 × input, linear" in printed and "3 × linear" in printed
     assert "195 trainable parameters" in printed
+    fit(classifier(), lora(), enable_model_summary=False)
+    assert "Adapters on" not in capsys.readouterr().out
 
 
 def test_a_module_written_by_somebody_else_needs_no_change() -> None:

@@ -42,12 +42,12 @@ def test_each_block_has_its_attention_and_its_feed_forward_part(kind: str) -> No
 
 def test_a_decoder_has_cross_attention_too() -> None:
     found = blocks(tiny("t5"))
-    assert [(b.stack, b.number) for b in found] == [("encoder.block", i) for i in (0, 1)] + [
-        ("decoder.block", i) for i in (0, 1, 2)
+    assert [(b.stack, b.number) for b in found] == [("encoder.block", i) for i in range(3)] + [
+        ("decoder.block", i) for i in range(3)
     ]
-    assert [len(block.attention) for block in found] == [1, 1, 2, 2, 2]
-    assert found[2].attention[1].last == "decoder.block.0.layer.1.EncDecAttention.o"
-    assert found[2].mlp is not None and found[2].mlp.last == "decoder.block.0.layer.2.DenseReluDense.wo"
+    assert [len(block.attention) for block in found] == [1, 1, 1, 2, 2, 2]
+    assert found[3].attention[1].last == "decoder.block.0.layer.1.EncDecAttention.o"
+    assert found[3].mlp is not None and found[3].mlp.last == "decoder.block.0.layer.2.DenseReluDense.wo"
 
 
 def test_adapters_do_not_show() -> None:

@@ -38,7 +38,7 @@ def test_blocks_are_chosen_by_rule_or_number(layers: Layers | list[int] | None, 
 def test_an_encoders_and_a_decoders_blocks_are_counted_apart() -> None:
     found = choose_targets(tiny("t5"), ["q"], Layers(last=1))
     assert found == [
-        "encoder.block.1.layer.0.SelfAttention.q",
+        "encoder.block.2.layer.0.SelfAttention.q",
         "decoder.block.2.layer.0.SelfAttention.q",
         "decoder.block.2.layer.1.EncDecAttention.q",
     ]

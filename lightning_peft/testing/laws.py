@@ -1,0 +1,261 @@
+"""The laws (one function each), and what tells a law that is broken from one that does not apply."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.testing.cell import Cell, adapter_tensors, rows, take, trainable
+from lightning_peft.tuners.saving import load_adapter, save_adapter
+from lightning_peft.tuners.stack import adapters
+
+
+class LawBroken(AssertionError):
+    """An adaptation does not obey a law."""
+
+
+class DoesNotApply(Exception):
+    """A law says nothing about this module; the message says why."""
+
+
+def identity(cell: Cell) -> None:
+    """Injected but not trained: the outputs are the base's, to 1e-6 of the largest."""
+    module, _, callback = cell.adapted(noise=0.0)
+    base = cell.base()
+    for batch in cell.batches:
+        _equal(cell.look(module, batch, callback), cell.look(base, batch), 1e-6, "untrained and base outputs")
+
+
+def frozen(cell: Cell) -> None:
+    """After steps with weight decay everything not declared trainable is bit-equal, and the adapter is not."""
+    module = cell.train(1).lightning_module
+    stack = adapters(module)
+    untrained, _, _ = cell.adapted(noise=0.0)
+    before, after = adapter_tensors(untrained), adapter_tensors(module)
+    for part in stack.parts:
+        own = [key for key in after if key.startswith(f"{part.name}:")]
+        if all(key in before and torch.equal(before[key], after[key]) for key in own):
+            raise LawBroken(f"training moved nothing of adapter {part.name!r}.")
+    backbone = _name_of(module, stack.backbone)
+    for part in reversed(list(stack.parts)):
+        stack.remove(part.name)
+    pristine, state = cell.base().state_dict(), module.state_dict()
+    inside = {key for key in pristine if backbone == "" or key.startswith(f"{backbone}.")}
+    if strange := (state.keys() ^ pristine.keys()):
+        raise LawBroken(f"removing the adapters left {min(strange)} behind, or took it away.")
+    if changed := [key for key in sorted(inside) if not torch.equal(state[key].cpu(), pristine[key])]:
+        raise LawBroken(f"training moved {len(changed)} frozen tensors, the first is {changed[0]}.")
+
+
+def off(cell: Cell) -> None:
+    """Disabled: the outputs are the base's, bit for bit; enabled they are not."""
+    module, stack, callback = cell.adapted()
+    base = cell.base()
+    for batch in cell.batches:
+        expected = cell.look(base, batch)
+        with stack.disabled():
+            _equal(cell.look(module, batch, callback), expected, 0.0, "disabled and base outputs")
+        _differ(cell.look(module, batch, callback), expected, "enabled and base outputs")
+
+
+def merge(cell: Cell) -> None:
+    """Merged = unmerged to 1e-5; a method that cannot be merged says so and stays as it was."""
+    module, stack, callback = cell.adapted()
+    unmerged = [cell.look(module, batch, callback) for batch in cell.batches]
+    if reason := cell.callback.lacks.get("merge"):
+        try:
+            stack.merge()
+        except ValueError:
+            for batch, expected in zip(cell.batches, unmerged, strict=True):
+                _equal(cell.look(module, batch, callback), expected, 0.0, "outputs before and after a refused merge")
+            raise DoesNotApply(f"{reason}; refused with a clear error") from None
+        raise LawBroken("the method declares that it cannot be merged, and merging it raised nothing.")
+    stack.merge()
+    for batch, expected in zip(cell.batches, unmerged, strict=True):
+        _equal(cell.look(module, batch, callback), expected, 1e-5, "merged and unmerged outputs")
+    stack.unmerge()
+    for batch, expected in zip(cell.batches, unmerged, strict=True):
+        _equal(cell.look(module, batch, callback), expected, 1e-5, "outputs before merging and after unmerging")
+
+
+def round_trip(cell: Cell) -> None:
+    """Saved and loaded on a fresh base, the outputs are bit-equal; the files hold the adapter and little else."""
+    module, stack, callback = cell.adapted()
+    again = cell.base()
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(module, folder)
+        files = list(Path(folder).rglob("*.safetensors"))
+        saved = sum(file.stat().st_size for file in files)
+        load_adapter(again.get_submodule(_name_of(module, stack.backbone)), folder)
+    for batch in cell.batches:
+        loaded = cell.look(again.eval(), batch, _speaking(callback, again))
+        _equal(loaded, cell.look(module, batch, callback), 0.0, "loaded and saved outputs")
+    parameters = trainable(stack.backbone).values()
+    size, tensors = sum(p.numel() * p.element_size() for p in parameters), len(adapter_tensors(module))
+    if saved > 1.01 * size + 512 * len(files) + 256 * tensors:
+        raise LawBroken(f"the files have {saved} bytes for {size} bytes of trainable parameters.")
+
+
+def padding(cell: Cell) -> None:
+    """Neither padding, on either side, nor the order and company of rows change a row's result."""
+    module, _, callback = cell.adapted()
+    for batch in cell.batches:
+        order = torch.arange(rows(batch)).flip(0)
+        whole = cell.look(module, batch, callback)
+        _equal(cell.look(module, take(batch, order), callback), whole[order], 1e-5, "rows in another order")
+        for variant in _padded(batch):
+            together = cell.look(module, variant, callback)
+            for row, alone, real in _alone(variant):
+                result = cell.look(module, alone, callback)[0]
+                token_wise = together.dim() > 2 and together.shape[1] == len(real)
+                _equal(together[row][real] if token_wise else together[row], result, 1e-5, "a row padded and alone")
+
+
+def causality(cell: Cell) -> None:
+    """In a causal model, other tokens in the future leave the past alone."""
+    module, _, callback = cell.adapted()
+    base, batch = cell.base(), cell.batches[0]
+    if not _has_tokens(batch):
+        raise DoesNotApply("the batch holds no tokens")
+    batch = batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+    cut = batch["input_ids"].shape[1] // 2
+    changed = batch["input_ids"].clone()
+    changed[:, cut:] = changed[:, cut:].roll(1, 0).roll(1, 1)
+    other = batch | {"input_ids": changed}
+    was, now = cell.look(base, batch), cell.look(base, other)
+    if was.dim() < 3 or was.shape[1] != changed.shape[1] or not _close(now[:, :cut], was[:, :cut], 1e-6):
+        raise DoesNotApply("the base model is not causal")
+    was, now = cell.look(module, batch, callback), cell.look(module, other, callback)
+    _equal(now[:, :cut], was[:, :cut], 1e-6, "outputs before the changed tokens")
+    _differ(now[:, cut:], was[:, cut:], "outputs at the changed tokens")
+
+
+def cache(cell: Cell) -> None:
+    """Generation with the key-value cache = without."""
+    _, stack, _ = cell.adapted()
+    backbone: Any = stack.backbone
+    batch = cell.batches[0]
+    if not (_has_tokens(batch) and hasattr(backbone, "generate") and backbone.can_generate()):
+        raise DoesNotApply("the base model does not generate")
+    left = next(_padded(batch), batch)
+    inputs = {key: left[key] for key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached, plain = (backbone.generate(**inputs, **options, use_cache=use) for use in (True, False))
+    if not torch.equal(cached, plain):
+        raise LawBroken("other tokens are generated with the key-value cache than without.")
+
+
+def count(cell: Cell) -> None:
+    """The number of trainable parameters is the closed formula's."""
+    if cell.count is None:
+        raise DoesNotApply("no formula was given")
+    _, stack, _ = cell.adapted(noise=0.0)
+    found, expected = sum(p.numel() for p in trainable(stack.backbone).values()), cell.count(cell.base())
+    if found != expected:
+        raise LawBroken(f"{found} parameters are trainable, the formula says {expected}.")
+
+
+def resume(cell: Cell) -> None:
+    """Twice N steps = N steps, saved, loaded into new objects, N steps, bit for bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "half.ckpt")
+        cell.train(1).save_checkpoint(path)
+        continued = adapter_tensors(cell.train(2, path).lightning_module)
+    check_resumed(cell, continued)
+
+
+def check_resumed(cell: Cell, continued: Mapping[str, Tensor]) -> None:
+    """The second half of `resume`, for a training that was continued elsewhere."""
+    whole = adapter_tensors(cell.train(2).lightning_module)
+    if whole.keys() != continued.keys():
+        raise LawBroken("the resumed adapter has other tensors than the one trained in one go.")
+    if different := [key for key in whole if not torch.equal(whole[key], continued[key])]:
+        raise LawBroken(f"{len(different)} of {len(whole)} resumed tensors differ, the first is {different[0]}.")
+
+
+LAWS: dict[str, Callable[[Cell], None]] = {
+    "identity": identity,
+    "frozen": frozen,
+    "off": off,
+    "merge": merge,
+    "round trip": round_trip,
+    "padding": padding,
+    "causality": causality,
+    "cache": cache,
+    "count": count,
+    "resume": resume,
+}
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+def _equal(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
+    if a.shape != b.shape:
+        raise LawBroken(f"{what} have shapes {tuple(a.shape)} and {tuple(b.shape)}.")
+    if not (torch.equal(a, b) if tolerance == 0 else _close(a, b, tolerance)):
+        distance = float((a - b).abs().max()) / float(b.abs().max())
+        raise LawBroken(
+            f"{what} differ by {distance:.1e} of the largest value; {tolerance or 'bit-equality'} is asked."
+        )
+
+
+def _differ(a: Tensor, b: Tensor, what: str) -> None:
+    if _close(a, b, 1e-4):
+        raise LawBroken(f"{what} are the same, so the law would hold of nothing.")
+
+
+def _has_tokens(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and "input_ids" in batch and "attention_mask" in batch
+
+
+def _padded(batch: Any) -> Iterator[dict[str, Any]]:
+    """The batch padded on the left and on the right, rows of different lengths."""
+    if not _has_tokens(batch):
+        return
+    ids = batch["input_ids"]
+    count, length = ids.shape
+    for side in ("left", "right"):
+        new_ids, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row in range(count):
+            real = max(2, length - row)
+            where = slice(0, real) if side == "right" else slice(length - real, length)
+            new_ids[row, where], mask[row, where] = ids[row, :real], 1
+        kept = {key: value for key, value in batch.items() if not _token_wise(value, ids) or key == "decoder_input_ids"}
+        yield kept | {"input_ids": new_ids, "attention_mask": mask}
+
+
+def _token_wise(value: Any, ids: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == ids.shape
+
+
+def _alone(batch: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+    """Each row without its padding, and which of its columns are real."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    for row in range(len(ids)):
+        alone = take(batch, torch.tensor([row]))
+        yield (
+            row,
+            {k: v[:, mask[row]] if _token_wise(batch[k], ids) else v for k, v in alone.items()},
+            mask[row],
+        )
+
+
+def _name_of(module: L.LightningModule, backbone: nn.Module) -> str:
+    return next(name for name, m in module.named_modules() if m is backbone)
+
+
+def _speaking(callback: Any, module: L.LightningModule) -> Any:
+    """A copy of a callback that tells this module's adapters where answers begin."""
+    import copy
+
+    other = copy.copy(callback)
+    other.stack = adapters(module)
+    return other
