@@ -11,10 +11,18 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks.iti import ITI
     from lightning_peft.callbacks.lora import LoRA
     from lightning_peft.callbacks.peft import PEFT
+    from lightning_peft.callbacks.trunk_cache import TrunkCache
 
-_MODULES = {"PEFT": "peft", "LoRA": "lora", "Edit": "edit", "ITI": "iti", "Composite": "composite"}
+_MODULES = {
+    "PEFT": "peft",
+    "LoRA": "lora",
+    "Edit": "edit",
+    "ITI": "iti",
+    "Composite": "composite",
+    "TrunkCache": "trunk_cache",
+}
 
-__all__ = ["ITI", "PEFT", "Composite", "Edit", "LoRA"]
+__all__ = ["ITI", "PEFT", "Composite", "Edit", "LoRA", "TrunkCache"]
 
 
 def __getattr__(name: str) -> Any:
