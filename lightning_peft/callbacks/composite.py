@@ -22,6 +22,7 @@ class Composite(PEFT):
         backbone: see `PEFT`.
         name: the beginning of the adapters' names.
         backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
 
     Raises:
         ValueError: there is no method, or one of them computes an edit instead of training.
@@ -38,12 +39,13 @@ class Composite(PEFT):
         backbone: str | None = None,
         name: str = "composite",
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if not methods:
             raise ValueError(f"{type(self).__name__} needs at least one method.")
         if edits := [type(method).__name__ for method in methods.values() if method.computed]:
             raise ValueError(f"{type(self).__name__} trains its methods together, and {edits[0]} is not trained.")
-        super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
         self.methods = dict(methods)
 
     @property

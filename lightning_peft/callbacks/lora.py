@@ -34,6 +34,7 @@ class LoRA(PEFT):
         backbone: see `PEFT`.
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
 
     Example:
         >>> import lightning as L
@@ -56,6 +57,7 @@ class LoRA(PEFT):
         backbone: str | None = None,
         name: str = "lora",
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if r < 1:
             raise ValueError(f"The rank r must be at least 1, got {r}.")
@@ -63,7 +65,7 @@ class LoRA(PEFT):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         if variant not in ("lora", "rslora", "dora"):
             raise ValueError(f'variant must be "lora", "rslora" or "dora", got {variant!r}.')
-        super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.target_modules, self.layers, self.within = target_modules, layers, within
         self.variant, self.init, self.bias = variant, init, bias

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft.callbacks import optimizers
 from lightning_peft.callbacks.backbone import building_hooks, find_backbone, forget, when_built
+from lightning_peft.callbacks.checkpointing import checkpoint_blocks, stop_checkpointing
 from lightning_peft.callbacks.modes import set_modes, stop_input_gradients
 from lightning_peft.callbacks.report import print_table, summary
 from lightning_peft.checkpoint import keep_adapters, restore_adapters
@@ -38,6 +39,9 @@ class PEFT(Callback):
         name: the adapter's name.
         backbone_dropout: keep the dropout of the frozen backbone in training. By default the backbone runs in
             evaluation mode, so that it is deterministic; its BatchNorm statistics never move.
+        gradient_checkpointing: keep only the input of each block that backward passes (those from the first adapter
+            on) and compute the rest again in backward: less memory, one more forward of these blocks. Gradients are
+            the same, and backward does not enter the blocks below.
 
     Raises:
         ValueError: at `setup` or fit start, in one sentence: unknown target module or backbone, a weight-averaging
@@ -62,11 +66,14 @@ class PEFT(Callback):
         backbone: str | None = None,
         name: str = "default",
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.config: PeftConfig | None = config
         self.backbone = backbone
         self.name = name
         self.backbone_dropout = backbone_dropout
+        self.gradient_checkpointing = gradient_checkpointing
+        self._checkpointed: list[nn.Module] = []
         self.stack: AdapterStack | None = None
 
     @property
@@ -132,6 +139,10 @@ class PEFT(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         forget(pl_module)
+        self._stop_checkpointing()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stop_checkpointing()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -200,7 +211,13 @@ class PEFT(Callback):
     def _set_modes(self, trainer: L.Trainer) -> None:
         assert self.stack is not None
         frozen = {part.name for part in self.stack.parts} - _adapters_of(trainer)
+        if self.gradient_checkpointing:
+            self._checkpointed += checkpoint_blocks(self.stack.backbone)
         set_modes(self.stack.backbone, self.backbone_dropout, frozen)
+
+    def _stop_checkpointing(self) -> None:
+        stop_checkpointing(self._checkpointed)
+        self._checkpointed = []
 
     def _prepare_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.optimizers:

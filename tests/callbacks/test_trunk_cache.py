@@ -437,7 +437,9 @@ def test_an_edit_in_the_trunk_is_refused() -> None:
                 parameter.requires_grad_("layers.2" in name)
 
     torch.manual_seed(5)
-    with pytest.raises(ValueError, match=r"Adapter 'edit' edits model\.layers\.0, below the first trained block") as error:
+    with pytest.raises(
+        ValueError, match=r"Adapter 'edit' edits model\.layers\.0, below the first trained block"
+    ) as error:
         trainer(Only(), TrunkCache(), max_epochs=2).fit(module, Texts().loader())
     assert one_sentence(str(error.value))
 
