@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -201,7 +202,7 @@ def _equal(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
     if a.shape != b.shape:
         raise LawBroken(f"{what} have shapes {tuple(a.shape)} and {tuple(b.shape)}.")
     if not (torch.equal(a, b) if tolerance == 0 else _close(a, b, tolerance)):
-        distance = float((a - b).abs().max()) / float(b.abs().max())
+        distance = float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
         raise LawBroken(
             f"{what} differ by {distance:.1e} of the largest value; {tolerance or 'bit-equality'} is asked."
         )
@@ -254,8 +255,6 @@ def _name_of(module: L.LightningModule, backbone: nn.Module) -> str:
 
 def _speaking(callback: Any, module: L.LightningModule) -> Any:
     """A copy of a callback that tells this module's adapters where answers begin."""
-    import copy
-
     other = copy.copy(callback)
     other.stack = adapters(module)
     return other

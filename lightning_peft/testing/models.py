@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 VOCABULARY = 64
 
 
 def tiny(kind: str) -> nn.Module:
     """A small random model of an architecture: `llama` (grouped queries, tied), `wide_llama` (explicit head_dim),
-    `gpt2`, `gpt_neox`, `opt`, `bert` (an encoder with a masked-language head), `t5`, `vit` (an image classifier)."""
+    `gpt2`, `gpt_neox`, `opt`, `bert` (an encoder with a masked-language head), `t5`, `vit` (an image classifier),
+    `hand_written` (a causal language model without transformers), `convolutional` (features of an image)."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -90,6 +91,8 @@ def tiny(kind: str) -> nn.Module:
             num_labels=5,  # type: ignore[call-arg]
         )
         model = t.ViTForImageClassification(config)
+    elif kind in ("hand_written", "convolutional"):
+        return HandWritten().eval() if kind == "hand_written" else Convolutional().eval()
     else:
         raise ValueError(kind)
     # freshly made projections are so small that an edit hardly shows; wider weights make every law bite
@@ -100,4 +103,67 @@ def tiny(kind: str) -> nn.Module:
     return model.eval()
 
 
+def rough(kind: str) -> nn.Module:
+    """A tiny model with random biases and norms: in a freshly made one a lost bias would not show."""
+    model = tiny(kind)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 LANGUAGE_MODELS = ("llama", "wide_llama", "gpt2", "gpt_neox", "opt")
+
+
+class HandWritten(nn.Module):
+    """A causal language model that knows nothing of transformers: three blocks of attention, `[B, T] -> [B, T, V]`."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed, self.place = nn.Embedding(VOCABULARY, width), nn.Embedding(32, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}) for _ in range(3)
+        )
+        self.out = nn.Linear(width, VOCABULARY)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        batch, length = input_ids.shape
+        positions = torch.arange(length) if position_ids is None else position_ids
+        x = self.embed(input_ids) + self.place(positions)
+        allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        if attention_mask is not None:
+            # a pad may look at itself, so that no row of the softmax is empty
+            allowed = allowed & (attention_mask[:, None, None].bool() | torch.eye(length, dtype=torch.bool))
+        for block in self.blocks:
+            q, k, v = block["qkv"](x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # type: ignore[index]
+            z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+            x = x + block["proj"](z.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[index]
+        return self.out(x)
+
+
+class Convolutional(nn.Module):
+    """A hand-written network: a convolution, then blocks of a linear layer, BatchNorm and dropout, `[B, 8]`."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.dropout = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.dropout(torch.relu(self.norm(self.linear(x))))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.input = nn.Conv2d(1, 2, 3), nn.Linear(32, 8)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.input(torch.relu(self.conv(pixel_values)).flatten(1))
+        for block in self.blocks:
+            x = block(x)
+        return x

@@ -1,0 +1,135 @@
+"""The kit finds what is broken: for every law an adaptation that breaks it, and one that obeys them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.callbacks import LoRA
+from lightning_peft.testing import LAWS, LawBroken, check_adaptation
+from lightning_peft.testing.architectures import ARCHITECTURES, TinyModule
+
+LLAMA = ARCHITECTURES["llama"]
+
+
+class Leaky(LoRA):
+    """Lets a norm of the base be trained along."""
+
+    def apply(self, module: L.LightningModule) -> Any:
+        parts = super().apply(module)
+        self._unfreeze(module)
+        return parts
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._unfreeze(pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    @staticmethod
+    def _unfreeze(module: L.LightningModule) -> None:
+        for name, parameter in module.named_parameters():
+            if name.endswith("model.norm.weight"):
+                parameter.requires_grad_(True)
+
+
+class Scratching(LoRA):
+    """Leaves a trace in the base."""
+
+    def apply(self, module: L.LightningModule) -> Any:
+        parts = super().apply(module)
+        module.backbone.model.norm.weight.data.mul_(1.001)  # type: ignore[union-attr, operator]
+        return parts
+
+
+class Shy(LoRA):
+    """Declares that it cannot be merged, although it can."""
+
+    lacks = {"merge": "nobody has tried"}  # noqa: RUF012
+
+
+class Noisy(TinyModule):
+    """Trains with noise that no checkpoint remembers."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * torch.rand(())
+
+
+class Forgetful(TinyModule):
+    """Generates something else with a cache."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        generate = self.backbone.generate
+        self.backbone.generate = lambda *a, use_cache=True, **k: generate(*a, use_cache=use_cache, **k) + use_cache
+
+
+def mixing_rows(module: L.LightningModule, batch: Any) -> Tensor:
+    logits = module(batch)
+    return logits - logits.mean(0)
+
+
+def seeing_the_future(module: L.LightningModule, batch: Any) -> Tensor:
+    logits = module(batch)
+    adapted = any("lora" in name for name, _ in module.named_modules())
+    return logits + logits.mean(1, keepdim=True) if adapted else logits
+
+
+def lora(kind: type[LoRA] = LoRA, **options: Any) -> LoRA:
+    return kind(**({"r": 2, "backbone": "backbone"} | options))
+
+
+def check(callback: LoRA, make: Callable[[], L.LightningModule] = LLAMA.make_module, **options: Any) -> Any:
+    return check_adaptation(make, callback, LLAMA.batches, **options)
+
+
+def test_lora_obeys_every_law() -> None:
+    outcomes = check(lora(), count=lambda _: 2 * 3 * (64 + 48))
+    assert [outcome.law for outcome in outcomes] == list(LAWS)
+    assert all(outcome.holds for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("law", "broken", "message"),
+    [
+        ("identity", lambda: check(lora(init=False)), "untrained and base outputs differ by"),
+        ("frozen", lambda: check(lora(Leaky)), "training moved 1 frozen tensors, the first is backbone.model.norm"),
+        ("off", lambda: check(lora(Scratching)), "disabled and base outputs differ by"),
+        ("merge", lambda: check(lora(Shy)), "merging it raised nothing"),
+        ("round trip", lambda: check(lora(Scratching)), "loaded and saved outputs differ by"),
+        ("padding", lambda: check(lora(), outputs=mixing_rows), "a row padded and alone differ by"),
+        ("causality", lambda: check(lora(), outputs=seeing_the_future), "outputs before the changed tokens differ by"),
+        ("cache", lambda: check(lora(), lambda: Forgetful("llama")), "other tokens are generated"),
+        ("count", lambda: check(lora(), count=lambda _: 7), "672 parameters are trainable, the formula says 7"),
+        ("resume", lambda: check(lora(), lambda: Noisy("llama")), "resumed tensors differ"),
+    ],
+)
+def test_a_broken_law_is_found_and_said(law: str, broken: Callable[[], Any], message: str) -> None:
+    with pytest.raises(LawBroken) as error:
+        broken()
+    (line,) = [line for line in str(error.value).splitlines() if line.startswith(f"  {law}: ")]
+    assert message in line
+
+
+def test_what_does_not_apply_says_why() -> None:
+    of = ARCHITECTURES["convolutional"]
+    outcomes = check_adaptation(of.make_module, lora(), of.batches)
+    reasons = {outcome.law: outcome.reason for outcome in outcomes if outcome.holds is None}
+    assert reasons == {
+        "causality": "the batch holds no tokens",
+        "cache": "the base model does not generate",
+        "count": "no formula was given",
+    }
+
+
+def test_a_module_that_is_never_the_same_is_refused() -> None:
+    class Random(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match=r"^Two calls of make_module gave different weights in net\.weight: fix its"):
+        check_adaptation(Random, LoRA(r=1), [torch.ones(2, 2)])
