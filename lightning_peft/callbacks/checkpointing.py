@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.tuners.structure import blocks
-
-_checkpoint = functools.partial(checkpoint, use_reentrant=False)
 
 
 def checkpoint_blocks(backbone: nn.Module) -> list[nn.Module]:
@@ -38,7 +37,7 @@ def checkpoint_blocks(backbone: nn.Module) -> list[nn.Module]:
     every = blocks(backbone)
     if not every:
         raise ValueError(
-            f"{type(backbone).__name__} has no numbered list of blocks, so gradient_checkpointing has nothing to act on."
+            f"{type(backbone).__name__} has no numbered list of blocks, which gradient_checkpointing needs."
         )
     inside = {id(p) for block in every for p in block.module.parameters()}
     outside = any(p.requires_grad and id(p) not in inside for p in backbone.parameters())
@@ -65,7 +64,8 @@ def _turn_on(module: nn.Module) -> bool:
         if module.gradient_checkpointing:
             return False
         module.__dict__["gradient_checkpointing"] = True
-        module.__dict__["_gradient_checkpointing_func"] = _checkpoint
+        # written as a partial, since its keywords tell others how it checkpoints
+        module.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, use_reentrant=False)
         return True
     if "forward" in module.__dict__:
         return False
@@ -75,8 +75,8 @@ def _turn_on(module: nn.Module) -> bool:
 
 def _innermost(module: nn.Module) -> nn.Module:
     """The block itself, where an adapter wraps it: what keeps a cache of keys must be known to transformers."""
-    while hasattr(module, "get_base_layer"):
-        module = module.get_base_layer()
+    while callable(inner := getattr(module, "get_base_layer", None)):
+        module = inner()
     return module
 
 
@@ -88,4 +88,12 @@ class _Checkpointed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = functools.partial(type(self.block).forward, self.block)
-        return _checkpoint(forward, *args, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return _checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:
+    # a cache of keys would be written to a second time in backward; transformers leaves it out only by name
+    args = tuple(None if hasattr(value, "get_seq_length") else value for value in args)
+    return checkpoint(function, *args, use_reentrant=use_reentrant)
