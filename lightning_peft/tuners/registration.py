@@ -14,7 +14,10 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_METHODS = ("lightning_peft.tuners.head_offsets",)  # modules that call `register_method` when imported
+_METHODS = (  # modules that call `register_method` when imported
+    "lightning_peft.tuners.head_offsets",
+    "lightning_peft.tuners.weight_deltas",
+)
 
 
 def register_with_peft() -> None:

@@ -40,6 +40,8 @@ def write_described(
     for part, tensors in zip(described["parts"], weights, strict=True):
         config = with_strength(config_from_json(part["config"]), part["strength"])
         config.base_model_name_or_path = config.base_model_name_or_path or base
+        if hasattr(config, "compacted"):
+            config, tensors = config.compacted(tensors)
         notes = {"fingerprint": described["fingerprint"], "computed": part["computed"], "record": part["record"]}
         made[part["name"]] = (config, tensors, notes)
     write_folders(folder, made)

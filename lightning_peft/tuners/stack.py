@@ -101,7 +101,8 @@ class AdapterStack:
         configs = self.backbone.__dict__.pop("peft_config", {})
         own = copy.deepcopy(config)
         try:
-            tuner = tuner_class(self.backbone, {name: own}, name)
+            with self.disabled():  # an initialisation that reads or changes weights must see the base's own
+                tuner = tuner_class(self.backbone, {name: own}, name)
         except Exception:
             _take_out(self.backbone, tuner_class.tuner_layer_cls, name)
             if configs:
@@ -180,7 +181,7 @@ class AdapterStack:
         Raises:
             ValueError: a method (or its configuration) cannot be merged. Nothing is merged then.
         """
-        parts = [part for part in self.parts if part.enabled]
+        parts = [part for part in _in_merge_order(self.parts) if part.enabled]
         for part in parts:
             part.tuner._check_merge_allowed()
         try:
@@ -194,7 +195,7 @@ class AdapterStack:
 
     def unmerge(self) -> None:
         """Take merged adapters out of the weights again."""
-        for part in reversed(self.parts):
+        for part in reversed(_in_merge_order(self.parts)):
             for module in _layers(part):
                 if module.merged:
                     module.unmerge()
@@ -311,6 +312,11 @@ def adapters(module: nn.Module) -> AdapterStack:
     return next(iter(stacks.values()))
 
 
+def _in_merge_order(parts: list[Part]) -> list[Part]:
+    """Inner parts first; a tuner that changes what the modules' own parameters read as is innermost wherever added."""
+    return sorted(parts, key=lambda part: not getattr(type(part.tuner), "innermost", False))
+
+
 def _layers(part: Part) -> Iterator[Any]:
     """The tuner layers (`BaseTunerLayer`) that carry this part."""
     cls = type(part.tuner).tuner_layer_cls
@@ -328,7 +334,8 @@ def _take_out(backbone: nn.Module, cls: Any, name: str) -> None:
             if isinstance(child, cls) and name in child._get_available_adapters():
                 child._active_adapter = []  # so that peft need not choose, and warn of, another
                 child.delete_adapter(name)
-                if not child._get_available_adapters():
+                # a layer that stands beside the module's own parameters has taken itself out
+                if not child._get_available_adapters() and hasattr(child, "base_layer"):
                     setattr(parent, child_name, child.base_layer)
             elif isinstance(child, AuxiliaryTrainingWrapper) and name in child._adapters:
                 child.delete_adapter(name, [])

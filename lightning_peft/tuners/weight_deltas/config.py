@@ -1,0 +1,82 @@
+"""What a weight-deltas adapter needs to know about its model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from peft.config import PeftConfig
+from torch import Tensor
+
+from lightning_peft.tuners.registration import add_peft_type
+
+_VALUES, _MASKS, _INDICES = (f".weight_deltas.{kind}." for kind in ("values", "masks", "indices"))
+
+
+@dataclass
+class WeightDeltasConfig(PeftConfig):
+    """A difference for each of some parameters: with `theta0` frozen, the model computes with `theta0 + alpha * delta`.
+
+    `delta` is zero at the start. Its strength is the dial of task vectors (Ilharco et al. 2023, arXiv:2212.04089), and
+    weight decay on it pulls towards the pretrained weights.
+
+    Args:
+        target_parameters: full names of parameters in the model without adapters, or a regular expression for whole
+            names. A parameter that several modules share has one delta.
+        add_missing: also accept `<module>.bias` where the module could have a bias and has none; it is zero at first.
+        alpha: the strength, multiplied onto every delta.
+        masked: those of the target parameters that have a mask beside their delta, one truth value an entry, all true
+            at first; where it is false the entry keeps its value of `theta0`.
+        pruned: where a mask is false the entry is 0 instead.
+        kept: for parameters stored as indices and values, how many entries each has: a saved sparse adapter.
+        target_modules: not used; peft asks for it.
+        exclude_modules: not used; peft asks for it.
+        modules_to_save: other modules to train and save whole, as in every peft method.
+    """
+
+    target_parameters: list[str] | str | None = field(default=None)
+    add_missing: bool = field(default=False)
+    alpha: float = field(default=1.0)
+    masked: list[str] | None = field(default=None)
+    pruned: bool = field(default=False)
+    kept: dict[str, int] | None = field(default=None)
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("WEIGHT_DELTAS")
+        if self.target_modules is not None:
+            raise ValueError("WeightDeltasConfig takes target_parameters, the full names of parameters, not modules.")
+
+    def compacted(self, tensors: Mapping[str, Tensor]) -> tuple[WeightDeltasConfig, dict[str, Tensor]]:
+        """This adapter as it is written to a folder: masked deltas as indices and values where that is smaller.
+
+        Args:
+            tensors: under the keys of a saved peft folder.
+
+        Returns:
+            The configuration and the tensors of an adapter that computes the same, bit for bit.
+        """
+        kept, made = dict(self.kept or {}), dict(tensors)
+        for key in [key for key in tensors if _MASKS in key]:
+            mask, value = tensors[key], key.replace(_MASKS, _VALUES)
+            # 8 bytes for each index and value, 5 for each delta and its mask
+            if 8 * int(mask.sum()) < 5 * mask.numel() and mask.numel() < 2**31:
+                index = mask.reshape(-1).nonzero()[:, 0]
+                made[value] = tensors[value].reshape(-1)[index]
+                made[key.replace(_MASKS, _INDICES)] = index.int()
+                del made[key]
+                kept[key.removeprefix("base_model.model.").replace(_MASKS.removeprefix("."), "")] = len(index)
+        config = copy.deepcopy(self)
+        config.kept = kept or None
+        config.masked = [name for name in self.masked or () if name not in kept] or None
+        return config, made
+
+
+def storage(dtype: torch.dtype) -> torch.dtype:
+    """The precision of a delta for a parameter of this precision: float32 where that is less."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,173 @@
+"""The deltas of one module's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig, storage
+from lightning_peft.tuners.weight_deltas.view import attach, detach
+
+
+class WeightDeltasLayer(nn.Module, BaseTunerLayer):
+    """A child of the module whose parameters it changes; `effective` is what those parameters then read as.
+
+    Args:
+        owner: the module; it is not registered as a child of this one, which is the owner's child.
+    """
+
+    adapter_layer_names = ("values",)
+    other_param_names = ("masks", "indices", "scaling", "pruned")
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.values = nn.ModuleDict()  # adapter -> parameter -> delta
+        self.masks = nn.ModuleDict()
+        self.indices = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.pruned: dict[str, bool] = {}
+        # parameters that another module has as well, which holds their deltas: parameter -> (its layer, its name)
+        self.links: dict[str, tuple[WeightDeltasLayer, str]] = {}
+        self.merged_adapters: list[str] = []
+        self._owner = (owner,)  # in a tuple, so that it does not become a child
+        self._before_merge: dict[str, Tensor | None] = {}
+        self._active_adapter: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: WeightDeltasConfig, names: Mapping[str, str]) -> None:
+        """Give the layer zero deltas for one more adapter.
+
+        Args:
+            adapter_name: the adapter.
+            config: its configuration.
+            names: for each of the owner's parameters that it changes, the full name.
+        """
+        values, masks, indices = nn.ParameterDict(), BufferDict(persistent=True), BufferDict(persistent=True)
+        for name, full_name in names.items():
+            if name in self.links:
+                continue
+            shape, dtype, device = self._form(name)
+            if config.kept is not None and full_name in config.kept:
+                count = config.kept[full_name]
+                values[name] = nn.Parameter(torch.zeros(count, dtype=storage(dtype), device=device))
+                indices[name] = torch.arange(count, dtype=torch.int32, device=device)
+            else:
+                values[name] = nn.Parameter(torch.zeros(shape, dtype=storage(dtype), device=device))
+                if full_name in (config.masked or ()):
+                    masks[name] = torch.ones(shape, dtype=torch.bool, device=device)
+        for container, made in ((self.values, values), (self.masks, masks), (self.indices, indices)):
+            if len(made):
+                container[adapter_name] = made
+        self.scaling[adapter_name] = config.alpha
+        self.pruned[adapter_name] = config.pruned
+        attach(self._owner[0], self, set(names))
+
+    def effective(self, name: str) -> Tensor | None:
+        """The owner's parameter `name` with the active adapters' deltas added, or the parameter itself without any."""
+        if name in self.links:
+            layer, other = self.links[name]
+            return layer.effective(other)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        parameter = self._owner[0]._parameters.get(name)
+        active = () if self.disable_adapters else self.active_adapters
+        active = [a for a in active if a not in self.merged_adapters and self._changes(a, name)]
+        return self._sum(name, parameter, active) if active else parameter
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the deltas to the parameters in place; the parameters as they were are kept for `unmerge`."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for adapter in [a for a in names if a in self.scaling and a not in self.merged_adapters]:
+            made: dict[str, Tensor] = {}
+            for name in self._of(self.values, adapter):
+                with torch.no_grad():
+                    made[name] = self._sum(name, self._owner[0]._parameters[name], [adapter])
+                if safe_merge and not torch.isfinite(made[name]).all():
+                    raise ValueError(f"Adapter {adapter!r} would put NaN or infinity into the weights.")
+            for name, merged in made.items():
+                parameter = self._owner[0]._parameters[name]
+                before = None if parameter is None else parameter.detach().clone()
+                self._before_merge.setdefault(name, before)
+                if parameter is None:
+                    self._owner[0]._parameters[name] = nn.Parameter(merged, requires_grad=False)
+                else:
+                    parameter.data.copy_(merged)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Put the owner's parameters back, bit for bit."""
+        for name, before in self._before_merge.items():
+            parameter = self._owner[0]._parameters[name]
+            if before is None:
+                self._owner[0]._parameters[name] = None
+            elif parameter is not None:
+                parameter.data.copy_(before)
+        self._before_merge.clear()
+        self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if not self.scaling:
+            detach(self._owner[0])
+
+    def get_base_layer(self) -> nn.Module:
+        """A module without anything: no other is wrapped."""
+        return nn.Module()
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.scaling)  # also those whose deltas another layer holds
+
+    def _changes(self, adapter: str, name: str) -> bool:
+        return name in self._of(self.values, adapter)
+
+    def _sum(self, name: str, parameter: Tensor | None, adapters: list[str]) -> Tensor:
+        """`parameter + scaling * change`, computed in the deltas' precision."""
+        _, dtype, _ = self._form(name)
+        before = self._before_merge.get(name, parameter)
+        total = None if parameter is None else parameter.to(storage(dtype))
+        for adapter in adapters:
+            change = self._change(adapter, name, before)
+            if self.scaling[adapter] != 1.0:
+                change = change * self.scaling[adapter]
+            total = change if total is None else total + change
+        assert total is not None
+        return total.to(dtype)
+
+    def _change(self, adapter: str, name: str, base: Tensor | None) -> Tensor:
+        """What one adapter adds at strength 1, in the shape of the parameter."""
+        value: Tensor = self._of(self.values, adapter)[name]
+        indices, masks = self._of(self.indices, adapter), self._of(self.masks, adapter)
+        if name not in indices and name not in masks:
+            return value
+        shape, _, _ = self._form(name)
+        outside = value.new_zeros(()).expand(shape)
+        if self.pruned[adapter] and base is not None:
+            outside = -base.detach().to(value.dtype)
+        if name in masks:
+            return torch.where(masks[name], value, outside)
+        return outside.reshape(-1).index_copy(0, indices[name].long(), value).reshape(shape)
+
+    @staticmethod
+    def _of(container: nn.ModuleDict, adapter: str) -> Any:
+        """One adapter's tensors by parameter, or nothing."""
+        return container[adapter] if adapter in container else {}  # noqa: SIM401 - it has no `get`
+
+    def _form(self, name: str) -> tuple[torch.Size, torch.dtype, torch.device]:
+        """Shape, precision and device of the owner's parameter; of a bias that is missing, as it would be."""
+        owner = self._owner[0]
+        parameter = owner._parameters.get(name)
+        if parameter is not None:
+            return parameter.shape, parameter.dtype, parameter.device
+        from lightning_peft.tuners.structure import matrix_shape
+
+        weight = owner._parameters["weight"]
+        assert weight is not None
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        return torch.Size([matrix_shape(owner)[1]]), dtype, weight.device
+
+    def __repr__(self) -> str:
+        return "weight_deltas." + super().__repr__()

@@ -1,0 +1,133 @@
+"""The tuner that puts weight deltas into a model."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from lightning_peft.tuners.configs import nearest_names
+from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig
+from lightning_peft.tuners.weight_deltas.layer import WeightDeltasLayer
+from lightning_peft.tuners.weight_deltas.places import Place, places
+from lightning_peft.tuners.weight_deltas.view import ATTRIBUTE
+
+
+class WeightDeltasModel(BaseTuner):
+    """Gives modules a `WeightDeltasLayer` each; see `WeightDeltasConfig`. No module is replaced and no name changes.
+
+    Example:
+        >>> from torch import nn
+        >>> from peft import get_peft_model
+        >>> from lightning_peft.tuners.weight_deltas import WeightDeltasConfig
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> config = WeightDeltasConfig(target_parameters=["0.bias", "2.weight"])
+        >>> sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+        9
+    """
+
+    prefix: str = ATTRIBUTE
+    tuner_layer_cls = WeightDeltasLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
+    # whatever wraps a module reads its weights with the deltas in them, so these are merged first and unmerged last
+    innermost = True
+
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: WeightDeltasConfig, model_config: dict
+    ) -> WeightDeltasConfig:
+        if not peft_config.target_parameters:
+            raise ValueError("WeightDeltasConfig needs target_parameters: the full names, or a regular expression.")
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+        return False  # parameters are targeted, not modules
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("Weight deltas replace no module.")
+
+    def _inject_parameters(  # type: ignore[override]
+        self, peft_config: WeightDeltasConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        chosen = _chosen(model, peft_config)
+        context: Any = nullcontext
+        if low_cpu_mem_usage:
+            from accelerate import init_empty_weights
+
+            context = init_empty_weights
+        names: dict[nn.Module, dict[str, str]] = {}
+        layers: dict[nn.Module, WeightDeltasLayer] = {}
+        with context():
+            for full_name, where in chosen.items():
+                for place in where:
+                    owner = place.owner
+                    layers[owner] = owner._modules.get(ATTRIBUTE) or WeightDeltasLayer(owner)  # type: ignore[assignment]
+                    if not hasattr(owner, ATTRIBUTE):
+                        owner.add_module(ATTRIBUTE, layers[owner])
+                    names.setdefault(owner, {})[place.name] = full_name
+                first, *others = where
+                for place in others:
+                    if place.owner is not first.owner or place.name != first.name:
+                        layers[place.owner].links[place.name] = (layers[first.owner], first.name)
+            for owner, layer in layers.items():
+                layer.update_layer(adapter_name, peft_config, names[owner])
+                layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        return list(chosen)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; peft's own looks only at modules whose names do not contain the prefix."""
+        del self.peft_config[adapter_name]
+        for layer in self._layers():
+            if adapter_name in layer.scaling:
+                layer.unmerge()
+                layer.delete_adapter(adapter_name)
+        self.active_adapter = [name for name in self.active_adapters if name != adapter_name]
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        for layer in self._layers():
+            if merge:
+                layer.merge(safe_merge, adapter_names)
+                layer._before_merge.clear()
+            for adapter in list(layer.scaling):
+                layer._active_adapter = []
+                layer.delete_adapter(adapter)
+        return super()._unload_and_optionally_merge(merge=False)  # type: ignore[return-value]
+
+    def _layers(self) -> list[WeightDeltasLayer]:
+        return [module for module in self.model.modules() if isinstance(module, WeightDeltasLayer)]
+
+
+def _chosen(model: nn.Module, config: WeightDeltasConfig) -> dict[str, list[Place]]:
+    """Where each targeted parameter is, by its first full name, after checking that it can have a delta."""
+    known = places(model, missing=config.add_missing)
+    first = {place.full_name: where[0].full_name for where in known for place in where}
+    by_name = {where[0].full_name: where for where in known}
+    wanted = config.target_parameters
+    if isinstance(wanted, str):
+        found = [name for name in by_name if re.fullmatch(wanted, name)]
+        if not found:
+            raise ValueError(f"No parameter of {type(model).__name__} has a name like {wanted!r}.")
+    else:
+        for name in wanted or ():
+            if name not in first:
+                raise ValueError(
+                    f"{type(model).__name__} has no parameter {name!r}; the nearest modules and names are "
+                    f"{nearest_names(name, first)}."
+                )
+        found = list(dict.fromkeys(first[name] for name in wanted or ()))
+    for name in found:
+        parameter = by_name[name][0].parameter
+        if parameter is not None and not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is quantised ({str(parameter.dtype).removeprefix('torch.')}) and cannot have a delta: choose "
+                "biases and norms, or an unquantised base."
+            )
+    return {name: by_name[name] for name in found}
