@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from lightning_peft.tuners.configs import config_from_json, different_fields
 from lightning_peft.tuners.files import AdapterError, check_finite
 from lightning_peft.tuners.modules import standalone_key
 from lightning_peft.tuners.saving import write_described
+from lightning_peft.tuners.sharded import has_shards, is_sharded, write
 from lightning_peft.tuners.stack import (
     AdapterStack,
     check_same_keys,
@@ -43,11 +45,16 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     stacks = find_stacks(module)
     if not stacks:
         return
-    names = _names(module, stacks)
+    names = checkpoint_names(module, stacks)
     for entry in _STATES:
         if entry in checkpoint:
             state = checkpoint[entry]
-            checkpoint[entry] = {saved: state[live] for saved, live in names.items() if live in state}
+            # a sharded tensor is asked for by the name it has in the module
+            checkpoint[entry] = {
+                live if is_sharded(state[live]) else saved: state[live]
+                for saved, live in names.items()
+                if live in state
+            }
     described = {}
     for name, stack in stacks.items():
         described[name] = stack.describe()
@@ -80,7 +87,7 @@ def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str,
         stack = stack_of(backbone)
         stack.check_base(described["fingerprint"], source)
         _rebuild(stack, described["parts"], source)
-    names = _names(module, find_stacks(module))
+    names = checkpoint_names(module, find_stacks(module))
     live_state = module.state_dict()
     for entry in _STATES:
         if entry not in checkpoint:
@@ -95,6 +102,25 @@ def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str,
         check_finite(state, source)
         restored = {names[saved]: value for saved, value in state.items()}
         checkpoint[entry] = {**live_state, **restored} if complete else restored
+
+
+def restore_sharded(module: nn.Module, path: str | Path) -> None:
+    """Restore a module that is spread over processes, and check it as `restore_adapters` does.
+
+    FSDP2's strategy has read the weights before any hook is called, passing over what it did not find.
+
+    Args:
+        module: the LightningModule.
+        path: the checkpoint, a file or a folder with one part for each process; every process reads it.
+
+    Raises:
+        AdapterError: as `restore_adapters`.
+    """
+    checkpoint = _read(path, "cpu")
+    restore_adapters(module, checkpoint, "the checkpoint")
+    state = module.state_dict()
+    for name, value in checkpoint["state_dict"].items():
+        write(state[name], value)
 
 
 def load_from_checkpoint(cls: type[M], path: str | Path, map_location: Any = None, **kwargs: Any) -> M:
@@ -162,7 +188,11 @@ def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None
 def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
     """A checkpoint with adapters in it; only tensors and plain values are read."""
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        if Path(path).is_dir():
+            checkpoint = torch.load(Path(path) / "meta.pt", map_location=map_location, weights_only=True)
+            checkpoint["state_dict"] = _gather(Path(path))
+        else:
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
@@ -171,19 +201,43 @@ def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
     return checkpoint
 
 
+def _gather(folder: Path) -> dict[str, Tensor]:
+    """The whole weights of a checkpoint that is a folder of parts, in this process alone."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader, prefix = FileSystemReader(folder), "state_dict."
+    entries = reader.read_metadata().state_dict_metadata.items()
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return {standalone_key(name.removeprefix(prefix)): value for name, value in state.items()}
+
+
 def _check_adapters(checkpoint: dict[str, Any], source: str) -> None:
     if not checkpoint.get(META, {}).get("backbones"):
         raise AdapterError(f"{source} holds no adapters: it was not written with a lightning_peft callback.")
 
 
-def _names(module: nn.Module, stacks: dict[str, AdapterStack]) -> dict[str, str]:
-    """What belongs in the checkpoint: the name it is saved under (as if adapters stood alone) -> its live name."""
+def checkpoint_names(
+    module: nn.Module, stacks: Mapping[str, AdapterStack], state: Iterable[str] | None = None
+) -> dict[str, str]:
+    """What belongs in the checkpoint: the name it is saved under (as if adapters stood alone) -> its live name.
+
+    Args:
+        module: the LightningModule.
+        stacks: its adapters.
+        state: the names in its state; default those of `module.state_dict()`.
+    """
     kept = {}
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     adapter = {
         _join(name, live) for name, stack in stacks.items() for p in stack.parts for live in stack.keys(p).values()
     }
-    for live in module.state_dict():
+    for live in module.state_dict() if state is None else state:
         if live in adapter or live in trainable or not any(_inside(live, name) for name in stacks):
             kept[standalone_key(live)] = live
     return kept
@@ -203,6 +257,11 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
     same = [p.name for p in stack.parts] == list(saved) and all(
         not different_fields(saved[p.name], p.config) for p in stack.parts
     )
+    if not same and has_shards(stack.backbone):
+        raise AdapterError(
+            f"{source} has the adapters {', '.join(map(repr, saved))} and the sharded module "
+            f"{', '.join(repr(p.name) for p in stack.parts)}: give the Trainer the callbacks of all of them, in order."
+        )
     if not same:
         for part in reversed(list(stack.parts)):
             stack.remove(part.name)

@@ -103,6 +103,7 @@ class Edit(PEFT):
         self._give_back(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         if stage == "fit" and self._taken is not None:
             self._give_back(pl_module)
             if not self._done and trainer.global_step == 0:  # else the edit came with a checkpoint

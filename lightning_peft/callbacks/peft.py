@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelSummary, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
-from lightning_peft.callbacks import optimizers
+from lightning_peft.callbacks import optimizers, strategies
 from lightning_peft.callbacks.backbone import building_hooks, find_backbone, forget, when_built
 from lightning_peft.callbacks.checkpointing import checkpoint_blocks, stop_checkpointing
 from lightning_peft.callbacks.modes import set_modes, stop_input_gradients
@@ -109,6 +109,7 @@ class PEFT(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._check_callbacks(trainer)
         self._check_launcher(trainer, pl_module)
+        strategies.prepare(trainer, pl_module)
         if stage == "fit":
             self._check_data(trainer)
 
@@ -140,9 +141,12 @@ class PEFT(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         forget(pl_module)
         self._stop_checkpointing()
+        strategies.explain(pl_module, exception)
+        strategies.release(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._stop_checkpointing()
+        strategies.release(pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -176,7 +180,10 @@ class PEFT(Callback):
         # the hook that ran in between may have wrapped the backbone, as torch.compile does
         there = [stack for stack in find_stacks(backbone).values() if any(name in stack for name in self.names)]
         stack = self.stack = there[0] if there else stack_of(backbone)
-        parts = [self._place(stack, name, config) for name, config in self.make_configs(stack.backbone).items()]
+        if not all(name in stack for name in self.names):
+            strategies.check_whole(module, stack.backbone, type(self).__name__)
+        with strategies.same_on_every_rank(module, stack):
+            parts = [self._place(stack, name, config) for name, config in self.make_configs(stack.backbone).items()]
         hook_checkpoints(module)
         return parts
 
@@ -291,8 +298,11 @@ class _CheckpointHooks:
         keep_adapters(self.module, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Lightning's averaging callbacks load both the average and the current weights strictly
-        restore_adapters(self.module, checkpoint, "the checkpoint", complete="current_model_state" in checkpoint)
+        if "state_dict" in checkpoint:
+            # Lightning's averaging callbacks load both the average and the current weights strictly
+            restore_adapters(self.module, checkpoint, "the checkpoint", complete="current_model_state" in checkpoint)
+        else:
+            strategies.restore_loaded(self.module, checkpoint)
         type(self.module).on_load_checkpoint(self.module, checkpoint)
 
 

@@ -1,0 +1,134 @@
+"""What running on several devices asks of an adapter: what cannot work is said at the start, the rest is arranged."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor, nn
+
+from lightning_peft.checkpoint import checkpoint_names, restore_adapters, restore_sharded
+from lightning_peft.tuners.sharded import has_shards, is_sharded, write
+from lightning_peft.tuners.stack import AdapterStack, find_stacks
+
+_FILTERED = "_lightning_peft_filter"
+
+
+def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Check and set the Trainer's strategy before anything is injected.
+
+    DeepSpeed writes its own files and is told to leave frozen weights out. `ModelParallelStrategy` (FSDP2) saves and
+    asks for what `module.state_dict()` holds, so that is the checkpoint's entries while it runs.
+
+    Raises:
+        ValueError: a strategy whose checkpoints cannot hold an adapter alone, or that cannot clip or quantise.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):
+        strategy.exclude_frozen_parameters = True
+    elif isinstance(strategy, FSDPStrategy):
+        check_fsdp(trainer, strategy, module)
+    elif isinstance(strategy, ModelParallelStrategy):
+        _save_adapters_only(module)
+
+
+def release(module: nn.Module) -> None:
+    """Undo `prepare`."""
+    handle = module.__dict__.pop(_FILTERED, None)
+    if handle is not None:
+        handle.remove()
+
+
+def check_fsdp(trainer: L.Trainer, strategy: FSDPStrategy, module: nn.Module) -> None:
+    """Raise `ValueError` where the first FSDP would fail later, and obscurely."""
+    if strategy._state_dict_type == "sharded":
+        raise ValueError(
+            "FSDP's sharded checkpoints can only be loaded with every weight of the backbone in them: use "
+            'FSDPStrategy(state_dict_type="full"), or ModelParallelStrategy.'
+        )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm"):
+        raise ValueError(
+            "FSDP in Lightning cannot clip gradients by norm: use "
+            'Trainer(gradient_clip_algorithm="value"), or ModelParallelStrategy.'
+        )
+    if quantised := [n for n, m in module.named_modules() if type(m).__module__.startswith("bitsandbytes.")]:
+        raise ValueError(
+            f"FSDP cannot shard weights quantised by bitsandbytes, the first is {quantised[0]}: use "
+            'strategy="ddp", or do not quantise.'
+        )
+
+
+@contextmanager
+def same_on_every_rank(module: L.LightningModule, stack: AdapterStack) -> Iterator[None]:
+    """Make every process begin with rank 0's adapters, whether or not the user seeds.
+
+    DDP copies rank 0's module at wrapping, FSDP2 does not: each process would contribute a part of its own adapter.
+    The random numbers inside are rank 0's (some methods change the base by a random decomposition), and adapters that
+    were made before the processes knew of each other are copied.
+    """
+    trainer = module._trainer
+    if trainer is None or trainer.state.status != TrainerStatus.RUNNING or trainer.world_size == 1:
+        yield
+        return
+    own = torch.get_rng_state()
+    shared = trainer.strategy.broadcast(own)
+    torch.set_rng_state(shared)
+    try:
+        yield
+    finally:
+        if not torch.equal(own, shared):  # where all were seeded alike, all go on alike
+            torch.set_rng_state(own)
+    live = {name: value for part in stack.parts for name, value in _tensors(stack, part).items()}
+    ours = {name: value for name, value in live.items() if not is_sharded(value) and not value.is_meta}
+    sent = trainer.strategy.broadcast({name: value.detach().cpu() for name, value in ours.items()})
+    for name, value in ours.items():
+        write(value, sent[name])
+
+
+def check_whole(module: nn.Module, backbone: nn.Module, callback: str) -> None:
+    """Raise `ValueError` where a backbone is already spread over processes, too late to put an adapter on it."""
+    if has_shards(backbone):
+        raise ValueError(
+            f"The backbone of {type(module).__name__} is sharded before it has its adapter: build it in __init__, or "
+            f"call {callback}.apply(self) in configure_model between building and sharding."
+        )
+
+
+def restore_loaded(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Check, and complete, what a strategy has loaded into the module by itself, without asking any hook."""
+    if isinstance(module.trainer.strategy, ModelParallelStrategy):
+        restore_sharded(module, module.trainer.ckpt_path)  # type: ignore[arg-type]
+    else:
+        restore_adapters(module, checkpoint, "the checkpoint")  # its weights are gone: base and settings remain
+
+
+def explain(module: L.LightningModule, error: BaseException) -> None:
+    """Say in one sentence why a folder of shards could not be loaded: PyTorch names only the first key it misses."""
+    failed: Any = getattr(sys.modules.get("torch.distributed.checkpoint.api"), "CheckpointException", ())
+    if isinstance(error, failed) and module.trainer.ckpt_path:
+        restore_sharded(module, module.trainer.ckpt_path)
+
+
+def _tensors(stack: AdapterStack, part: Any) -> dict[str, Tensor]:
+    state = stack.backbone.state_dict()
+    return {name: state[name] for name in stack.keys(part).values()}
+
+
+def _save_adapters_only(module: nn.Module) -> None:
+    if _FILTERED not in module.__dict__:
+        module.__dict__[_FILTERED] = module.register_state_dict_post_hook(_filter)
+
+
+def _filter(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Take out of a module's state, in place, what a checkpoint of its adapters does not hold."""
+    stacks = find_stacks(module)
+    if stacks and not prefix:
+        kept = set(checkpoint_names(module, stacks, state).values())
+        for name in state.keys() - kept:
+            del state[name]

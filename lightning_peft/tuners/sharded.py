@@ -1,0 +1,38 @@
+"""Tensors that are spread over processes (`DTensor`, what FSDP2 makes of parameters), read and written as a whole."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`."""
+    dtensor: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    return isinstance(tensor, dtensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on every process; for a sharded one all processes must ask for it together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def write(target: Tensor, value: Tensor) -> None:
+    """Copy into a tensor, of which each process keeps its own part; `value` is whole and the same everywhere."""
+    if is_sharded(target) and not is_sharded(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = value.to(target.device)
+        # without a source rank nothing is sent: each process takes its part of what it has
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    target.copy_(value)
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Whether some parameter of a module is spread over processes, by FSDP2, tensor parallelism or FSDP1."""
+    fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    return any(is_sharded(p) for p in module.parameters()) or any(isinstance(m, fsdp) for m in module.modules())
