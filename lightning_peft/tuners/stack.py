@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.tuners.configs import config_to_json, nearest_names
 from lightning_peft.tuners.files import AdapterError, check_finite
 from lightning_peft.tuners.fingerprint import fingerprint, mismatch
 from lightning_peft.tuners.modules import standalone_key
+from lightning_peft.tuners.sharded import whole, write
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -231,9 +231,9 @@ class AdapterStack:
         return {_PREFIX + standalone_key(key): name for key, name in selected.items()}
 
     def tensors(self, part: Part) -> dict[str, Tensor]:
-        """The part's tensors under the keys of a saved peft folder."""
+        """The part's tensors under the keys of a saved peft folder; of a sharded module, all processes must ask."""
         state = self.backbone.state_dict()
-        return {key: state[name] for key, name in self.keys(part).items()}
+        return {key: whole(state[name]) for key, name in self.keys(part).items()}
 
     def load_tensors(self, part: Part, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy saved tensors into a part, after checking every key, shape and value.
@@ -249,9 +249,8 @@ class AdapterStack:
                 raise AdapterError(f"{source}: {key} {shapes}.")
         check_finite(tensors, source)
         self.unmerge()
-        with torch.no_grad():
-            for key, name in keys.items():
-                state[name].copy_(tensors[key])
+        for key, name in keys.items():
+            write(state[name], tensors[key])
 
     def describe(self) -> dict[str, Any]:
         """The base's fingerprint and every part, JSON-able: what is needed to build the stack again."""
