@@ -13,6 +13,7 @@ from lightning_peft.callbacks import optimizers, strategies
 from lightning_peft.callbacks.backbone import building_hooks, find_backbone, forget, when_built
 from lightning_peft.callbacks.checkpointing import checkpoint_blocks, stop_checkpointing
 from lightning_peft.callbacks.modes import set_modes, stop_input_gradients
+from lightning_peft.callbacks.precision import forget_precise, keep_precise
 from lightning_peft.callbacks.report import print_table, summary
 from lightning_peft.checkpoint import keep_adapters, restore_adapters
 from lightning_peft.positions import tracked
@@ -110,6 +111,7 @@ class PEFT(Callback):
         self._check_callbacks(trainer)
         self._check_launcher(trainer, pl_module)
         strategies.prepare(trainer, pl_module)
+        keep_precise(trainer)
         if stage == "fit":
             self._check_data(trainer)
 
@@ -141,6 +143,7 @@ class PEFT(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         forget(pl_module)
         self._stop_checkpointing()
+        forget_precise(trainer)
         strategies.explain(pl_module, exception)
         strategies.release(pl_module)
 
