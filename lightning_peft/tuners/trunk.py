@@ -133,12 +133,12 @@ class Trunk:
             return None
         if first:
             check_past(call.arguments, self.backbone)
-            call.random_state = _random_state()
-            self._call = call
-            return None
         if not self._key(call):
-            return None
+            return None  # a module inside this one may be called with something that has rows
         self._call = call
+        if first:
+            call.random_state = _random_state()
+            return None
         if not all(key in self.store for key in call.keys):
             return None
         self.hits += len(call.keys)

@@ -286,6 +286,25 @@ def test_batches_of_known_and_unknown_rows_are_computed() -> None:
     assert 12 < sum(noted) <= 24  # in the second epoch again where a row is new, not in the third
 
 
+def test_a_module_around_the_backbone_may_take_the_whole_batch() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny("llama")
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.inner(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    losses = []
+    for callbacks in ((), (TrunkCache(),)):
+        module = Causal(positions=False)
+        module.backbone = Around()
+        module.inputs = lambda batch: {"batch": batch}  # type: ignore[method-assign]
+        noted = computed(module)
+        losses.append(run(module, Texts().loader(), *callbacks, lora={"backbone": "backbone.inner"}))
+    assert close(*losses) and sum(noted) == 12
+
+
 def test_the_head_alone_may_be_trained() -> None:
     module, plain = Plain(), Plain()
     for each, callbacks in ((plain, ()), (module, (TrunkCache(backbone="net"),))):
