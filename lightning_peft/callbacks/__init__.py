@@ -6,11 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_peft.callbacks.bitfit import BitFit
     from lightning_peft.callbacks.composite import Composite
     from lightning_peft.callbacks.edit import Edit
+    from lightning_peft.callbacks.full import FullFineTuning, TopLayers
+    from lightning_peft.callbacks.head_offsets import HeadOffsets
     from lightning_peft.callbacks.iti import ITI
     from lightning_peft.callbacks.lora import LoRA
+    from lightning_peft.callbacks.lottery import LotteryTicket
     from lightning_peft.callbacks.peft import PEFT
+    from lightning_peft.callbacks.sparse import LTSFT
+    from lightning_peft.callbacks.strata import Strata
     from lightning_peft.callbacks.trunk_cache import TrunkCache
 
 _MODULES = {
@@ -20,9 +26,30 @@ _MODULES = {
     "ITI": "iti",
     "Composite": "composite",
     "TrunkCache": "trunk_cache",
+    "FullFineTuning": "full",
+    "TopLayers": "full",
+    "BitFit": "bitfit",
+    "LTSFT": "sparse",
+    "LotteryTicket": "lottery",
+    "Strata": "strata",
+    "HeadOffsets": "head_offsets",
 }
 
-__all__ = ["ITI", "PEFT", "Composite", "Edit", "LoRA", "TrunkCache"]
+__all__ = [
+    "ITI",
+    "LTSFT",
+    "PEFT",
+    "BitFit",
+    "Composite",
+    "Edit",
+    "FullFineTuning",
+    "HeadOffsets",
+    "LoRA",
+    "LotteryTicket",
+    "Strata",
+    "TopLayers",
+    "TrunkCache",
+]
 
 
 def __getattr__(name: str) -> Any:
