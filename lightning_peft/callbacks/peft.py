@@ -16,7 +16,7 @@ from lightning_peft.callbacks.modes import set_modes, stop_input_gradients
 from lightning_peft.callbacks.precision import forget_precise, keep_precise
 from lightning_peft.callbacks.report import print_table, summary
 from lightning_peft.checkpoint import keep_adapters, restore_adapters
-from lightning_peft.positions import tracked
+from lightning_peft.positions import Positions, tracked
 from lightning_peft.tuners.configs import different_fields
 from lightning_peft.tuners.stack import AdapterStack, Part, find_stacks, stack_of
 
@@ -27,7 +27,7 @@ _HOOKS = "_lightning_peft_checkpoint_hooks"
 
 
 class PEFT(Callback):
-    """Adapt a model by any in-place peft method: freeze the backbone, inject, train, save only the adapter.
+    """Adapt a model by any peft method: freeze the backbone, inject, train, save only the adapter.
 
     Works on any LightningModule: a transformers model or a hand-written `nn.Module`, built in `__init__`, `setup` or
     `configure_model`. What stands outside the backbone (heads) stays trainable. Checkpoints hold the adapter and
@@ -75,6 +75,7 @@ class PEFT(Callback):
         self.backbone_dropout = backbone_dropout
         self.gradient_checkpointing = gradient_checkpointing
         self._checkpointed: list[nn.Module] = []
+        self._noted: list[Positions] = []
         self.stack: AdapterStack | None = None
 
     @property
@@ -208,13 +209,7 @@ class PEFT(Callback):
         assert self.stack is not None
         for name in self.names:
             self.stack.enable(True, name)
-        names = _adapters_of(trainer)
-        parameters = dict(self.stack.backbone.named_parameters())
-        for part in self.stack.parts:
-            part.tuner.set_requires_grad(part.name, part.name in names)
-            for live in self.stack.keys(part).values():
-                if live.endswith(".bias") and live in parameters:  # the base's own, where the method trains them
-                    parameters[live].requires_grad_(part.name in names)
+        self.stack.train(_adapters_of(trainer))
         # learning-rate and batch-size finders train before this callback's further hooks run
         self._set_modes(trainer)
 
@@ -238,7 +233,11 @@ class PEFT(Callback):
         """Let edits know where the answers of this batch begin; `None` forgets it."""
         assert self.stack is not None
         start = batch.get("answer_start") if isinstance(batch, Mapping) else None
-        for positions in tracked(self.stack.backbone):
+        for positions in self._noted:
+            positions.batch_start = None
+        # to look for them is to walk through all modules, which a step without answers need not pay for
+        self._noted = [] if start is None else tracked(self.stack.backbone)
+        for positions in self._noted:
             positions.batch_start = start
 
     def _check_callbacks(self, trainer: L.Trainer) -> None:
