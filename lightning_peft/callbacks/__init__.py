@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_peft.callbacks.averaging import AdapterEMA
     from lightning_peft.callbacks.bitfit import BitFit
     from lightning_peft.callbacks.composite import Composite
     from lightning_peft.callbacks.edit import Edit
@@ -26,6 +27,7 @@ _MODULES = {
     "ITI": "iti",
     "Composite": "composite",
     "TrunkCache": "trunk_cache",
+    "AdapterEMA": "averaging",
     "FullFineTuning": "full",
     "TopLayers": "full",
     "BitFit": "bitfit",
@@ -39,6 +41,7 @@ __all__ = [
     "ITI",
     "LTSFT",
     "PEFT",
+    "AdapterEMA",
     "BitFit",
     "Composite",
     "Edit",
