@@ -39,7 +39,13 @@ def check_adapters(trunk: list[Block], backbone: nn.Module) -> None:
     """No adapter may act in the trunk that looks at where the answer begins, or that is computed."""
     from lightning_peft.tuners.stack import stack_of
 
-    computed = {part.name for part in stack_of(backbone).parts if part.computed}
+    parts = stack_of(backbone).parts
+    if prompts := [part.name for part in parts if part.enabled and getattr(part.config, "is_prompt_learning", False)]:
+        raise TrunkError(
+            f"Adapter {prompts[0]!r} puts a prompt before the first block, so all blocks change with it and none can "
+            "be left out."
+        )
+    computed = {part.name for part in parts if part.computed}
     for block in trunk:
         for module in block.module.modules():
             policies = getattr(module, "policies", {})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tuning import QUIET, Classifier, base_weights, one_sentence, points, same, trainer
 
-from lightning_peft.callbacks import LoRA, TrunkCache
+from lightning_peft.callbacks import PEFT, LoRA, TrunkCache
 from lightning_peft.tuners.structure import blocks
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
@@ -460,6 +460,16 @@ def test_an_edit_in_the_trunk_is_refused() -> None:
         ValueError, match=r"Adapter 'edit' edits model\.layers\.0, below the first trained block"
     ) as error:
         trainer(Only(), TrunkCache(), max_epochs=2).fit(module, Texts().loader())
+    assert one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_learned_prompt_is_refused(config: str) -> None:
+    import peft
+
+    adapter = PEFT(getattr(peft, config)(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="Adapter 'default' puts a prompt before the first block") as error:
+        trainer(adapter, TrunkCache(), max_epochs=2).fit(Causal(), Texts().loader())
     assert one_sentence(str(error.value))
 
 
