@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from contextlib import nullcontext
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from lightning_peft.tuners.configs import nearest_names
 from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig
 from lightning_peft.tuners.weight_deltas.layer import WeightDeltasLayer
 from lightning_peft.tuners.weight_deltas.places import Place, places
@@ -118,10 +118,8 @@ def _chosen(model: nn.Module, config: WeightDeltasConfig) -> dict[str, list[Plac
     else:
         for name in wanted or ():
             if name not in first:
-                raise ValueError(
-                    f"{type(model).__name__} has no parameter {name!r}; the nearest modules and names are "
-                    f"{nearest_names(name, first)}."
-                )
+                near = ", ".join(difflib.get_close_matches(name, first, n=3, cutoff=0.0))
+                raise ValueError(f"{type(model).__name__} has no parameter {name!r}; the nearest names are {near}.")
         found = list(dict.fromkeys(first[name] for name in wanted or ()))
     for name in found:
         parameter = by_name[name][0].parameter
