@@ -11,9 +11,9 @@ import torch
 from tiny_models import VOCABULARY, tiny
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tuning import QUIET, Classifier, base_weights, one_sentence, points, same, trainer
+from tuning import QUIET, Classifier, base_weights, one_sentence, points, python, same, trainer
 
-from lightning_peft.callbacks import PEFT, LoRA, TrunkCache
+from lightning_peft.callbacks import PEFT, LoRA, TopLayers, TrunkCache
 from lightning_peft.tuners.structure import blocks
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
@@ -320,6 +320,55 @@ class Evaluation(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.net.eval()
+
+
+def test_whole_layers_may_be_trained() -> None:
+    losses = []
+    for callbacks in ((), (TrunkCache(),)):
+        module = Causal()
+        noted = computed(module)
+        torch.manual_seed(5)
+        trainer(TopLayers(1), *callbacks, max_steps=-1, max_epochs=3).fit(module, Texts().loader(width=8))
+        losses.append(module.losses)
+    assert losses[0] == losses[1] and noted == [4] * 3
+
+
+TWO_PROCESSES = """
+import torch
+from tuning import Classifier, points, trainer
+from lightning_peft.callbacks import LoRA, TrunkCache
+
+class Noting(Classifier):
+    losses, rows = [], []
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+found = []
+for callbacks in ((), (TrunkCache(),)):
+    module = Noting()
+    module.losses, module.rows = [], []
+    module.net.blocks[0].linear.register_forward_pre_hook(lambda _, args: module.rows.append(len(args[0])))
+    torch.manual_seed(5)
+    lora = LoRA(r=2, backbone="net", target_modules=["linear"], layers=[2])
+    options = {"max_steps": -1, "max_epochs": 3, "strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    sampled = points(16, 2)
+    rank = int(__import__("os").environ.get("LOCAL_RANK", 0))
+    sampled = torch.utils.data.DataLoader(torch.utils.data.Subset(sampled.dataset, range(rank, 16, 2)), 2)
+    trainer(lora, *callbacks, **options).fit(module, sampled)
+    found.append((module.losses, sum(module.rows)))
+(plain, every), (cached, few) = found
+assert plain == cached and len(plain) == 12, found
+assert (every, few) == (24, 8), found
+print("equal on", module.global_rank)
+"""
+
+
+@pytest.mark.slow
+def test_in_two_processes_each_has_its_own(tmp_path: Any) -> None:
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    assert "equal on 0" in python(tmp_path / "script.py", timeout=120)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Any) -> None:
