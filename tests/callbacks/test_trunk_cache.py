@@ -334,6 +334,7 @@ def test_whole_layers_may_be_trained() -> None:
 
 
 TWO_PROCESSES = """
+import os, pathlib, sys
 import torch
 from tuning import Classifier, points, trainer
 from lightning_peft.callbacks import LoRA, TrunkCache
@@ -354,21 +355,22 @@ for callbacks in ((), (TrunkCache(),)):
     lora = LoRA(r=2, backbone="net", target_modules=["linear"], layers=[2])
     options = {"max_steps": -1, "max_epochs": 3, "strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
     sampled = points(16, 2)
-    rank = int(__import__("os").environ.get("LOCAL_RANK", 0))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
     sampled = torch.utils.data.DataLoader(torch.utils.data.Subset(sampled.dataset, range(rank, 16, 2)), 2)
     trainer(lora, *callbacks, **options).fit(module, sampled)
     found.append((module.losses, sum(module.rows)))
 (plain, every), (cached, few) = found
 assert plain == cached and len(plain) == 12, found
 assert (every, few) == (24, 8), found
-print("equal on", module.global_rank)
+pathlib.Path(sys.argv[1], f"equal on {module.global_rank}").touch()
 """
 
 
 @pytest.mark.slow
 def test_in_two_processes_each_has_its_own(tmp_path: Any) -> None:
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    assert "equal on 0" in python(tmp_path / "script.py", timeout=120)
+    python(tmp_path / "script.py", tmp_path, timeout=120)
+    assert {path.name for path in tmp_path.glob("equal*")} == {"equal on 0", "equal on 1"}
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Any) -> None:
