@@ -1,0 +1,101 @@
+"""What a bottleneck adapter needs to know about its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from lightning_peft.tuners.registration import add_peft_type
+
+PLACEMENTS = ("sequential", "parallel")
+SCALINGS = ("fixed", "learned", "channel")
+ACTIVATIONS = ("relu", "gelu", "swish", "tanh", "sigmoid", "linear")
+INITS = ("lora", "mam", "bert", "houlsby", "glorot")
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """A trained `b(z) = alpha * scale * up(f(down(z)))` added to the output `y` of a frozen matrix: `y + b(z)`.
+
+    Sequential, `z = y` (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247). Parallel, `z`
+    is the input of the matrix itself, or that of another one, so that the whole part between the two has the adapter
+    beside it (He et al. 2022, arXiv:2110.04366).
+
+    Args:
+        target_modules: the matrices, by name or suffix; a string is a regular expression.
+        placement: `"sequential"` or `"parallel"`.
+        inputs: parallel only, for targets by full name the module whose input is `z`; others take their own.
+        size: width of the bottleneck; or
+        reduction: the output's width divided by that of the bottleneck (at least 1; with `kronecker` rounded up to a
+            multiple of it).
+        activation: f: `"relu"`, `"gelu"`, `"swish"`, `"tanh"`, `"sigmoid"` or `"linear"`.
+        alpha: the strength, a number.
+        scaling: `"fixed"`, or also a trained `scale`, 1 at the start: one (`"learned"`) or one a `"channel"`.
+        init: `"lora"` and `"mam"` (both Kaiming-uniform down, zero up: the adapter begins as nothing), `"bert"`
+            (normal, 0.02), `"houlsby"` (normal, 0.01, truncated at two deviations) or `"glorot"` (normal).
+        biases: whether down and up have one; zero at the start.
+        dropout: on the adapter's output, in training.
+        drop_path: the chance of leaving the adapter out for a row, in training (stochastic depth).
+        gate: multiply by `sigmoid(w z + b)`, a number for each token, with `w` normal, 0.02, at the start.
+        kronecker: n, where down and up are `sum_i A_i (x) s_i t_i` with n matrices `A_i [n, n]` that all layers share
+            (Mahabadi et al. 2021, arXiv:2106.04647); n must divide every width. 0: plain matrices.
+        kronecker_std: of the `A_i` at the start; the authors' 0.01.
+        exclude_modules: names left out of `target_modules`.
+        modules_to_save: other modules to train and save whole, as in every peft method.
+    """
+
+    target_modules: list[str] | str | None = field(default=None)
+    placement: str = field(default="sequential")
+    inputs: dict[str, str] | None = field(default=None)
+    size: int | None = field(default=None)
+    reduction: int | None = field(default=None)
+    activation: str = field(default="relu")
+    alpha: float = field(default=1.0)
+    scaling: str = field(default="fixed")
+    init: str = field(default="lora")
+    biases: bool = field(default=True)
+    dropout: float = field(default=0.0)
+    drop_path: float = field(default=0.0)
+    gate: bool = field(default=False)
+    kronecker: int = field(default=0)
+    kronecker_std: float = field(default=0.01)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("BOTTLENECK")
+        for name, known in (
+            ("placement", PLACEMENTS),
+            ("scaling", SCALINGS),
+            ("activation", ACTIVATIONS),
+            ("init", INITS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if (self.size is None) == (self.reduction is None):
+            raise ValueError(f"Give size or reduction, got size={self.size} and reduction={self.reduction}.")
+        if (self.size or self.reduction or 0) < 1:
+            raise ValueError(f"The bottleneck's size or reduction must be positive, got {self.size or self.reduction}.")
+        for name in ("dropout", "drop_path"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.inputs and self.placement != "parallel":
+            raise ValueError(f"Only a parallel adapter has inputs of its own, and this one is {self.placement}.")
+        if self.kronecker < 0:
+            raise ValueError(f"kronecker must not be negative, got {self.kronecker}.")
+        if self.kronecker and self.init not in ("lora", "mam", "glorot"):
+            raise ValueError(f"Kronecker factors begin as lora, mam or glorot, not as {self.init}.")
+
+    def size_for(self, width: int) -> int:
+        """The bottleneck's width beside an output of `width` features."""
+        if self.size is not None:
+            return self.size
+        assert self.reduction is not None
+        size, step = max(1, width // self.reduction), max(1, self.kronecker)
+        return -(-size // step) * step
+
+    def merges(self) -> bool:
+        """Whether the adapter is a linear map that the matrix itself can take up."""
+        return self.activation == "linear" and not (self.biases or self.gate or self.inputs)

@@ -1,0 +1,190 @@
+"""The wrapper around one frozen matrix that a bottleneck adapter adds to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from lightning_peft.tuners.bottleneck.branch import Bottleneck
+from lightning_peft.tuners.bottleneck.config import BottleneckConfig
+from lightning_peft.tuners.modules import is_linear
+from lightning_peft.tuners.structure import matrix_shape
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """Adds `alpha * b(z)` to the output `y` of the wrapped matrix, one `b` for each adapter.
+
+    z is y, the matrix's own input, or the input of another module that runs earlier in the same call; the latter is
+    noted when that module is called and forgotten once it was used.
+    """
+
+    adapter_layer_names = ("bottleneck", "bottleneck_rule")
+    other_param_names = ("scaling", "configs", "_sources", "_owners", "_noted")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck = nn.ModuleDict()
+        self.bottleneck_rule = nn.ParameterDict()  # what a Kronecker adapter shares, in the layer that owns it
+        self.scaling: dict[str, float] = {}
+        self.configs: dict[str, BottleneckConfig] = {}
+        self.merged_adapters: list[str] = []
+        # modules that are not this layer's children stand in tuples, out of sight of nn.Module
+        self._sources: dict[str, tuple[nn.Module]] = {}
+        self._owners: dict[str, tuple[BottleneckLayer]] = {}
+        self._noted: dict[str, Tensor] = {}
+        self._before_merge: tuple[Tensor, Tensor | None] | None = None
+        self._active_adapter = adapter_name
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: BottleneckConfig,
+        source: nn.Module | None = None,
+        owner: BottleneckLayer | None = None,
+    ) -> None:
+        """Give the layer one more adapter.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration.
+            source: the matrix whose input the adapter reads; None for its own (or, sequential, its own output).
+            owner: the layer that holds what a Kronecker adapter shares; None: this one is to hold it.
+        """
+        inputs, outputs = matrix_shape(self)
+        if config.placement == "sequential":
+            inputs = outputs
+        elif source is not None:
+            inputs, _ = matrix_shape(source)
+        self.bottleneck[adapter_name] = Bottleneck(inputs, outputs, config)
+        self.scaling[adapter_name], self.configs[adapter_name] = config.alpha, config
+        if source is not None:
+            self._sources[adapter_name] = (source,)
+            source.register_forward_pre_hook(_Note(self, adapter_name))
+        if config.kronecker:
+            if owner is None:
+                rule = torch.empty(*[config.kronecker] * 3).normal_(std=config.kronecker_std)
+                self.bottleneck_rule[adapter_name] = nn.Parameter(rule)
+            self._owners[adapter_name] = (owner or self,)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        for name in self._acting():
+            z = y
+            if name in self._sources:
+                z = self._take_note(name, y)
+            elif self.configs[name].placement == "parallel":
+                z = x
+            branch: Any = self.bottleneck[name]
+            out = branch(z.to(next(branch.parameters()).dtype), self._rule(name))
+            y = y + (self.scaling[name] * out).to(y.dtype)
+        return y
+
+    def note(self, adapter_name: str, x: Tensor) -> None:
+        """The input of an adapter's source in this call."""
+        if not self.disable_adapters and adapter_name in self._acting():
+            self._noted[adapter_name] = x
+
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Raise `ValueError` unless these adapters (those of them that the layer has) can become weights."""
+        base: Any = self.get_base_layer()
+        for name in adapter_names:
+            if name in self.configs and not self.configs[name].merges():
+                raise ValueError(
+                    f"Adapter {name!r} is not a linear map of the matrix's own input or output "
+                    f"(activation={self.configs[name].activation!r}), so it cannot be written into the weights."
+                )
+            if name in self.configs and not (is_linear(base) and base.weight.is_floating_point()):
+                raise ValueError(f"Cannot merge a bottleneck into {type(base).__name__}, only into plain matrices.")
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write linear adapters into the matrix: `W + M`, or sequential `(1 + M) W` and `(1 + M) b`."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bottleneck]
+        self.check_merge(names)
+        base: Any = self.get_base_layer()
+        for name in names:
+            weight = base.weight.detach() if isinstance(base, nn.Linear) else base.weight.detach().T
+            branch: Any = self.bottleneck[name]
+            change = self.scaling[name] * branch.matrix(self._rule(name))
+            bias = None if base.bias is None else base.bias.detach()
+            if self.configs[name].placement == "sequential":
+                bias = None if bias is None else (bias + change @ bias.to(change.dtype)).to(bias.dtype)
+                change = change @ weight.to(change.dtype)
+            weight = (weight + change).to(weight.dtype)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"Adapter {name!r} would put NaN or infinity into the weights.")
+            if not self.merged_adapters:
+                self._before_merge = (base.weight.data, None if base.bias is None else base.bias.data)
+            base.weight.data = weight if isinstance(base, nn.Linear) else weight.T.contiguous()
+            if bias is not None:
+                base.bias.data = bias
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the matrix's own weights back, bit for bit."""
+        if self._before_merge is not None:
+            base: Any = self.get_base_layer()
+            weight, bias = self._before_merge
+            base.weight.data = weight
+            if bias is not None:
+                base.bias.data = bias
+            self._before_merge = None
+            self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out, and what it hung on another module."""
+        for source in self._sources.get(adapter_name, ()):
+            for key, hook in list(source._forward_pre_hooks.items()):
+                if isinstance(hook, _Note) and hook.layer is self and hook.adapter_name == adapter_name:
+                    del source._forward_pre_hooks[key]
+        super().delete_adapter(adapter_name)
+
+    def _acting(self) -> list[str]:
+        """Active adapters that are not merged; at strength 0 one adds nothing, so that the base is met bit for bit."""
+        return [
+            name
+            for name in self.active_adapters
+            if name in self.bottleneck and name not in self.merged_adapters and self.scaling[name] != 0
+        ]
+
+    def _rule(self, adapter_name: str) -> Tensor | None:
+        if adapter_name not in self._owners:
+            return None
+        (owner,) = self._owners[adapter_name]
+        return owner.bottleneck_rule[adapter_name]
+
+    def _take_note(self, adapter_name: str, y: Tensor) -> Tensor:
+        z = self._noted.pop(adapter_name, None)
+        if z is None or z.shape[:-1] != y.shape[:-1]:
+            found = "it was not called before" if z is None else f"it had an input of shape {tuple(z.shape)}"
+            raise RuntimeError(
+                f"Parallel adapter {adapter_name!r} adds to an output of shape {tuple(y.shape)} and reads the input of "
+                f"another matrix of the same part, but {found}."
+            )
+        return z
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_noted": {}}  # a graph's tensors cannot be copied
+
+    def __repr__(self) -> str:
+        return "bottleneck." + super().__repr__()
+
+
+class _Note:
+    """A forward pre-hook that hands a module's input to the layer behind it; copied and pickled with both."""
+
+    def __init__(self, layer: BottleneckLayer, adapter_name: str) -> None:
+        self.layer, self.adapter_name = layer, adapter_name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.layer.note(self.adapter_name, args[0])

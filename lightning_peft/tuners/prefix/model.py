@@ -1,0 +1,87 @@
+"""The tuner that puts prefixes into the attentions of a transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from lightning_peft.tuners.modules import base_modules
+from lightning_peft.tuners.prefix.attention import check_attention, detach
+from lightning_peft.tuners.prefix.config import PrefixConfig
+from lightning_peft.tuners.prefix.layer import PrefixLayer
+from lightning_peft.tuners.projections import projections
+from lightning_peft.tuners.structure import blocks, matrix_shape
+
+
+class PrefixModel(BaseTuner):
+    """Wraps query projections in `PrefixLayer`; see `PrefixConfig`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft import get_peft_model
+        >>> from lightning_peft.tuners.prefix import PrefixConfig
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        ...                                      num_attention_heads=4, num_key_value_heads=2, vocab_size=40))
+        >>> config = PrefixConfig(target_modules=["q_proj"], length=5)
+        >>> sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+        161
+    """
+
+    prefix: str = "prefix_"
+    tuner_layer_cls = PrefixLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
+
+    def _prepare_adapter_config(self, peft_config: PrefixConfig, model_config: dict) -> PrefixConfig:  # type: ignore[override]
+        if peft_config.target_modules is None:
+            raise ValueError("PrefixConfig needs target_modules: of each attention the matrix that gives its queries.")
+        return peft_config
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: PrefixConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        check_attention(current_key.rpartition(".")[0], parent)
+        widths = self._widths(current_key, parent)
+        layer = target if isinstance(target, PrefixLayer) else PrefixLayer(target, adapter_name, parent)
+        layer.update_layer(adapter_name, peft_config, *widths)
+        setattr(parent, target_name, layer)
+
+    def _widths(self, target: str, attention: nn.Module) -> tuple[int, int]:
+        """The widths of all keys and of all values in the attention whose queries `target` gives."""
+        named = dict(base_modules(self.model))
+        span = next((s for b in blocks(self.model) for s in b.attention if target in s.matrices), None)
+        if span is None:
+            raise ValueError(f"{target} stands in no attention of a block, so no prefix can go there.")
+        known = projections(span)
+        if target != known.query:
+            raise ValueError(f"A prefix goes to the matrix that gives the queries: {known.query} instead of {target}.")
+        if known.key and known.value:
+            return matrix_shape(named[known.key])[1], matrix_shape(named[known.value])[1]
+        config: Any = attention.config
+        heads = config.num_attention_heads
+        keys = getattr(config, "num_key_value_heads", None) or heads
+        size, rest = divmod(matrix_shape(named[target])[1], heads + 2 * keys)
+        if rest:
+            raise ValueError(
+                f"{target} gives {matrix_shape(named[target])[1]} features, not queries, keys and values of {heads} "
+                f"and {keys} heads, so it is not known how wide a prefix must be."
+            )
+        return keys * size, keys * size
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError("A prefix is seen by the softmax of every query and cannot be written into the weights.")
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        layers = [module for module in self.model.modules() if isinstance(module, PrefixLayer)]
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
+        for layer in layers:
+            detach(layer._attention[0], layer)
+        return model
