@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
+COMPRESSED = "adapter_model.compressed.safetensors"  # in place of the weights; see compression.py
 ORDER = "stack.json"
 
 
@@ -24,7 +25,11 @@ class AdapterError(ValueError):
     """A saved adapter cannot be used: unreadable, incomplete, not finite, or made for another base model."""
 
 
-def write_folders(root: Path, adapters: Mapping[str, tuple[PeftConfig, Mapping[str, Tensor], dict[str, Any]]]) -> None:
+def write_folders(
+    root: Path,
+    adapters: Mapping[str, tuple[PeftConfig, Mapping[str, Tensor], dict[str, Any]]],
+    weights: str = WEIGHTS,
+) -> None:
     """Write one adapter as a peft folder, or several as a subfolder each with their order in `stack.json`.
 
     Everything is written beside its place and renamed once all of it is there. What says that a folder is whole, its
@@ -33,6 +38,7 @@ def write_folders(root: Path, adapters: Mapping[str, tuple[PeftConfig, Mapping[s
     Args:
         root: the folder; made if need be.
         adapters: for each name, its configuration, tensors and our notes (fingerprint, how it was computed).
+        weights: the name of the file of tensors.
     """
     from safetensors.torch import save_file
 
@@ -43,7 +49,7 @@ def write_folders(root: Path, adapters: Mapping[str, tuple[PeftConfig, Mapping[s
             folder = Path(made, places[name])
             folder.mkdir(exist_ok=True)
             contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+            save_file(contiguous, folder / weights, metadata={"format": "pt"})
             (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
             config = copy.deepcopy(config)
             config.inference_mode = True  # as peft saves it
@@ -53,7 +59,9 @@ def write_folders(root: Path, adapters: Mapping[str, tuple[PeftConfig, Mapping[s
             (root / file).unlink(missing_ok=True)
         for place in places.values():
             (root / place).mkdir(parents=True, exist_ok=True)
-            for file in (WEIGHTS, NOTES, CONFIG):
+            for stale in {WEIGHTS, COMPRESSED} - {weights}:
+                (root / place / stale).unlink(missing_ok=True)
+            for file in (weights, NOTES, CONFIG):
                 os.replace(Path(made, place, file), root / place / file)
         if len(adapters) > 1:
             os.replace(Path(made, ORDER), root / ORDER)
@@ -83,7 +91,8 @@ def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for name in (CONFIG, WEIGHTS):
+    weights = COMPRESSED if (folder / COMPRESSED).is_file() else WEIGHTS
+    for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} is not an adapter folder: it has no {name}.")
     try:
@@ -92,9 +101,16 @@ def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, 
         raise AdapterError(f"{folder / CONFIG} is not a peft configuration: {error!r}.") from error
     config.inference_mode = False
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / weights)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder / WEIGHTS} is truncated or not a safetensors file: {error}.") from error
+        raise AdapterError(f"{folder / weights} is truncated or not a safetensors file: {error}.") from error
+    if weights == COMPRESSED:
+        from lightning_peft.tuners.compression import restore
+
+        try:
+            tensors = restore(tensors, folder)
+        except ValueError as error:
+            raise AdapterError(f"{folder / weights} cannot be read: {error}") from error
     try:
         notes = json.loads((folder / NOTES).read_text()) if (folder / NOTES).is_file() else {}
     except ValueError as error:
