@@ -41,7 +41,8 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
             raise ValueError(f"dtype must name a torch dtype such as float32 or bfloat16, got {dtype!r}.")
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(pretrained)
+        if torch.get_default_device().type != "meta":  # else only shapes are asked for, which config.json gives
+            self.tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(pretrained)
         self.backbone = getattr(transformers, auto).from_pretrained(pretrained, dtype=getattr(torch, dtype))
         self._accepts = set(inspect.signature(type(self.backbone).forward).parameters)
 
