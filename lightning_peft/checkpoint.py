@@ -185,6 +185,18 @@ def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None
     return write_described(described, weights, Path(folder), base=None)
 
 
+def outside_backbones(path: str | Path) -> list[str]:
+    """The names of a checkpoint's weights that belong to no adapter, such as a head's: no peft folder holds them."""
+    checkpoint = _read(path, "cpu")
+    adapter = {
+        _join(name, saved)
+        for name, described in checkpoint[META]["backbones"].items()
+        for part in described["parts"]
+        for saved in part["keys"].values()
+    }
+    return [key for key in checkpoint["state_dict"] if key not in adapter]
+
+
 def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
     """A checkpoint with adapters in it; only tensors and plain values are read."""
     try:

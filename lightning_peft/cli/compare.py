@@ -1,4 +1,4 @@
-"""The `lightning-peft` command: LightningCLI's fit, validate, test and predict, and compare."""
+"""`lightning-peft compare`: many adaptations, one table."""
 
 from __future__ import annotations
 
@@ -6,46 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_HELP = """usage: lightning-peft <command> [options]
 
-Adapt a model by tuning or by editing, and measure which to take.
-
-commands:
-  fit, validate, test, predict   Lightning's own, configured by YAML: lightning-peft fit --config configs/lora.yaml
-  compare                        many adaptations, one table: lightning-peft compare --config configs/compare/quick.yaml
-
-`lightning-peft <command> --help` lists a command's options.
-"""
-
-
-def main(args: list[str] | None = None) -> None:
-    """Entry point. `args` defaults to the command line's."""
-    args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help"):
-        print(_HELP, end="")
-    elif args[0] == "compare":
-        compare(args[1:])
-    else:
-        lightning_cli(args)
-
-
-def lightning_cli(args: list[str]) -> Any:
-    """LightningCLI over any LightningModule and any data module."""
-    import lightning as L
-    from lightning.pytorch.cli import LightningCLI
-
-    return LightningCLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        args=args,
-    )
-
-
-def compare(args: list[str]) -> dict[str, Any]:
+def main(args: list[str]) -> dict[str, Any]:
     """Run a comparison, print its table, write its report; returns the results."""
     from jsonargparse import ArgumentParser
     from rich.console import Console
@@ -58,7 +20,7 @@ def compare(args: list[str]) -> dict[str, Any]:
     parser = ArgumentParser(prog="lightning-peft compare", description="Compare adaptations on one question set.")
     parser.add_argument("--config", action="config", help="YAML file with the plan")
     parser.add_class_arguments(Plan, as_positional=False)
-    parsed = parser.parse_args(args)
+    parsed = parser.parse_args(args[1:])
     settings = parsed.clone().as_dict()
     settings.pop("config", None)
     settings["rows"] = {row["name"]: row for row in settings["rows"]}
@@ -77,7 +39,3 @@ def compare(args: list[str]) -> dict[str, Any]:
     report = write_html(results, output / "report.html")
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return results
-
-
-if __name__ == "__main__":
-    main()

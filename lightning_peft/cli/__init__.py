@@ -1,0 +1,89 @@
+"""The `lightning-peft` command: one file a command, and Lightning's own verbs."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import warnings
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the file of this folder with its `main(args)`, a line of help, an example."""
+
+    file: str
+    does: str
+    example: str
+
+
+_LIGHTNING = Command("verbs", "Lightning's own, configured by YAML", "lightning-peft fit --config configs/lora.yaml")
+COMMANDS = {
+    "fit": _LIGHTNING,
+    "validate": _LIGHTNING,
+    "test": _LIGHTNING,
+    "predict": _LIGHTNING,
+    "plan": Command(
+        "plan",
+        "what fit would train, and the memory it would take; nothing is allocated",
+        "lightning-peft plan --config configs/lora.yaml",
+    ),
+    "compare": Command(
+        "compare", "many adaptations, one table", "lightning-peft compare --config configs/compare/quick.yaml"
+    ),
+    "export": Command(
+        "export", "a checkpoint's adapters as a plain peft folder", "lightning-peft export last.ckpt out"
+    ),
+    "merge": Command(
+        "merge",
+        "adapters written into their base, as a plain transformers folder",
+        "lightning-peft merge out merged --base models/base",
+    ),
+    "compress": Command(
+        "compress", "an adapter in a fraction of a bit to two bits a parameter", "lightning-peft compress out small"
+    ),
+    "decompress": Command(
+        "decompress", "a compressed adapter as a plain peft folder again", "lightning-peft decompress small plain"
+    ),
+    "completion": Command(
+        "completion", "the line that completes commands in bash", 'eval "$(lightning-peft completion)"'
+    ),
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point. `args` defaults to the command line's.
+
+    Raises:
+        SystemExit: the command is unknown, or what it was given cannot be used; the message is one sentence.
+    """
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+    elif args[0] == "completion":
+        print(f'complete -o default -W "{" ".join(COMMANDS)}" lightning-peft')
+    elif args[0] in COMMANDS or args[0].startswith("-"):
+        # an option before the verb, as in `lightning-peft --config x.yaml fit`, is LightningCLI's
+        file = COMMANDS[args[0]].file if args[0] in COMMANDS else "verbs"
+        with warnings.catch_warnings():
+            # it cannot know that these are the command line's
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            importlib.import_module(f"{__name__}.{file}").main(args)
+    else:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
+        raise SystemExit(f"lightning-peft has no command {args[0]!r}; the nearest are {', '.join(near)}.")
+
+
+def overview() -> str:
+    """What `lightning-peft --help` prints: every command."""
+    verbs = [name for name, command in COMMANDS.items() if command is _LIGHTNING]
+    shown = {", ".join(verbs): _LIGHTNING} | {n: c for n, c in COMMANDS.items() if c is not _LIGHTNING}
+    width = max(map(len, shown)) + 2
+    lines = [f"  {name:{width}}{c.does}\n  {'':{width}}{c.example}\n" for name, c in shown.items()]
+    return (
+        "usage: lightning-peft <command> [options]\n\n"
+        "Adapt a model by tuning or by editing, and measure which to take.\n\n"
+        f"commands:\n{''.join(lines)}\n"
+        "`lightning-peft <command> --help` lists a command's options.\n"
+    )

@@ -1,0 +1,3 @@
+from lightning_peft.cli import main
+
+main()

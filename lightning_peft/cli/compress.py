@@ -1,0 +1,119 @@
+"""`lightning-peft compress`: an adapter in a fraction of a bit to two bits a parameter (ComPEFT)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_peft.cli.arguments import one_sentence, parser
+
+if TYPE_CHECKING:
+    from lightning_peft.cli.scoring import Scorer
+    from lightning_peft.tuners.compression import Compression
+
+GRID = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the paper's range
+
+
+def main(args: list[str]) -> list[Compression]:
+    """Compress an adapter folder and print what came of it; returns the numbers of each adapter."""
+    options = parser(
+        "compress",
+        "Keep the largest changes of an adapter as signs with one scale (ComPEFT, arXiv:2311.13171). "
+        "lightning_peft.load_adapter reads the result; `lightning-peft decompress` makes a plain peft folder of it.",
+    )
+    options.add_argument("adapter", help="a folder of adapters")
+    options.add_argument("folder", help="where to write")
+    options.add_argument("--density", type=float, default=0.1, help="share of the parameters to keep")
+    options.add_argument(
+        "--alpha",
+        default="1",
+        help="strength in standard deviations, or auto: the best on validation data, by --config",
+    )
+    options.add_argument(
+        "--std", choices=("all", "kept"), default="all", help="standard deviation over which parameters"
+    )
+    options.add_argument(
+        "--scope", choices=("adapter", "tensor"), default="adapter", help="threshold and scale over what"
+    )
+    options.add_argument("--initial", help="the adapter before training; without it LoRA's A is taken for its change")
+    options.add_argument("--config", help="the YAML that fit was given: its module and validation data give scores")
+    options.add_argument("--monitor", default="val_loss", help="the validation metric")
+    options.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more of it is better")
+    given = options.parse_args(args[1:])
+    with one_sentence("compress"):
+        from lightning_peft.tuners.compression import compress_adapter
+
+        alpha = _alpha(given.alpha, given.config is not None)
+
+        def compress(folder: str, alpha: float) -> list[Compression]:
+            return compress_adapter(given.adapter, folder, given.density, alpha, given.std, given.initial, given.scope)
+
+        if given.config is None:
+            made = compress(given.folder, 1.0 if alpha is None else alpha)
+            _print(made)
+            return made
+        from lightning_peft.cli.scoring import Scorer
+
+        with tempfile.TemporaryDirectory(dir=_beside(given.folder)) as trial:
+            # compressed first, so that an adapter that cannot be is refused before anything is loaded
+            compress(trial, 1.0 if alpha is None else alpha)
+            scorer = Scorer(given.config, given.monitor)
+            before = scorer.score(given.adapter)
+            if alpha is None:
+                alpha = _best(scorer, trial, 1 if given.mode == "max" else -1)
+        made = compress(given.folder, alpha)
+        after = scorer.score(given.folder)
+        _print(made)
+        print(f"{given.monitor}: {before:.6g} before, {after:.6g} after ({after - before:+.6g}), at alpha {alpha:g}.")
+        return made
+
+
+def _best(scorer: Scorer, trial: str, sign: int) -> float:
+    """The alpha with the best score; of equal ones the smallest."""
+    scores = {}
+    for alpha in GRID:
+        scores[alpha] = scorer.score(trial, strength=alpha)
+        print(f"alpha {alpha:g}: {scorer.monitor} {scores[alpha]:.6g}")
+    return max(GRID, key=lambda alpha: (sign * scores[alpha], -alpha))
+
+
+def _alpha(text: str, has_config: bool) -> float | None:
+    """The number that was given, or None for `auto`."""
+    if text == "auto":
+        if not has_config:
+            raise ValueError("--alpha auto needs validation data to choose by: give --config, or a number.")
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--alpha must be a number or auto, got {text!r}.") from None
+
+
+def _beside(folder: str) -> Path:
+    """The folder in which to try, so that a path relative to the result is as long as it will be."""
+    parent = Path(folder).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent
+
+
+def _print(made: list[Compression]) -> None:
+    for one in made:
+        print(
+            f"{one.parameters:,} parameters, {one.kept:,} kept ({one.kept / one.parameters:.4%}), "
+            f"scale {one.scale:.6g}\n"
+            f"{one.before:,} bytes before, {one.after:,} after: {one.before / one.after:.1f} times smaller; "
+            f"places and signs take {one.coded:,} bytes, {one.coded / one.bound:.3f} times the entropy bound."
+        )
+        if one.dense:
+            print(f"{one.dense:,} numbers that are not the method's own were kept as they are.")
+        if one.raw:
+            print(
+                f"The start of {len(one.raw)} tensors is not known (the first is {one.raw[0]}): they were "
+                "compressed as they are, not what training changed in them; --initial gives their start."
+            )
+        if one.empty:
+            print(
+                f"Nothing was kept of {len(one.empty)} tensors, the first is {one.empty[0]}; --scope tensor or a "
+                "larger --density keeps some of each."
+            )

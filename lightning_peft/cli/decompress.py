@@ -1,0 +1,21 @@
+"""`lightning-peft decompress`: a compressed adapter as a plain peft folder again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_peft.cli.arguments import one_sentence, parser
+
+
+def main(args: list[str]) -> Path:
+    """Decompress an adapter folder; returns the new one."""
+    options = parser("decompress", "Write a compressed adapter as a plain peft folder, for PeftModel.from_pretrained.")
+    options.add_argument("adapter", help="a folder that `lightning-peft compress` wrote")
+    options.add_argument("folder", help="where to write")
+    given = options.parse_args(args[1:])
+    with one_sentence("decompress"):
+        from lightning_peft.tuners.compression import decompress_adapter
+
+        folder = decompress_adapter(given.adapter, given.folder)
+        print(f"Wrote {folder}.")
+    return folder

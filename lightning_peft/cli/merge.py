@@ -1,0 +1,39 @@
+"""`lightning-peft merge`: adapters written into their base, as a plain transformers folder."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from lightning_peft.cli.arguments import one_sentence, parser
+
+
+def main(args: list[str]) -> Path:
+    """Merge an adapter folder, or a checkpoint's adapters; returns the folder."""
+    options = parser("merge", "Write adapters into their base: a transformers folder that loads without this package.")
+    options.add_argument("adapter", help="a folder of adapters, or a checkpoint written with a lightning_peft callback")
+    options.add_argument("folder", help="where to write; must be new or empty")
+    options.add_argument(
+        "--base", help="the base model: a folder, or its name on the hub; default: as the adapter says"
+    )
+    options.add_argument("--dtype", default="auto", help="to merge and save in; auto is the base's own")
+    options.add_argument("--backbone", help="which backbone's adapters, where a checkpoint's module had several")
+    given = options.parse_args(args[1:])
+    with one_sentence("merge"), tempfile.TemporaryDirectory() as temporary:
+        from lightning_peft.checkpoint import export_checkpoint, outside_backbones
+        from lightning_peft.tuners.merging import merge_pretrained
+
+        source, left = Path(given.adapter), []
+        if source.is_file():
+            left = outside_backbones(source)
+            source = export_checkpoint(source, Path(temporary, "adapter"), given.backbone)
+        elif not source.is_dir():
+            raise FileNotFoundError(2, "", str(source))
+        try:
+            name = merge_pretrained(source, given.folder, given.base, given.dtype)
+        except ValueError as error:  # which names the temporary folder
+            raise ValueError(str(error).replace(str(source), given.adapter)) from error
+        print(f"Wrote {given.folder}, a {name} that transformers loads by itself.")
+        if left:
+            print(f"Not in it, standing outside the model: {', '.join(left)}.")
+    return Path(given.folder)
