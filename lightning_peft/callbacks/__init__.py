@@ -6,8 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_peft.callbacks.attention_prefix import AttentionPrefix
     from lightning_peft.callbacks.averaging import AdapterEMA
     from lightning_peft.callbacks.bitfit import BitFit
+    from lightning_peft.callbacks.bottleneck import (
+        AdapterPlus,
+        Houlsby,
+        ParallelAdapter,
+        Pfeiffer,
+        ScaledParallelAdapter,
+    )
+    from lightning_peft.callbacks.compacter import Compacter, CompacterPlusPlus
     from lightning_peft.callbacks.composite import Composite
     from lightning_peft.callbacks.edit import Edit
     from lightning_peft.callbacks.full import FullFineTuning, TopLayers
@@ -15,10 +24,12 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks.iti import ITI
     from lightning_peft.callbacks.lora import LoRA
     from lightning_peft.callbacks.lottery import LotteryTicket
+    from lightning_peft.callbacks.mam import MAM
     from lightning_peft.callbacks.peft import PEFT
     from lightning_peft.callbacks.sparse import LTSFT
     from lightning_peft.callbacks.strata import Strata
     from lightning_peft.callbacks.trunk_cache import TrunkCache
+    from lightning_peft.callbacks.unipelt import UniPELT
 
 _MODULES = {
     "PEFT": "peft",
@@ -35,23 +46,43 @@ _MODULES = {
     "LotteryTicket": "lottery",
     "Strata": "strata",
     "HeadOffsets": "head_offsets",
+    "AttentionPrefix": "attention_prefix",
+    "Houlsby": "bottleneck",
+    "Pfeiffer": "bottleneck",
+    "ParallelAdapter": "bottleneck",
+    "ScaledParallelAdapter": "bottleneck",
+    "AdapterPlus": "bottleneck",
+    "Compacter": "compacter",
+    "CompacterPlusPlus": "compacter",
+    "MAM": "mam",
+    "UniPELT": "unipelt",
 }
 
 __all__ = [
     "ITI",
     "LTSFT",
+    "MAM",
     "PEFT",
     "AdapterEMA",
+    "AdapterPlus",
+    "AttentionPrefix",
     "BitFit",
+    "Compacter",
+    "CompacterPlusPlus",
     "Composite",
     "Edit",
     "FullFineTuning",
     "HeadOffsets",
+    "Houlsby",
     "LoRA",
     "LotteryTicket",
+    "ParallelAdapter",
+    "Pfeiffer",
+    "ScaledParallelAdapter",
     "Strata",
     "TopLayers",
     "TrunkCache",
+    "UniPELT",
 ]
 
 
