@@ -7,6 +7,7 @@ and which tensor of a peft folder each entry is. So it can be exported without a
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 from collections.abc import Iterable, Mapping
@@ -128,7 +129,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path, map_location: Any = Non
 
     Args:
         cls: the LightningModule class; its backbone is built as usual and is not in the checkpoint.
-        path: the checkpoint file.
+        path: the checkpoint, a file or the folder that FSDP2 writes.
         map_location: as in `torch.load`.
         **kwargs: arguments of `cls`, over those saved in the checkpoint.
 
@@ -139,10 +140,15 @@ def load_from_checkpoint(cls: type[M], path: str | Path, map_location: Any = Non
         AdapterError: as `restore_adapters`.
     """
     checkpoint = _read(path, map_location or "cpu")
+    file: Any = path
+    if Path(path).is_dir():  # Lightning reads files, and such as are open
+        file = io.BytesIO()
+        torch.save(checkpoint, file)
+        file.seek(0)
     with warnings.catch_warnings():
         # Lightning builds the module without adapters, so every adapter key is a stranger to it at first
         warnings.filterwarnings("ignore", message="Found keys that are")
-        module = cls.load_from_checkpoint(path, map_location=map_location, strict=False, **kwargs)  # type: ignore[attr-defined]
+        module = cls.load_from_checkpoint(file, map_location=map_location, strict=False, **kwargs)  # type: ignore[attr-defined]
     restore_adapters(module, checkpoint, str(path))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     return module
@@ -162,7 +168,7 @@ def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None
     """Turn an adapter-only Lightning checkpoint into the plain peft folder that `save_adapter` would write.
 
     Args:
-        path: the checkpoint file; no model is built.
+        path: the checkpoint, a file or the folder that FSDP2 writes; no model is built.
         folder: where to write.
         backbone: which backbone's adapters, where the module had several.
 
@@ -225,7 +231,9 @@ def _gather(folder: Path) -> dict[str, Tensor]:
         for name, entry in entries
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(state, storage_reader=reader, no_dist=True)
     return {standalone_key(name.removeprefix(prefix)): value for name, value in state.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 
 from lightning_peft.checkpoint import checkpoint_names, restore_adapters, restore_sharded
+from lightning_peft.tuners.quantization import is_quantized
 from lightning_peft.tuners.sharded import has_shards, is_sharded, write
 from lightning_peft.tuners.stack import AdapterStack, find_stacks
 
@@ -57,7 +58,7 @@ def check_fsdp(trainer: L.Trainer, strategy: FSDPStrategy, module: nn.Module) ->
             "FSDP in Lightning cannot clip gradients by norm: use "
             'Trainer(gradient_clip_algorithm="value"), or ModelParallelStrategy.'
         )
-    if quantised := [n for n, m in module.named_modules() if type(m).__module__.startswith("bitsandbytes.")]:
+    if quantised := [n for n, m in module.named_modules() if is_quantized(m)]:
         raise ValueError(
             f"FSDP cannot shard weights quantised by bitsandbytes, the first is {quantised[0]}: use "
             'strategy="ddp", or do not quantise.'
@@ -109,10 +110,16 @@ def restore_loaded(module: L.LightningModule, checkpoint: dict[str, Any]) -> Non
 
 
 def explain(module: L.LightningModule, error: BaseException) -> None:
-    """Say in one sentence why a folder of shards could not be loaded: PyTorch names only the first key it misses."""
-    failed: Any = getattr(sys.modules.get("torch.distributed.checkpoint.api"), "CheckpointException", ())
-    if isinstance(error, failed) and module.trainer.ckpt_path:
-        restore_sharded(module, module.trainer.ckpt_path)
+    """Say in one sentence why FSDP2's strategy could not load a checkpoint: it stops at the first tensor that differs.
+
+    Raises:
+        AdapterError: as `restore_adapters`, where that is why.
+    """
+    trainer = module._trainer
+    if trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy) and trainer.ckpt_path:
+        load = ModelParallelStrategy.load_checkpoint.__code__
+        if any(frame.f_code is load for frame, _ in traceback.walk_tb(error.__traceback__)):
+            restore_sharded(module, trainer.ckpt_path)
 
 
 def _tensors(stack: AdapterStack, part: Any) -> dict[str, Tensor]:
