@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks.lottery import LotteryTicket
     from lightning_peft.callbacks.mam import MAM
     from lightning_peft.callbacks.peft import PEFT
+    from lightning_peft.callbacks.qlora import QLoRA
+    from lightning_peft.callbacks.quantize import Quantize
     from lightning_peft.callbacks.sparse import LTSFT
     from lightning_peft.callbacks.strata import Strata
     from lightning_peft.callbacks.trunk_cache import TrunkCache
@@ -56,6 +58,8 @@ _MODULES = {
     "CompacterPlusPlus": "compacter",
     "MAM": "mam",
     "UniPELT": "unipelt",
+    "Quantize": "quantize",
+    "QLoRA": "qlora",
 }
 
 __all__ = [
@@ -78,6 +82,8 @@ __all__ = [
     "LotteryTicket",
     "ParallelAdapter",
     "Pfeiffer",
+    "QLoRA",
+    "Quantize",
     "ScaledParallelAdapter",
     "Strata",
     "TopLayers",

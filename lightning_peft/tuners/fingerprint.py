@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.tuners.quantization import was_conv1d
+
 _SAMPLES = 8  # values read from each sampled tensor
 _TENSORS = 4  # tensors sampled, spread over the model
 _SUBNORMAL = 1e-7  # values this small are rounded to a fixed grid in float16
@@ -22,9 +24,11 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
         are often alike in different models. Quantised weights are named but not sampled.
     """
     parameters = _base_parameters(backbone)
+    turned = {id(module.weight) for module in backbone.modules() if was_conv1d(module)}
     digest = hashlib.sha256()
     for name, parameter in parameters.items():
-        digest.update(f"{name} {tuple(_shape(parameter))}\n".encode())
+        shape = tuple(_shape(parameter))
+        digest.update(f"{name} {shape[::-1] if id(parameter) in turned else shape}\n".encode())
     floats = {n: p for n, p in parameters.items() if p.is_floating_point() and p.numel() and p.device.type != "meta"}
     names = [n for n, p in floats.items() if p.dim() > 1] or list(floats)
     chosen = sorted(

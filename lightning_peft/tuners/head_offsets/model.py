@@ -29,6 +29,7 @@ class HeadOffsetsModel(BaseTuner):
     prefix: str = "head_offsets"
     tuner_layer_cls = HeadOffsetsLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
+    changes_weights = False  # merged, they are a bias, which is not quantised
 
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: HeadOffsetsConfig, model_config: dict

@@ -1,0 +1,172 @@
+"""bitsandbytes' linear layers, made to stay as they were quantised; importing this imports bitsandbytes.
+
+bitsandbytes' own layers change while they are used: on some CPUs they repack their weights in evaluation (with loss,
+and only for some shapes), they cast their bias in place, take the precision to compute in from the first input they
+happen to see, lose the scales of int8 when a parent module moves, and cannot read back a 4-bit state they wrote. A
+frozen base must do none of that. These subclasses have nothing of their own, so an existing layer becomes one by a
+change of class (`adopt`).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+
+# said in every call of every int8 layer
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda r: "inputs will be cast" not in str(r.msg))
+
+
+class Linear4bit(bnb.nn.Linear4bit):
+    """`[..., inputs] -> [..., outputs]` with a frozen weight in 4 bits.
+
+    It computes in `compute_dtype` and answers in the input's; where that is None, it does as `nn.Linear` would.
+    """
+
+    weight: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, bias = _prepared(x, self.bias, self.compute_dtype)
+        y = bnb.matmul_4bit(rows, self.weight, quant_state=self.weight.quant_state, bias=bias)
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if self.compute_dtype is None else y.to(x.dtype)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        start = f"{prefix}weight."
+        saved = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
+        if saved:
+            state = bnb.functional.QuantState.from_dict(saved, self.weight.device)
+            self.weight.quant_state = self.quant_state = state
+            unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(start)]
+
+
+class Linear8bit(bnb.nn.Linear8bitLt):
+    """`[..., inputs] -> [..., outputs]` with a frozen weight in 8 bits; on GPUs so is the input, by row."""
+
+    weight: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, bias = _prepared(x, self.bias, None)
+        return bnb.matmul(rows, self.weight, bias=bias, state=self.state).reshape(*x.shape[:-1], -1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear8bit:
+        super()._apply(fn, recurse)
+        settle(self)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # bitsandbytes looks for the scales on the weight
+        self.weight.SCB = self.state.SCB
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        settle(self)
+
+
+def _prepared(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """The input as rows (gradients of a bias are right for no other shape) and the bias, in the dtype to compute in."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"A quantised layer was given {x.dtype}, as by a module that casts to the dtype of its weight: name the "
+            "layer in skip_modules."
+        )
+    if dtype is None:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.to(dtype).reshape(-1, x.shape[-1]), None if bias is None else bias.to(dtype)
+
+
+def settle(layer: Any) -> None:
+    """Let an int8 layer's state hold its weight, as it is now, and its scales beside it; the weight holds neither."""
+    weight, state = layer.weight, layer.state
+    scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
+    state.CB, state.SCB = weight.data, scales.to(weight.device)
+    weight.CB = weight.SCB = None
+    # on CPU this says that inputs are not quantised, which is both faster and nearer: so in evaluation as in training
+    state.is_training = True
+
+
+def adopt(layer: Any) -> None:
+    """Make a layer of bitsandbytes one of the above, in place."""
+    cls = type(layer)
+    if cls is bnb.nn.Linear4bit:
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            layer.state_dict()  # undoes the repacking
+        layer.__class__ = Linear4bit
+    elif cls is bnb.nn.Linear8bitLt:
+        layer.__class__ = Linear8bit
+        settle(layer)
+
+
+def make(linear: Any, transposed: bool, quant_type: str, double_quant: bool, dtype: Any, threshold: float) -> Any:
+    """The quantised twin of a linear layer, with its bias, on its device.
+
+    Args:
+        linear: the layer; its weight is read, not changed.
+        transposed: its weight is `[inputs, outputs]`.
+        quant_type: `"nf4"`, `"fp4"` or `"int8"`.
+        double_quant: quantise the scales of 4-bit blocks as well.
+        dtype: to compute in, for 4 bits; None is the input's.
+        threshold: of int8's outliers, see `Quantization`.
+    """
+    weight = linear.weight.detach().T.contiguous() if transposed else linear.weight.detach()
+    outputs, inputs = weight.shape
+    with torch.device("meta"):  # their own weights are never made
+        if quant_type == "int8":
+            made: Any = Linear8bit(inputs, outputs, False, has_fp16_weights=False, threshold=threshold)
+        else:
+            made = Linear4bit(inputs, outputs, False, dtype, double_quant, quant_type)
+    if quant_type == "int8":
+        made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        made.weight._quantize(weight.device)
+        settle(made)
+    else:
+        made.weight = bnb.nn.Params4bit(
+            weight, compress_statistics=double_quant, quant_type=quant_type, module=made, requires_grad=False
+        )
+        made.weight._quantize(weight.device)
+    made.bias = linear.bias
+    made.train(linear.training)
+    return made
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight `[outputs, inputs]` that a quantised layer computes with."""
+    if _is_4bit(layer):
+        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
+    return layer.weight.data * (scales / 127)[:, None]
+
+
+def settings_of(layer: Any) -> dict[str, Any]:
+    """How a layer was quantised: `quant_type`, and `double_quant` where there is such a thing."""
+    if _is_4bit(layer):
+        state = layer.weight.quant_state
+        return {"quant_type": layer.weight.quant_type, "double_quant": bool(state.nested)}
+    return {"quant_type": "int8"}
+
+
+def stored(layer: Any) -> list[Tensor]:
+    """Every tensor that stands for a quantised layer's weight: packed values, scales, code tables."""
+    if not _is_4bit(layer):
+        return [layer.weight.data, layer.state.SCB]
+    state = layer.weight.quant_state
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [layer.weight.data, state.absmax, state.code, *nested]
+
+
+def _is_4bit(layer: Any) -> bool:
+    return isinstance(layer, bnb.nn.Linear4bit)
