@@ -50,6 +50,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Cal
     return folder
 
 
+@pytest.fixture(autouse=True)
+def seeds_end_with_the_test() -> Iterator[None]:
+    """`seed_everything`, and so LightningCLI, leaves its seed in the environment, from where every distributed
+    strategy takes it up again, in this process and in those it starts."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("PL_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("PL_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def tokens() -> Tensor:
     """Token ids `[3, 9]`, no special tokens among them."""
