@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 from torch import nn
 
-from lightning_peft.callbacks import PEFT, LoRA
-from lightning_peft.tuners.modules import base_modules
-from lightning_peft.tuners.structure import matrix_shape
-from lightning_peft.tuners.targets import choose_targets
+from lightning_peft import callbacks as c
+from lightning_peft.testing.counts import (
+    attention_inputs,
+    biases,
+    everything,
+    matrices,
+    parts,
+    prefixes,
+    query_and_value,
+)
+from lightning_peft.tuners.targets import Layers
+
+Count = Callable[[Any], int]  # of the bare backbone
 
 
 @dataclass(frozen=True)
@@ -20,35 +30,91 @@ class Method:
 
     Args:
         make: builds the callback.
-        count: the closed formula for the number of trainable parameters, given the bare module.
+        formula: the number of trainable parameters, given the bare backbone.
         needs: what an architecture must have, see `Architecture.has`.
     """
 
-    make: Callable[[], PEFT]
-    count: Callable[[L.LightningModule], int] | None = None
+    make: Callable[[], c.PEFT]
+    formula: Count | None = None
     needs: frozenset[str] = frozenset()
 
-
-def _shapes(backbone: nn.Module, targets: list[str] | str) -> list[tuple[int, int]]:
-    """`(inputs, outputs)` of the matrices that these targets name."""
-    named = dict(base_modules(backbone))
-    ends = tuple(f".{target}" for target in targets)
-    return [matrix_shape(m) for name, m in named.items() if name in targets or name.endswith(ends)]
+    def count(self, module: L.LightningModule) -> int:
+        """The formula for a module of `Architecture`."""
+        assert self.formula is not None
+        return self.formula(module.get_submodule("backbone"))
 
 
-def _sum(terms: Callable[[int, int], int], within: str | None = None) -> Callable[[L.LightningModule], int]:
-    """The sum over the default targets of a term in their inputs and outputs."""
-
-    def count(module: L.LightningModule) -> int:
-        backbone: nn.Module = module.backbone  # type: ignore[assignment]
-        targets = choose_targets(backbone, within=within)  # type: ignore[arg-type]
-        return sum(terms(i, o) for i, o in _shapes(backbone, targets))
-
-    return count
+def _sum(term: Callable[[int, int], int], of: Callable[[nn.Module], list[tuple[int, int]]] = matrices) -> Count:
+    """The sum of a term in the inputs and outputs of each matrix, or of each part from its first to its last."""
+    return lambda backbone: sum(term(inputs, outputs) for inputs, outputs in of(backbone))
 
 
+def _add(*counts: Count) -> Count:
+    return lambda backbone: sum(count(backbone) for count in counts)
+
+
+def _all_parts(backbone: nn.Module) -> list[tuple[int, int]]:
+    return parts(backbone, attention=True)
+
+
+WHERE: dict[str, Any] = {"backbone": "backbone"}
+ATTENTION, TRANSFORMERS = frozenset({"attention"}), frozenset({"attention", "transformers"})
+R, M = 2, 4  # rank, width of a bottleneck
 METHODS: dict[str, Method] = {
-    "LoRA": Method(lambda: LoRA(r=2, backbone="backbone"), _sum(lambda i, o: 2 * (i + o))),
-    "rsLoRA": Method(lambda: LoRA(r=2, variant="rslora", backbone="backbone"), _sum(lambda i, o: 2 * (i + o))),
-    "DoRA": Method(lambda: LoRA(r=2, variant="dora", backbone="backbone"), _sum(lambda i, o: 2 * (i + o) + o)),
+    "LoRA": Method(lambda: c.LoRA(r=R, alpha=4, **WHERE), _sum(lambda i, o: R * (i + o))),
+    "rsLoRA": Method(lambda: c.LoRA(r=R, alpha=4, variant="rslora", **WHERE), _sum(lambda i, o: R * (i + o))),
+    "DoRA": Method(lambda: c.LoRA(r=R, alpha=4, variant="dora", **WHERE), _sum(lambda i, o: R * (i + o) + o)),
+    "LoRA of the last layer's MLP": Method(
+        lambda: c.LoRA(r=R, alpha=4, layers=Layers(last=1), within="mlp", **WHERE),
+        _sum(lambda i, o: R * (i + o), lambda b: matrices(b, Layers(last=1), "mlp")),
+    ),
+    "Houlsby": Method(lambda: c.Houlsby(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, _all_parts)),
+    "Pfeiffer": Method(lambda: c.Pfeiffer(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, parts)),
+    "ParallelAdapter": Method(
+        lambda: c.ParallelAdapter(size=M, **WHERE), _sum(lambda i, o: i * M + M + M * o + o, parts)
+    ),
+    "ScaledParallelAdapter": Method(
+        lambda: c.ScaledParallelAdapter(size=M, **WHERE), _sum(lambda i, o: i * M + M + M * o + o, parts)
+    ),
+    "AdapterPlus": Method(
+        lambda: c.AdapterPlus(size=M, init="lora", drop_path=0.0, **WHERE),
+        _sum(lambda _, o: 2 * o * M + M + 2 * o, parts),
+    ),
+    "Compacter": Method(
+        lambda: c.Compacter(n=4, size=M, **WHERE), _add(lambda _: 4**3, _sum(lambda _, o: 3 * (o + M), _all_parts))
+    ),
+    "CompacterPlusPlus": Method(
+        lambda: c.CompacterPlusPlus(n=4, size=M, **WHERE), _add(lambda _: 4**3, _sum(lambda _, o: 3 * (o + M), parts))
+    ),
+    "AttentionPrefix": Method(
+        lambda: c.AttentionPrefix(length=3, **WHERE), lambda b: sum(2 * 3 * w + 1 for w, _ in prefixes(b)), TRANSFORMERS
+    ),
+    "MAM": Method(
+        lambda: c.MAM(prefix_length=3, size=M, **WHERE),
+        _add(lambda b: sum(2 * 3 * w + 1 for w, _ in prefixes(b)), _sum(lambda i, o: i * M + M + M * o + o, parts)),
+        TRANSFORMERS,
+    ),
+    "UniPELT": Method(
+        lambda: c.UniPELT(r=R, prefix_length=3, size=M, **WHERE),
+        _add(
+            _sum(lambda i, o: R * (i + o) + i + 1, query_and_value),
+            _sum(lambda _, o: 2 * o * M + M + o + o + 1, parts),
+            lambda b: sum(2 * 3 * w + 1 + i + 1 for w, i in prefixes(b)),
+        ),
+        TRANSFORMERS,
+    ),
+    "FullFineTuning": Method(lambda: c.FullFineTuning(**WHERE), everything),
+    "TopLayers": Method(lambda: c.TopLayers(k=1, head=False, final_norm=False, **WHERE), None),
+    "BitFit": Method(lambda: c.BitFit(add_missing=True, **WHERE), biases),
+    "LTSFT": Method(lambda: c.LTSFT(density=0.05, full_steps=1, **WHERE), everything),
+    "LotteryTicket": Method(lambda: c.LotteryTicket(rounds=1, round_steps=1, **WHERE), everything),
+    "Strata": Method(lambda: c.Strata(boundaries=(1, 2), r=R, add_missing=True, **WHERE), None, ATTENTION),
+    "HeadOffsets": Method(
+        lambda: c.HeadOffsets(**WHERE), lambda b: sum(attention_inputs(b)), frozenset({"attention", "transformers"})
+    ),
+    "HeadOffsets of answers": Method(
+        lambda: c.HeadOffsets(positions="answer", **WHERE),
+        lambda b: sum(attention_inputs(b)),
+        frozenset({"attention", "transformers", "tokens"}),
+    ),
 }

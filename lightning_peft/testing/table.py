@@ -57,7 +57,8 @@ def _run(architecture: Architecture, names: Iterable[str]) -> Results:
 
 
 def cell_of(method: Method, architecture: Architecture) -> Cell:
-    return Cell(architecture.make_module, method.make(), architecture.batches, count=method.count)
+    count = method.count if method.formula else None
+    return Cell(architecture.make_module, method.make(), architecture.batches, count=count)
 
 
 def _resumed(folder: Path, architecture: str, cells: dict[str, Cell]) -> dict[str, Outcome]:
@@ -122,27 +123,30 @@ def show(results: Results) -> Table:
 
 
 def reasons(results: Results) -> list[str]:
-    """Which cells do not apply and why, grouped; one line each."""
-    grouped: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for cell, outcomes in results.items():
-        for outcome in outcomes:
-            if outcome.holds is None:
-                grouped.setdefault((outcome.law, outcome.reason), []).append(cell)
-    lines = []
-    for (law, reason), cells in sorted(grouped.items()):
-        methods, architectures = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
-        lines.append(f"{law}: {reason} ({', '.join(methods)} on {', '.join(architectures)})")
-    return lines
+    """Which cells do not apply and why; one line for all with the same reason."""
+    return _grouped(results, None)
 
 
 def broken(results: Results) -> list[str]:
-    """Which laws are broken where; one line each."""
-    return [
-        f"{method} on {architecture}: {outcome.law}: {outcome.reason}"
-        for (method, architecture), outcomes in results.items()
-        for outcome in outcomes
-        if outcome.holds is False
-    ]
+    """Which laws are broken where, and how; one line for all with the same message."""
+    return _grouped(results, False)
+
+
+def _grouped(results: Results, holds: bool | None) -> list[str]:
+    laws: dict[tuple[tuple[str, str], str], list[str]] = {}
+    for cell, outcomes in results.items():
+        for outcome in outcomes:
+            if outcome.holds is holds:
+                laws.setdefault((cell, outcome.reason), []).append(outcome.law)
+    cells: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for (cell, reason), of in laws.items():
+        law = "every law" if len(of) == len(LAWS) else ", ".join(of)
+        cells.setdefault((law, reason), []).append(cell)
+    lines = []
+    for (law, reason), where in cells.items():
+        methods, architectures = (list(dict.fromkeys(part)) for part in zip(*where, strict=True))
+        lines.append(f"{law}: {reason} ({', '.join(methods)} on {', '.join(architectures)})")
+    return sorted(lines)
 
 
 def _summary(outcomes: list[Outcome]) -> str:

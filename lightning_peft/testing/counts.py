@@ -1,0 +1,74 @@
+"""What the closed formulas for numbers of parameters are made of, read off a bare backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.tuners.modules import is_matrix
+from lightning_peft.tuners.structure import Span, blocks, matrix_shape
+from lightning_peft.tuners.targets import Layers, Within, choose_targets
+
+Shape = tuple[int, int]
+
+
+def matrices(backbone: nn.Module, layers: Layers | None = None, within: Within | None = None) -> list[Shape]:
+    """Inputs and outputs of each matrix that LoRA adapts by default, or of those chosen."""
+    targets = choose_targets(backbone, None, layers, within)
+    ends = tuple(f".{target}" for target in targets)
+    return [matrix_shape(m) for name, m in backbone.named_modules() if name in targets or name.endswith(ends)]
+
+
+def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
+    """Inputs of the first and outputs of the last matrix of each feed-forward part, with `attention` of those too."""
+    spans = [block.mlp for block in blocks(backbone) if block.mlp]
+    return [_ends(backbone, span) for span in spans] + (_attentions(backbone) if attention else [])
+
+
+def attention_inputs(backbone: nn.Module) -> list[int]:
+    """The width of the concatenated heads in each attention."""
+    spans = [span for block in blocks(backbone) for span in block.attention]
+    return [matrix_shape(backbone.get_submodule(span.last))[0] for span in spans]
+
+
+def prefixes(backbone: Any) -> list[Shape]:
+    """Width of the keys and of the attention's input, for each attention."""
+    config = backbone.config
+    heads = config.num_attention_heads
+    share = (getattr(config, "num_key_value_heads", None) or heads) / heads
+    inputs = [first for first, _ in _attentions(backbone)]
+    return [(int(share * width), i) for width, i in zip(attention_inputs(backbone), inputs, strict=True)]
+
+
+def query_and_value(backbone: nn.Module) -> list[Shape]:
+    """The matrices that give queries and values; where one gives all three, that one."""
+    found = []
+    for block in blocks(backbone):
+        for span in block.attention:
+            shapes = [matrix_shape(backbone.get_submodule(name)) for name in span.matrices[:-1]]
+            # query, key and value stand in this order, but for OPT's key, value, query
+            found += [shapes[0], shapes[-1]] if len(shapes) == 3 and shapes[0][1] >= shapes[2][1] else shapes[:1]
+    return found
+
+
+def biases(backbone: Any) -> int:
+    """Every bias there is, and one for each output of a matrix without."""
+    get_output = getattr(backbone, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    there = {id(p): p.numel() for name, p in backbone.named_parameters() if name.endswith("bias")}
+    missing = [m for m in backbone.modules() if is_matrix(m) and m is not output and getattr(m, "bias", None) is None]
+    return sum(there.values()) + sum(matrix_shape(m)[1] for m in missing)
+
+
+def everything(backbone: nn.Module) -> int:
+    """Every parameter, shared ones once."""
+    return sum(parameter.numel() for parameter in backbone.parameters())
+
+
+def _ends(backbone: nn.Module, span: Span) -> Shape:
+    return matrix_shape(backbone.get_submodule(span.first))[0], matrix_shape(backbone.get_submodule(span.last))[1]
+
+
+def _attentions(backbone: nn.Module) -> list[Shape]:
+    return [_ends(backbone, span) for block in blocks(backbone) for span in block.attention]
