@@ -34,6 +34,7 @@ class WeightDeltasModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
     # whatever wraps a module reads its weights with the deltas in them, so these are merged first and unmerged last
     innermost = True
+    changes_weights = False  # none that is quantised
 
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: WeightDeltasConfig, model_config: dict
