@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.tuners.modules import AdapterState
+
 
 def set_modes(backbone: nn.Module, dropout: bool, frozen: Collection[str] = ()) -> None:
     """Frozen parts in evaluation mode (with `dropout`, normalisation only), adapters but the `frozen` in training."""
@@ -27,6 +29,9 @@ def set_modes(backbone: nn.Module, dropout: bool, frozen: Collection[str] = ()) 
                     child.train()
                     for name, part in child.named_children():  # what was added stands under its adapter's name
                         part.train(name not in frozen)
+        elif isinstance(module, AdapterState):
+            for name, part in module.named_children():
+                part.train(name not in frozen)
     _checkpoint_in_evaluation(backbone, dropout)
 
 

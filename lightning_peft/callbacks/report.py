@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from torch import nn
 
-from lightning_peft.tuners.modules import standalone_key
 from lightning_peft.tuners.stack import AdapterStack
 
 
@@ -32,15 +29,11 @@ def print_table(module: nn.Module, stack: AdapterStack) -> None:
     for column in ("adapter", "method", "injected into", "parameters"):
         table.add_column(column, justify="right" if column == "parameters" else "left")
     for part in stack.parts:
-        names = stack.keys(part)
-        where = Counter(
-            standalone_key(name + ".").split(f".{part.tuner.prefix}")[0].rsplit(".", 1)[-1] for name in names.values()
-        )
-        places = {module_name for module_name in where}
+        modules = part.injection.places()
+        places = {name.rsplit(".", 1)[-1] for name in modules}
         count = sum(t.numel() for t in stack.tensors(part).values())
-        modules = len({name.split(f".{part.tuner.prefix}")[0] for name in names.values()})
         method = type(part.config).__name__.removesuffix("Config")
-        table.add_row(part.name, method, f"{modules} × {', '.join(sorted(places))}", f"{count:,}")
+        table.add_row(part.name, method, f"{len(modules)} × {', '.join(sorted(places))}", f"{count:,}")
     table.caption = (
         f"{numbers['trainable_parameters']:,.0f} trainable parameters ({numbers['trainable_percent']:.3f} %), "
         f"{numbers['adapter_bytes']:,.0f} bytes"

@@ -8,6 +8,12 @@ from typing import Any
 
 from torch import nn
 
+STATE = "adapter_state"  # the backbone's child that holds what adapters have outside the backbone's own modules
+
+
+class AdapterState(nn.ModuleDict):
+    """Weights that adapters share between layers, and encoders of prompts: adapter -> its modules."""
+
 
 def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The backbone's own modules under the names they have without adapters, adapters' modules left out."""
@@ -17,6 +23,8 @@ def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in backbone.named_modules():
         if isinstance(module, BaseTunerLayer):
             inside |= set(module.modules()) - set(module.get_base_layer().modules())  # type: ignore[attr-defined]
+        elif isinstance(module, AdapterState):
+            inside |= set(module.modules())
         if module not in inside:
             yield standalone_key(name + ".").rstrip("."), module
 
@@ -24,6 +32,17 @@ def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def standalone_key(key: str) -> str:
     """A key as it would be if no other adapter wrapped the same module."""
     return re.sub(r"\.base_layer(?=\.)", "", key)
+
+
+def eager_key(key: str) -> str:
+    """A key as it was before `torch.compile` wrapped a module on its way."""
+    return re.sub(r"(^|(?<=\.))_orig_mod\.", "", key)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself, where `torch.compile` has wrapped it; both share their weights, and run the same code."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
 
 
 def is_linear(module: nn.Module) -> bool:

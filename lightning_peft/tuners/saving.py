@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.tuners.configs import config_from_json, with_strength
 from lightning_peft.tuners.files import adapter_folders, read_folder, write_folders
+from lightning_peft.tuners.prompts import is_prompt_alone
 from lightning_peft.tuners.stack import Part, adapters, stack_of
 
 
@@ -39,11 +40,12 @@ def write_described(
     made = {}
     for part, tensors in zip(described["parts"], weights, strict=True):
         config = with_strength(config_from_json(part["config"]), part["strength"])
+        config.task_type = config.task_type or part.get("task_type")
         config.base_model_name_or_path = config.base_model_name_or_path or base
         if hasattr(config, "compacted"):
             config, tensors = config.compacted(tensors)
         notes = {"fingerprint": described["fingerprint"], "computed": part["computed"], "record": part["record"]}
-        made[part["name"]] = (config, tensors, notes)
+        made[part["name"]] = (config, _unshared(tensors), notes)
     write_folders(folder, made)
     return folder
 
@@ -71,6 +73,7 @@ def load_adapter(backbone: nn.Module, folder: str | Path, name: str | None = Non
     try:
         for path, (config, tensors, notes) in zip(folders, read, strict=True):
             own = path.name if len(folders) > 1 else name or "default"
+            config.inference_mode = is_prompt_alone(config, tensors)
             part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
             added.append(part)
             stack.load_tensors(part, tensors, str(path))
@@ -79,6 +82,17 @@ def load_adapter(backbone: nn.Module, folder: str | Path, name: str | None = Non
             stack.remove(part.name)
         raise
     return added
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own: safetensors writes no two views of the same."""
+    seen: set[int] = set()
+    made = {}
+    for key, value in tensors.items():
+        memory = value.untyped_storage().data_ptr()
+        made[key] = value.clone() if memory in seen else value
+        seen.add(memory)
+    return made
 
 
 def _base_name(backbone: nn.Module) -> str | None:

@@ -1,15 +1,15 @@
 """The adapters on one backbone: an ordered stack that can be saved, loaded, scaled, switched off and merged.
 
 peft refuses adapters of different types in one `PeftModel`, and injecting one over another renames keys. So a stack
-is an ordered list of parts, tuned parts inner and edits outer. Each part is an ordinary peft adapter: its tuner is
-built on the backbone in place, and its keys are saved as if it stood alone.
+is an ordered list of parts, tuned parts inner and edits outer. Each part is an ordinary peft adapter: it is put on the
+backbone in place (`injection.py`, `prompts.py`, `adaption.py`), and its keys are saved as if it stood alone.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from lightning_peft.tuners.configs import config_to_json, nearest_names
 from lightning_peft.tuners.files import AdapterError, check_finite
 from lightning_peft.tuners.fingerprint import fingerprint, mismatch
+from lightning_peft.tuners.injection import Injection
+from lightning_peft.tuners.kinds import kind_of
 from lightning_peft.tuners.modules import standalone_key
 from lightning_peft.tuners.sharded import whole, write
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from peft.tuners.tuners_utils import BaseTuner
 
 _ATTRIBUTE = "_lightning_peft_stack"
-_PREFIX = "base_model.model."  # what PeftModel puts before every key
 
 
 @dataclass(eq=False)
@@ -37,7 +37,7 @@ class Part:
     Args:
         name: peft's adapter name.
         config: the configuration it was made from, as given (peft fills in and changes its own copy).
-        tuner: peft's tuner object, holding `merge`, `add_weighted_adapter` and the like.
+        injection: how it sits on the backbone.
         computed: its weights are computed (an edit), not trained.
         record: JSON-able notes on how an edit was computed.
         strength: the dial: 1 as trained or computed, 0 off, negative reversed.
@@ -46,12 +46,17 @@ class Part:
 
     name: str
     config: PeftConfig
-    tuner: BaseTuner
+    injection: Injection
     computed: bool = False
     record: dict[str, Any] = field(default_factory=dict)
     strength: float = 1.0
     enabled: bool = True
     scaling: dict[nn.Module, float] = field(default_factory=dict)  # each layer's own, at strength 1
+
+    @property
+    def tuner(self) -> Any:
+        """peft's tuner object, holding `add_weighted_adapter` and the like; of a prompt, its `PeftModel`."""
+        return self.injection.tuner
 
 
 class AdapterStack:
@@ -72,48 +77,48 @@ class AdapterStack:
         """Freeze the backbone and put an adapter on it, outermost.
 
         Args:
-            config: any in-place peft configuration; it is copied, not changed.
+            config: any peft configuration; it is copied, not changed.
             name: the adapter's name, unique in the stack.
             computed: its weights are computed (an edit), not trained.
             record: how they were computed.
 
         Raises:
-            ValueError: the name is taken or a module's, the method cannot be injected in place, no module matches its
-                targets, or a tuned adapter would come on top of an edit. The backbone is then as it was.
+            ValueError: the name is taken or a module's, no module matches its targets, the backbone has nothing this
+                method could act on, it cannot go with what is there, or a tuned adapter would come on top of an edit.
+                The backbone is then as it was.
         """
-        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
         if any(part.name == name for part in self.parts):
             raise ValueError(f"The backbone already has an adapter named {name!r}.")
         if not computed and any(part.computed for part in self.parts):
             edits = ", ".join(repr(part.name) for part in self.parts if part.computed)
             raise ValueError(f"Adapter {name!r} is tuned and belongs below the edit {edits}: tune first, then edit.")
-        tuner_class = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)  # type: ignore[call-overload]
-        if config.is_prompt_learning or tuner_class is None or not hasattr(tuner_class, "tuner_layer_cls"):
-            raise ValueError(f"{type(config).__name__} does not adapt modules in place, which this package needs.")
-        if tuner_class.uses_shared_state:
-            raise ValueError(f"{type(config).__name__} shares weights between layers and cannot be injected in place.")
         _check_name(name, self.backbone)
         _check_targets(config, self.backbone)
+        kind = kind_of(config)
+        kind.check(self.backbone, config, name, [part.injection for part in self.parts], computed)
         self.unmerge()
         base = self.base if self.parts else fingerprint(self.backbone)
+        flags = self._flags()
         # peft warns of a second configuration on one model; here that is the point, so it is shown a bare model
         configs = self.backbone.__dict__.pop("peft_config", {})
         own = copy.deepcopy(config)
         try:
             with self.disabled():  # an initialisation that reads or changes weights must see the base's own
-                tuner = tuner_class(self.backbone, {name: own}, name)
+                injection = kind(self.backbone, own, name)
         except Exception:
-            _take_out(self.backbone, tuner_class.tuner_layer_cls, name)
+            kind.clean_up(self.backbone, own, name)
             if configs:
                 self.backbone.__dict__["peft_config"] = configs
+            _set(flags)
             self._activate()
             raise
         self.base = base
         self.backbone.__dict__["peft_config"] = {**configs, name: own}
-        part = Part(name, copy.deepcopy(config), tuner, computed, dict(record or {}))
-        part.scaling = {m: float(m.scaling[name]) for m in _layers(part) if name in getattr(m, "scaling", {})}
+        part = Part(name, copy.deepcopy(config), injection, computed, dict(record or {}))
+        part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         self.parts.append(part)
+        injection.note_trained()
+        _set(flags)  # peft freezes all that is not of the kind it puts on
         self._activate()
         return part
 
@@ -125,7 +130,7 @@ class AdapterStack:
         configs = self.backbone.__dict__.pop("peft_config")
         if remaining := {other: config for other, config in configs.items() if other != name}:
             self.backbone.__dict__["peft_config"] = remaining
-        _take_out(self.backbone, type(part.tuner).tuner_layer_cls, name)
+        part.injection.take_out()
         self._activate()
 
     def __getitem__(self, name: str) -> Part:
@@ -183,10 +188,10 @@ class AdapterStack:
         """
         parts = [part for part in _in_merge_order(self.parts) if part.enabled]
         for part in parts:
-            part.tuner._check_merge_allowed()
+            part.injection.check_merge()
         try:
             for part in parts:
-                for module in _layers(part):
+                for module in part.injection.layers():
                     if part.name not in module.merged_adapters:
                         module.merge(safe_merge=True, adapter_names=[part.name])
         except Exception:
@@ -196,13 +201,27 @@ class AdapterStack:
     def unmerge(self) -> None:
         """Take merged adapters out of the weights again."""
         for part in reversed(_in_merge_order(self.parts)):
-            for module in _layers(part):
+            for module in part.injection.layers():
                 if module.merged:
                     module.unmerge()
 
     def freeze(self) -> None:
         """Let nothing on this backbone be trained further: what stands is what a further adapter builds on."""
         self.backbone.requires_grad_(False)
+
+    def train(self, names: Collection[str]) -> None:
+        """Let the adapters of these names be trained, and no other: all that training them means, saved biases too."""
+        parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
+        for part in self.parts:
+            keys = self.keys(part)
+            for key in part.injection.trained:
+                parameters[keys[key]].requires_grad_(part.name in names)
+
+    def _flags(self) -> dict[nn.Parameter, bool]:
+        """Which parameters of adapters are trained."""
+        parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
+        live = (name for part in self.parts for name in self.keys(part).values() if name in parameters)
+        return {parameters[name]: parameters[name].requires_grad for name in live}
 
     def _activate(self) -> None:
         """Set each layer's active adapters, leaving `requires_grad` alone (peft's own switch does not)."""
@@ -218,17 +237,12 @@ class AdapterStack:
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 module._active_adapter = [name for name in enabled if name in module._adapters]
                 module._disable_adapters = not module._active_adapter
+        for part in self.parts:
+            part.injection.switch(part.enabled)
 
     def keys(self, part: Part) -> dict[str, str]:
         """The part's tensors: peft's key in a saved folder -> the name in `backbone.state_dict()`."""
-        from peft import get_peft_model_state_dict
-
-        names: dict[str, Any] = {name: name for name in self.backbone.state_dict()}
-        # peft only selects and renames entries, so names may stand in for tensors
-        selected = get_peft_model_state_dict(
-            self.backbone, state_dict=names, adapter_name=part.name, save_embedding_layers=False
-        )
-        return {_PREFIX + standalone_key(key): name for key, name in selected.items()}
+        return part.injection.keys()
 
     def tensors(self, part: Part) -> dict[str, Tensor]:
         """The part's tensors under the keys of a saved peft folder; of a sharded module, all processes must ask."""
@@ -241,7 +255,7 @@ class AdapterStack:
         Raises:
             AdapterError: a key is missing or unknown, a shape differs, or a value is not finite.
         """
-        keys, state = self.keys(part), self.backbone.state_dict()
+        keys, state, tensors = self.keys(part), self.backbone.state_dict(), part.injection.spread(tensors)
         check_same_keys(set(keys), set(tensors), f"{source} and adapter {part.name!r}")
         for key, name in keys.items():
             if state[name].shape != tensors[key].shape:
@@ -260,6 +274,7 @@ class AdapterStack:
                 {
                     "name": part.name,
                     "config": config_to_json(part.config),
+                    "task_type": part.injection.task_type,
                     "computed": part.computed,
                     "strength": part.strength,
                     "record": part.record,
@@ -316,30 +331,9 @@ def _in_merge_order(parts: list[Part]) -> list[Part]:
     return sorted(parts, key=lambda part: not getattr(type(part.tuner), "innermost", False))
 
 
-def _layers(part: Part) -> Iterator[Any]:
-    """The tuner layers (`BaseTunerLayer`) that carry this part."""
-    cls = type(part.tuner).tuner_layer_cls
-    for module in part.tuner.model.modules():
-        if isinstance(module, cls) and part.name in module._get_available_adapters():
-            yield module
-
-
-def _take_out(backbone: nn.Module, cls: Any, name: str) -> None:
-    """Delete an adapter from every wrapper of `cls`, and put back the modules whose wrapper holds no other."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    for parent in list(backbone.modules()):
-        for child_name, child in list(parent.named_children()):
-            if isinstance(child, cls) and name in child._get_available_adapters():
-                child._active_adapter = []  # so that peft need not choose, and warn of, another
-                child.delete_adapter(name)
-                # a layer that stands beside the module's own parameters has taken itself out
-                if not child._get_available_adapters() and hasattr(child, "base_layer"):
-                    setattr(parent, child_name, child.base_layer)
-            elif isinstance(child, AuxiliaryTrainingWrapper) and name in child._adapters:
-                child.delete_adapter(name, [])
-                if not child._adapters:
-                    setattr(parent, child_name, child.original_module)
+def _set(flags: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
 
 
 def _check_name(name: str, backbone: nn.Module) -> None:

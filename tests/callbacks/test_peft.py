@@ -100,14 +100,15 @@ def test_a_transformers_model_in_a_module_of_ones_own(kind: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: peft.PromptTuningConfig(num_virtual_tokens=2), "PromptTuningConfig does not adapt modules in place"),
-        (lambda: peft.VeraConfig(r=2), "VeraConfig shares weights between layers and cannot be injected in place"),
-        (lambda: peft.PrefixTuningConfig(num_virtual_tokens=2), "PrefixTuningConfig does not adapt modules in place"),
+        (lambda: peft.PromptTuningConfig(num_virtual_tokens=2), "transformers model that takes inputs_embeds, and Net"),
+        (lambda: peft.PrefixTuningConfig(num_virtual_tokens=2), "transformers model that takes past_key_values, and N"),
+        (lambda: peft.AdaptionPromptConfig(), "knows the attention of llama, mistral, gpt2, not that of this module"),
+        (lambda: peft.XLoraConfig(), "mixes LoRA adapters that it loads from other folders by path"),
     ],
 )
-def test_what_is_not_injected_in_place_is_one_sentence(config: Any, message: str) -> None:
+def test_what_a_backbone_cannot_have_is_one_sentence(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        fit(Language(), PEFT(config()))
+        fit(Classifier(), PEFT(config(), backbone="net"))
     assert one_sentence(str(error.value))
 
 

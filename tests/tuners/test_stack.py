@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from edits import PROJECTIONS, add_lora, add_offsets, both, close, edited, logits
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig
+from peft import AdaptionPromptConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig
 from safetensors.torch import load_file
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
@@ -164,8 +164,8 @@ def test_a_name_that_is_a_modules_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PrefixTuningConfig(num_virtual_tokens=3), "^PrefixTuningConfig does not adapt modules in place, which this"),
-        (VeraConfig(target_modules=["q_proj"]), "^VeraConfig shares weights between layers and cannot be injected in"),
+        (PrefixTuningConfig(num_virtual_tokens=3), "^PrefixTuningConfig is trained, and cannot be an edit"),
+        (AdaptionPromptConfig(adapter_len=2, adapter_layers=1), "renames the modules it wraps, so it must be a backb"),
         (
             LoraConfig(target_modules=["q_proi"]),
             r"^No module of the backbone is called 'q_proi'; the nearest names are q",

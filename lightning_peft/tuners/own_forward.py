@@ -1,0 +1,167 @@
+"""Methods that act on the call of the backbone itself, not only inside its modules.
+
+`PeftModel` would wrap the backbone for them. Here the backbone keeps its class and its place: its `forward` and
+`generate` are replaced on the instance while the adapter is on, and are its own again while it is off.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+_METHODS = ("forward", "generate")
+
+
+class OwnForward:
+    """What one adapter does around the backbone's `forward` and `generate`; subclasses say it.
+
+    Args:
+        backbone: the model; nothing is changed before `switch(True)`.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        self._replaced: dict[str, _Replaced] = {}
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the backbone's `forward`, which is `original`."""
+        return original(*args, **kwargs)
+
+    def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the backbone's `generate`, which is `original`."""
+        return original(*args, **kwargs)
+
+    def switch(self, on: bool) -> None:
+        """Put the replacements on the backbone, or take them off."""
+        if on and not self._replaced:
+            for name in _METHODS:
+                if hasattr(self.backbone, name):
+                    before = self.backbone.__dict__.get(name)
+                    method = _Replaced(self, name, getattr(self.backbone, name), before)
+                    self._replaced[name] = self.backbone.__dict__[name] = method
+        elif not on:
+            for name, method in self._replaced.items():
+                method.on = False  # where another has wrapped it since, it stays as a passage
+                if self.backbone.__dict__.get(name) is method:
+                    if method.before is None:
+                        del self.backbone.__dict__[name]
+                    else:
+                        self.backbone.__dict__[name] = method.before
+            self._replaced = {}
+
+
+class _Replaced:
+    """A method of one module, with the signature of the original; copied and pickled with the module."""
+
+    def __init__(self, owner: OwnForward, name: str, original: Callable[..., Any], before: Any) -> None:
+        self.owner, self.name, self.original, self.before, self.on = owner, name, original, before, True
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)  # transformers asks which arguments a model takes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.on:
+            return self.original(*args, **kwargs)
+        return getattr(self.owner, self.name)(self.original, *args, **kwargs)
+
+
+class Tasks(OwnForward):
+    """Poly: `task_ids` `[B]` of a call choose the mixture of skills in every adapted layer."""
+
+    def __init__(self, backbone: nn.Module, tuner: Any) -> None:
+        super().__init__(backbone)
+        self.tuner = tuner
+
+    def forward(self, original: Callable[..., Any], *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        with self.tuner._manage_pre_hooks(task_ids):
+            return original(*args, **kwargs)
+
+    generate = forward
+
+
+class Invocation(OwnForward):
+    """Activated LoRA: the adapter acts from the invocation tokens of each row on, wherever they stand last."""
+
+    def __init__(self, backbone: nn.Module, tuner: Any) -> None:
+        super().__init__(backbone)
+        self.tuner = tuner
+        self._generating = False
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._offsets(original, args, kwargs, "input_ids"):
+            return original(*args, **kwargs)
+
+    def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._offsets(original, args, kwargs, "input_ids" if "input_ids" in kwargs else "inputs"):
+            self._generating = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._generating = False
+
+    def _offsets(self, original: Callable[..., Any], args: Any, kwargs: Any, name: str) -> AbstractContextManager[None]:
+        from peft.tuners.lora.variants import calculate_alora_offsets
+
+        if self._generating:  # they were found in the whole prompt
+            return nullcontext()
+        ids = kwargs[name] if name in kwargs else inspect.signature(original).bind_partial(*args).arguments.get(name)
+        if ids is None:
+            return nullcontext()
+        (adapter,) = self.tuner.active_adapters
+        offsets = calculate_alora_offsets(self.tuner.peft_config, adapter, ids)
+        return self.tuner._enable_peft_forward_hooks(alora_offsets=offsets)
+
+
+class Auxiliary(OwnForward):
+    """ShadowPEFT: the shadow network's own loss is added to the loss that the backbone computes from `labels`."""
+
+    def __init__(self, backbone: nn.Module, tuner: Any) -> None:
+        super().__init__(backbone)
+        self.tuner = tuner
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        labels, weight = kwargs.get("labels"), self.tuner.peft_config[self.tuner.active_adapters[0]]
+        if labels is not None and getattr(output, "loss", None) is not None and weight.auxiliary_loss_weight > 0:
+            loss = self.tuner.shadow_auxiliary_loss(labels, attention_mask=kwargs.get("attention_mask"))
+            if loss is not None:
+                output.loss = output.loss + weight.auxiliary_loss_weight * loss
+        return output
+
+
+_KINDS: dict[str, type[Any]] = {"POLY": Tasks, "SHADOW": Auxiliary}
+
+
+def acts_on_calls(config: Any) -> bool:
+    """Whether a method does something around the backbone's call."""
+    activated = bool(getattr(config, "alora_invocation_tokens", None))
+    return config.is_prompt_learning or activated or config.peft_type in _KINDS
+
+
+def own_forward(backbone: nn.Module, config: Any, tuner: Any) -> OwnForward | None:
+    """What a tuner does around the backbone's call, or None where everything happens inside its modules."""
+    if not acts_on_calls(config):
+        return None
+    return _KINDS.get(config.peft_type, Invocation)(backbone, tuner)
+
+
+def task_of(backbone: Any) -> str:
+    """peft's name for what a model does, which decides how `PeftModel` calls it."""
+    from transformers.models.auto import modeling_auto as auto
+
+    heads = {
+        "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "TOKEN_CLS": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "QUESTION_ANS": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    }
+    for task, names in heads.items():
+        if names.get(backbone.config.model_type) == type(backbone).__name__:
+            return task
+    if not backbone.can_generate():
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if backbone.config.is_encoder_decoder else "CAUSAL_LM"
