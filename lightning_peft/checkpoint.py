@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.tuners.configs import config_from_json, different_fields
 from lightning_peft.tuners.files import AdapterError, check_finite
-from lightning_peft.tuners.modules import standalone_key
+from lightning_peft.tuners.modules import eager_key, standalone_key, uncompiled
 from lightning_peft.tuners.saving import write_described
 from lightning_peft.tuners.sharded import has_shards, is_sharded, write
 from lightning_peft.tuners.stack import (
@@ -58,9 +58,9 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             }
     described = {}
     for name, stack in stacks.items():
-        described[name] = stack.describe()
-        for part in described[name]["parts"]:
-            part["keys"] = {key: standalone_key(live) for key, live in part["keys"].items()}
+        description = described[_saved_name(name + ".").rstrip(".")] = stack.describe()
+        for part in description["parts"]:
+            part["keys"] = {eager_key(key): _saved_name(live) for key, live in part["keys"].items()}
     checkpoint[META] = {"version": 1, "backbones": described}
 
 
@@ -85,7 +85,7 @@ def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str,
             backbone = module.get_submodule(name)
         except AttributeError:
             raise AdapterError(f"{source} adapts {name!r}, which {type(module).__name__} does not have.") from None
-        stack = stack_of(backbone)
+        stack = stack_of(uncompiled(backbone))
         stack.check_base(described["fingerprint"], source)
         _rebuild(stack, described["parts"], source)
     names = checkpoint_names(module, find_stacks(module))
@@ -94,7 +94,7 @@ def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str,
         if entry not in checkpoint:
             continue
         # a module with AdapterCheckpointMixin comes here twice, the second time with live names
-        state: dict[str, Tensor] = {standalone_key(key): value for key, value in checkpoint[entry].items()}
+        state: dict[str, Tensor] = {_saved_name(key): value for key, value in checkpoint[entry].items()}
         check_same_keys(set(names), set(state), f"{source} and {type(module).__name__}")
         for saved, live in names.items():
             if state[saved].shape != live_state[live].shape:
@@ -234,7 +234,7 @@ def _gather(folder: Path) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(state, storage_reader=reader, no_dist=True)
-    return {standalone_key(name.removeprefix(prefix)): value for name, value in state.items()}
+    return {_saved_name(name.removeprefix(prefix)): value for name, value in state.items()}
 
 
 def _check_adapters(checkpoint: dict[str, Any], source: str) -> None:
@@ -259,8 +259,13 @@ def checkpoint_names(
     }
     for live in module.state_dict() if state is None else state:
         if live in adapter or live in trainable or not any(_inside(live, name) for name in stacks):
-            kept[standalone_key(live)] = live
+            kept[_saved_name(live)] = live
     return kept
+
+
+def _saved_name(live: str) -> str:
+    """As if the adapter stood alone on a model that is not compiled."""
+    return eager_key(standalone_key(live))
 
 
 def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> None:

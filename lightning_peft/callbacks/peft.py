@@ -18,6 +18,7 @@ from lightning_peft.callbacks.report import print_table, summary
 from lightning_peft.checkpoint import keep_adapters, restore_adapters
 from lightning_peft.positions import Positions, tracked
 from lightning_peft.tuners.configs import different_fields
+from lightning_peft.tuners.modules import uncompiled
 from lightning_peft.tuners.stack import AdapterStack, Part, find_stacks, stack_of
 
 if TYPE_CHECKING:
@@ -180,8 +181,8 @@ class PEFT(Callback):
 
     def _inject(self, module: L.LightningModule, backbone_name: str) -> list[Part]:
         """Freeze and inject, once; a later call finds the adapters in place."""
-        backbone = module.get_submodule(backbone_name)
-        # the hook that ran in between may have wrapped the backbone, as torch.compile does
+        backbone = uncompiled(module.get_submodule(backbone_name))
+        # the hook that ran in between may have wrapped the backbone, in a way of the user's own
         there = [stack for stack in find_stacks(backbone).values() if any(name in stack for name in self.names)]
         stack = self.stack = there[0] if there else stack_of(backbone)
         if not all(name in stack for name in self.names):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.tuners.modules import eager_key, standalone_key
 from lightning_peft.tuners.quantization import was_conv1d
 
 _SAMPLES = 8  # values read from each sampled tensor
@@ -68,7 +69,7 @@ def _base_parameters(backbone: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, BaseTunerLayer):
             base = {id(p) for p in module.get_base_layer().parameters()}
             adapter |= {id(p) for p in module.parameters()} - base
-    named = {n.replace(".base_layer", ""): p for n, p in backbone.named_parameters() if id(p) not in adapter}
+    named = {eager_key(standalone_key(n)): p for n, p in backbone.named_parameters() if id(p) not in adapter}
     return dict(sorted(named.items()))
 
 
