@@ -76,8 +76,9 @@ class BottleneckConfig(PeftConfig):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         if (self.size is None) == (self.reduction is None):
             raise ValueError(f"Give size or reduction, got size={self.size} and reduction={self.reduction}.")
-        if (self.size or self.reduction or 0) < 1:
-            raise ValueError(f"The bottleneck's size or reduction must be positive, got {self.size or self.reduction}.")
+        for name in ("size", "reduction"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"The bottleneck's {name} must be positive, got {value}.")
         for name in ("dropout", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
