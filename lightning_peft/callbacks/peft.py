@@ -122,7 +122,10 @@ class PEFT(Callback):
             if stage == "fit":
                 self._choose_trained(trainer)
 
+        self.stack = None
         when_built(pl_module, self.backbone, place)
+        if stage == "fit" and self.stack is None:
+            self._check_copies(trainer, pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.stack is not None
@@ -248,6 +251,16 @@ class PEFT(Callback):
                 raise ValueError(
                     f"{type(callback).__name__} comes before {type(self).__name__} and has already copied the module "
                     f"without the adapter: put {type(self).__name__} first in the list of callbacks."
+                )
+
+    def _check_copies(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Callbacks that average weights copy the module in their `setup`, or after calling `configure_model`."""
+        late = "configure_model" not in building_hooks(module)
+        for callback in _callbacks(trainer):
+            if isinstance(callback, StochasticWeightAveraging) or (late and isinstance(callback, WeightAveraging)):
+                raise ValueError(
+                    f"{type(callback).__name__} copies {type(module).__name__} before its backbone is built: build it "
+                    "in __init__, or use AdapterEMA."
                 )
 
     def _check_launcher(self, trainer: L.Trainer, module: L.LightningModule) -> None:
