@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.callbacks.trained_bytes import first_line
+from lightning_peft.tuners.quantization import is_quantized
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -104,7 +105,7 @@ def kept_for_backward(module: nn.Module, *args: Any, precision: str = "32-true",
         return saved
 
     autocast = torch.autocast("cpu", _AUTOCAST[precision]) if precision in _AUTOCAST else nullcontext()
-    with mode, torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+    with _without_weights(module), mode, torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         state = {name: fake(value) for name, value in named}
         own = {value.untyped_storage()._cdata for value in state.values()}
@@ -113,6 +114,21 @@ def kept_for_backward(module: nn.Module, *args: Any, precision: str = "32-true",
             output = torch.func.functional_call(module, state, given, options, tie_weights=False)
             loss = _loss(output)  # noqa: F841 - what it keeps is counted
     return sum(storage.nbytes() for identity, storage in held.items() if identity not in own)
+
+
+@contextmanager
+def _without_weights(module: nn.Module) -> Iterator[None]:
+    """Let quantised layers answer without their packed weights; as frozen linear layers they keep no activation."""
+    layers = [(m, m.out_features) for m in module.modules() if is_quantized(m)]
+    for layer, width in layers:
+        layer.__dict__["forward"] = lambda x, width=width: (
+            x.sum(-1, keepdim=True).expand(*x.shape[:-1], width).clone(memory_format=torch.contiguous_format)
+        )
+    try:
+        yield
+    finally:
+        for layer, _ in layers:
+            del layer.__dict__["forward"]
 
 
 def _loss(output: Any) -> Tensor:

@@ -13,13 +13,14 @@ from lightning_peft.callbacks.activations import activation_bytes
 from lightning_peft.callbacks.backbone import building_hooks, find_backbone
 from lightning_peft.callbacks.modes import set_modes
 from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.callbacks.quantize import Quantize
 from lightning_peft.callbacks.trained_bytes import (
     bytes_of,
     checkpoint_bytes,
     configured_optimizers,
     optimizer_bytes,
 )
-from lightning_peft.tuners.modules import standalone_key
+from lightning_peft.tuners.quantization import is_quantized, weight_bytes
 from lightning_peft.tuners.shapes import shapes_only
 from lightning_peft.tuners.stack import AdapterStack, Part, find_stacks
 
@@ -145,10 +146,11 @@ def plan(
         if real := [name for name, p in module.named_parameters() if p.device.type != "meta"]:
             raise ValueError(f"{real[0]} has values: make the module under lightning_peft's shapes_only().")
         module.train()
-        for callback in adapting:
-            name = find_backbone(module, callback.backbone)
-            assert name is not None  # find_backbone raises where everything is built
-            callback._inject(module, name)
+        for callback in callbacks:
+            if isinstance(callback, PEFT | Quantize):
+                name = find_backbone(module, callback.backbone)
+                assert name is not None  # find_backbone raises where everything is built
+                callback._inject(module, name) if isinstance(callback, PEFT) else callback.quantize(module, name)
     stacks = find_stacks(module)
     for callback in adapting:
         assert callback.stack is not None
@@ -165,17 +167,18 @@ def plan(
     inside = {id(p) for stack in stacks.values() for p in stack.backbone.parameters()}
     made = [] if computed else configured_optimizers(module, notes)
     state_bytes = optimizer_bytes(made, list(trainable.values()), notes)
-    frozen = [p for p in module.parameters() if id(p) not in trainable]
+    packed = {id(m.weight): m.in_features * m.out_features for m in module.modules() if is_quantized(m)}
+    frozen = [p for p in module.parameters() if id(p) not in trainable and id(p) not in packed]
     backbone, stack = next(iter(stacks.items()))
     shape = (batch_size, length)
     activations = 0 if computed else activation_bytes(module, stack.backbone, shape, precision, whole_batch, notes)
     return Plan(
         backbone=f"{backbone or 'the module'} ({type(stack.backbone).__name__})",
         adapters=tuple(_adapter(s, part) for s in stacks.values() for part in s.parts),
-        parameters=sum(p.numel() for p in module.parameters()),
+        parameters=sum(packed.get(id(p), p.numel()) for p in module.parameters()),
         trainable=sum(p.numel() for p in trainable.values()),
         outside=sum(p.numel() for identity, p in trainable.items() if identity not in inside),
-        frozen_bytes=bytes_of(frozen) + bytes_of(module.buffers()),
+        frozen_bytes=bytes_of(frozen) + bytes_of(module.buffers()) + weight_bytes(module),
         trainable_bytes=bytes_of(trainable.values()),
         gradient_bytes=bytes_of(trainable.values()),
         optimizer=", ".join(type(optimizer).__name__ for optimizer in made) or "none",
@@ -189,11 +192,9 @@ def plan(
 
 
 def _adapter(stack: AdapterStack, part: Part) -> PlannedAdapter:
-    keys = stack.keys(part).values()
-    modules = {standalone_key(name + ".").split(f".{part.tuner.prefix}")[0] for name in keys}
     return PlannedAdapter(
         name=part.name,
         method=type(part.config).__name__.removesuffix("Config"),
-        modules=dict(Counter(name.rsplit(".", 1)[-1] for name in sorted(modules))),
+        modules=dict(Counter(name.rsplit(".", 1)[-1] for name in part.injection.places())),
         parameters=sum(tensor.numel() for tensor in stack.tensors(part).values()),
     )

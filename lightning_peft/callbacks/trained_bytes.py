@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from lightning_peft.callbacks import optimizers
 from lightning_peft.checkpoint import keep_adapters
 
-_LOOPS = 2_600  # bytes of the Trainer's loops and versions in a checkpoint, whatever is trained
+# what the Trainer adds to a checkpoint, in bytes: loops and versions; with optimizers also
+# the states of callbacks
+_LOOPS, _CALLBACKS = 1_600, 1_000
 
 
 def configured_optimizers(module: L.LightningModule, notes: list[str]) -> list[Optimizer]:
@@ -84,7 +86,7 @@ def checkpoint_bytes(module: L.LightningModule, made: list[Optimizer]) -> int:
 
     skeleton = io.BytesIO()
     torch.save(shrunk(checkpoint), skeleton)
-    return size + skeleton.tell() + _LOOPS
+    return size + skeleton.tell() + _LOOPS + (_CALLBACKS if made else 0)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

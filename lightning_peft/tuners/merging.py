@@ -132,14 +132,12 @@ def _classes(config: Any) -> Iterator[Any]:
 
 def _check_mergeable(trial: nn.Module, adapter: Path, plain: nn.Module) -> None:
     """Merge without values, which raises where a method cannot, and see that nothing came out that has no place."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     before = _plain_state(trial).keys()
     for part in stack_of(trial).parts:
-        part.tuner._check_merge_allowed()
-    for module in list(trial.modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=False)
+        part.injection.check_merge()
+    for part in stack_of(trial).parts:
+        for layer in part.injection.layers():
+            layer.merge(safe_merge=False, adapter_names=[part.name])
     if new := sorted(_plain_state(trial).keys() - before):
         raise ValueError(
             f"Merging {adapter} gives {len(new)} weights that a plain {type(trial).__name__} has no place for, the "

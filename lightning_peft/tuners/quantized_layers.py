@@ -123,6 +123,9 @@ def make(linear: Any, transposed: bool, quant_type: str, double_quant: bool, dty
         threshold: of int8's outliers, see `Quantization`.
     """
     weight = linear.weight.detach().T.contiguous() if transposed else linear.weight.detach()
+    if weight.is_meta and "dynamic" not in bnb.functional.name2qmap:
+        with torch.device("cpu"):  # else bitsandbytes would keep a table without values, for every later layer too
+            bnb.functional.name2qmap["dynamic"] = bnb.functional.create_dynamic_map()
     outputs, inputs = weight.shape
     with torch.device("meta"):  # their own weights are never made
         if quant_type == "int8":
@@ -138,6 +141,8 @@ def make(linear: Any, transposed: bool, quant_type: str, double_quant: bool, dty
             weight, compress_statistics=double_quant, quant_type=quant_type, module=made, requires_grad=False
         )
         made.weight._quantize(weight.device)
+        if weight.is_meta and double_quant:  # a state is saved with this by its value, also where only shapes matter
+            made.weight.quant_state.offset = torch.zeros((), device="cpu")
     made.bias = linear.bias
     made.train(linear.training)
     return made
