@@ -25,8 +25,8 @@ def part_ends(backbone: nn.Module, attention: bool, layers: Layers | list[int] |
         span.last: span for block in blocks(backbone) for span in (block.spans() if attention else (block.mlp,)) if span
     }
     if not spans:
-        what = "attention or feed-forward part" if attention else "feed-forward part"
-        raise ValueError(f"{type(backbone).__name__} has no block with an {what}: name the target_modules.")
+        what = "an attention or feed-forward part" if attention else "a feed-forward part"
+        raise ValueError(f"{type(backbone).__name__} has no block with {what}: name the target_modules.")
     chosen = [spans[name] for name in choose_targets(backbone, list(spans), layers)]
     named = dict(base_modules(backbone))
     for span in chosen:
