@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks.qlora import QLoRA
     from lightning_peft.callbacks.quantize import Quantize
     from lightning_peft.callbacks.sparse import LTSFT
+    from lightning_peft.callbacks.ssb import SSB
+    from lightning_peft.callbacks.ssl import SSL
     from lightning_peft.callbacks.strata import Strata
     from lightning_peft.callbacks.trunk_cache import TrunkCache
     from lightning_peft.callbacks.unipelt import UniPELT
@@ -60,6 +62,8 @@ _MODULES = {
     "UniPELT": "unipelt",
     "Quantize": "quantize",
     "QLoRA": "qlora",
+    "SSB": "ssb",
+    "SSL": "ssl",
 }
 
 __all__ = [
@@ -67,6 +71,8 @@ __all__ = [
     "LTSFT",
     "MAM",
     "PEFT",
+    "SSB",
+    "SSL",
     "AdapterEMA",
     "AdapterPlus",
     "AttentionPrefix",

@@ -19,6 +19,7 @@ _METHODS = (  # modules that call `register_method` when imported
     "lightning_peft.tuners.weight_deltas",
     "lightning_peft.tuners.bottleneck",
     "lightning_peft.tuners.prefix",
+    "lightning_peft.tuners.ssb",
 )
 
 
