@@ -184,9 +184,8 @@ def check_merge(layers: Iterable[Any], method: str) -> None:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes that the weights of a module's quantised layers take: packed values, scales, and code tables once."""
-    tensors = [tensor for _, layer in quantized_layers(module) for tensor in _import_layers().stored(layer)]
-    return sum({tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors}.values())
+    """Bytes that the weights of a module's quantised layers take: packed values, scales and code tables."""
+    return sum(t.nbytes for _, layer in quantized_layers(module) for t in _import_layers().stored(layer))
 
 
 def _import_layers() -> Any:
