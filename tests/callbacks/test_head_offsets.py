@@ -36,6 +36,18 @@ def test_there_are_heads_times_head_dim_parameters_and_only_they_move(kind: str,
     assert all(torch.equal(now[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "ends", "attentions"),
+    [("bert", "attention.output.dense", 3), ("t5", "Attention.o", 3 + 2 * 3), ("vit", "o_proj", 3)],
+)
+def test_other_architectures_attentions_are_found_by_structure(kind: str, ends: str, attentions: int) -> None:
+    config: Any = HeadOffsets().make_config(tiny(kind))
+    assert len(config.target_modules) == attentions and config.head_dim == 8
+    assert all(name.endswith(ends) for name in config.target_modules)
+    answers: Any = HeadOffsets(positions="answer").make_config(tiny(kind))
+    assert answers.target_modules == [name for name in config.target_modules if not name.startswith("encoder.block")]
+
+
 def test_untrained_it_changes_nothing_and_trained_it_is_saved_scaled_and_merged(tmp_path: Path, tokens: Tensor) -> None:
     module = Language("llama")
     base = module.model(input_ids=tokens).logits.detach()

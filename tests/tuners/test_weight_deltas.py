@@ -22,6 +22,7 @@ from lightning_peft.tuners.fingerprint import fingerprint
 from lightning_peft.tuners.modules import base_modules
 from lightning_peft.tuners.stack import AdapterStack, stack_of
 from lightning_peft.tuners.weight_deltas import WeightDeltasConfig
+from lightning_peft.tuners.weight_deltas.config import pack, unpack
 from lightning_peft.tuners.weight_deltas.masks import deltas, keep_largest
 
 pytestmark = [pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*enable_nested_tensor")]
@@ -313,7 +314,7 @@ def test_where_a_mask_is_false_the_entry_is_the_bases_or_zero(pruned: bool) -> N
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-@pytest.mark.parametrize("density", [0.02, 0.9])
+@pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
 def test_a_sparse_adapter_is_saved_small_and_loads_bit_equal(density: float, pruned: bool, tmp_path: Path) -> None:
     model, stack = masked(pruned, density)
     save_adapter(model, tmp_path)
@@ -325,30 +326,39 @@ def test_a_sparse_adapter_is_saved_small_and_loads_bit_equal(density: float, pru
         stack.scale(strength)
         stack_of(again).scale(strength)
         assert torch.equal(run("llama", again), run("llama", model))
-    trained = sum(int(delta.mask.sum()) for delta in deltas(model, "delta"))
-    entries = sum(delta.base.numel() for delta in deltas(model, "delta"))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert sum(t.numel() * t.element_size() for t in tensors.values()) == (
-        8 * trained if density < 0.5 else 5 * entries
-    )
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    masks = [delta.mask for delta in deltas(model, "delta")]
+    expected = [  # a value and an index, or a value and a bit for each entry, or all values
+        4 * n if n == entries else 4 * n + (4 * n if 32 * n < entries else -(-entries // 8))
+        for n, entries in ((int(mask.sum()), mask.numel()) for mask in masks)
+    ]
+    assert size == sum(expected)
     twice = tmp_path / "twice"
     save_adapter(again, twice)
-    assert (part.config.kept is not None) == (density < 0.5)
+    assert (part.config.kept is not None) == (density < 1.0)
     assert load_file(twice / "adapter_model.safetensors").keys() == tensors.keys()
 
 
-def test_a_loaded_sparse_adapter_trains_its_entries_only(tmp_path: Path) -> None:
-    save_adapter(masked(False, 0.02)[0], tmp_path)
+@pytest.mark.parametrize("density", [0.02, 0.5])
+def test_a_loaded_sparse_adapter_trains_its_entries_only(density: float, tmp_path: Path) -> None:
+    save_adapter(masked(False, density)[0], tmp_path)
     model = rough("llama")
     load_adapter(model, tmp_path)
-    indices = {k: v.clone() for k, v in model.state_dict().items() if ".indices." in k}
+    places = {k: v.clone() for k, v in model.state_dict().items() if ".indices." in k or ".bits." in k}
     parameters = [p for p in model.parameters() if p.requires_grad]
     before, optimizer = [p.detach().clone() for p in parameters], torch.optim.AdamW(parameters, lr=0.1)
     model(input_ids=ids(), labels=ids()).loss.backward()
     optimizer.step()
     pairs = list(zip(before, parameters, strict=True))
     assert pairs and all(not torch.equal(old, new) for old, new in pairs if len(old) and new.grad.any())
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in indices.items())
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in places.items())
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100])
+def test_packed_truth_values_are_the_same_in_an_eighth_of_the_size(count: int) -> None:
+    mask = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(unpack(pack(mask), count), mask) and len(pack(mask)) == -(-count // 8)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 20])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_peft.tuners.registration import add_peft_type
 
-_VALUES, _MASKS, _INDICES = (f".weight_deltas.{kind}." for kind in ("values", "masks", "indices"))
+_VALUES, _MASKS, _INDICES, _BITS = (f".weight_deltas.{kind}." for kind in ("values", "masks", "indices", "bits"))
 
 
 @dataclass
@@ -30,7 +30,8 @@ class WeightDeltasConfig(PeftConfig):
         masked: those of the target parameters that have a mask beside their delta, one truth value an entry, all true
             at first; where it is false the entry keeps its value of `theta0`.
         pruned: where a mask is false the entry is 0 instead.
-        kept: for parameters stored as indices and values, how many entries each has: a saved sparse adapter.
+        kept: for parameters of which some entries are stored, as in a saved sparse adapter: how many each has.
+        packed: those of them whose entries are given by a bit for each; the others by indices.
         target_modules: not used; peft asks for it.
         exclude_modules: not used; peft asks for it.
         modules_to_save: other modules to train and save whole, as in every peft method.
@@ -42,6 +43,7 @@ class WeightDeltasConfig(PeftConfig):
     masked: list[str] | None = field(default=None)
     pruned: bool = field(default=False)
     kept: dict[str, int] | None = field(default=None)
+    packed: list[str] | None = field(default=None)
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
@@ -53,7 +55,7 @@ class WeightDeltasConfig(PeftConfig):
             raise ValueError("WeightDeltasConfig takes target_parameters, the full names of parameters, not modules.")
 
     def compacted(self, tensors: Mapping[str, Tensor]) -> tuple[WeightDeltasConfig, dict[str, Tensor]]:
-        """This adapter as it is written to a folder: masked deltas as indices and values where that is smaller.
+        """This adapter as it is written to a folder: of masked deltas only the entries that the mask lets act.
 
         Args:
             tensors: under the keys of a saved peft folder.
@@ -61,20 +63,37 @@ class WeightDeltasConfig(PeftConfig):
         Returns:
             The configuration and the tensors of an adapter that computes the same, bit for bit.
         """
-        kept, made = dict(self.kept or {}), dict(tensors)
+        kept, packed, made, bare = dict(self.kept or {}), list(self.packed or ()), dict(tensors), set()
         for key in [key for key in tensors if _MASKS in key]:
-            mask, value = tensors[key], key.replace(_MASKS, _VALUES)
-            # 8 bytes for each index and value, 5 for each delta and its mask
-            if 8 * int(mask.sum()) < 5 * mask.numel() and mask.numel() < 2**31:
-                index = mask.reshape(-1).nonzero()[:, 0]
-                made[value] = tensors[value].reshape(-1)[index]
-                made[key.replace(_MASKS, _INDICES)] = index.int()
-                del made[key]
-                kept[key.removeprefix("base_model.model.").replace(_MASKS.removeprefix("."), "")] = len(index)
+            mask, value = made.pop(key).reshape(-1), key.replace(_MASKS, _VALUES)
+            name = key.removeprefix("base_model.model.").replace(_MASKS.removeprefix("."), "")
+            count, entries = int(mask.sum()), mask.numel()
+            if count == entries:
+                bare.add(name)
+                continue
+            made[value] = tensors[value].reshape(-1)[mask]
+            kept[name] = count
+            if 32 * count < entries < 2**31:  # four bytes an index, or a bit for each entry
+                made[key.replace(_MASKS, _INDICES)] = mask.nonzero()[:, 0].int()
+            else:
+                made[key.replace(_MASKS, _BITS)] = pack(mask)
+                packed.append(name)
         config = copy.deepcopy(self)
-        config.kept = kept or None
-        config.masked = [name for name in self.masked or () if name not in kept] or None
+        config.kept, config.packed = kept or None, packed or None
+        config.masked = [name for name in self.masked or () if name not in kept and name not in bare] or None
         return config, made
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Eight truth values `[n]` a byte: `[ceil(n / 8)]`."""
+    eights = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).reshape(-1, 8)
+    return (eights << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, count: int) -> Tensor:
+    """The first `count` truth values that `pack` put there."""
+    eights = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (eights & 1).bool().reshape(-1)[:count]
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:

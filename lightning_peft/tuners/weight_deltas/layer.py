@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig, storage
+from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig, storage, unpack
 from lightning_peft.tuners.weight_deltas.view import attach, detach
 
 
@@ -22,13 +22,14 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("values",)
-    other_param_names = ("masks", "indices", "scaling", "pruned")
+    other_param_names = ("masks", "indices", "bits", "scaling", "pruned")
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.values = nn.ModuleDict()  # adapter -> parameter -> delta
         self.masks = nn.ModuleDict()
         self.indices = nn.ModuleDict()
+        self.bits = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.pruned: dict[str, bool] = {}
         # parameters that another module has as well, which holds their deltas: parameter -> (its layer, its name)
@@ -46,7 +47,8 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
             config: its configuration.
             names: for each of the owner's parameters that it changes, the full name.
         """
-        values, masks, indices = nn.ParameterDict(), BufferDict(persistent=True), BufferDict(persistent=True)
+        values: Any = nn.ParameterDict()
+        masks, indices, bits = (BufferDict(persistent=True) for _ in range(3))
         for name, full_name in names.items():
             if name in self.links:
                 continue
@@ -54,12 +56,16 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
             if config.kept is not None and full_name in config.kept:
                 count = config.kept[full_name]
                 values[name] = nn.Parameter(torch.zeros(count, dtype=storage(dtype), device=device))
-                indices[name] = torch.arange(count, dtype=torch.int32, device=device)
+                if full_name in (config.packed or ()):
+                    bits[name] = torch.zeros(-(-shape.numel() // 8), dtype=torch.uint8, device=device)
+                else:
+                    indices[name] = torch.arange(count, dtype=torch.int32, device=device)
             else:
                 values[name] = nn.Parameter(torch.zeros(shape, dtype=storage(dtype), device=device))
                 if full_name in (config.masked or ()):
                     masks[name] = torch.ones(shape, dtype=torch.bool, device=device)
-        for container, made in ((self.values, values), (self.masks, masks), (self.indices, indices)):
+        containers = (self.values, self.masks, self.indices, self.bits)
+        for container, made in zip(containers, (values, masks, indices, bits), strict=True):
             if len(made):
                 container[adapter_name] = made
         self.scaling[adapter_name] = config.alpha
@@ -140,8 +146,8 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
     def _change(self, adapter: str, name: str, base: Tensor | None) -> Tensor:
         """What one adapter adds at strength 1, in the shape of the parameter."""
         value: Tensor = self._of(self.values, adapter)[name]
-        indices, masks = self._of(self.indices, adapter), self._of(self.masks, adapter)
-        if name not in indices and name not in masks:
+        indices, bits, masks = (self._of(c, adapter) for c in (self.indices, self.bits, self.masks))
+        if name not in indices and name not in bits and name not in masks:
             return value
         shape, _, _ = self._form(name)
         outside = value.new_zeros(()).expand(shape)
@@ -149,6 +155,9 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
             outside = -base.detach().to(value.dtype)
         if name in masks:
             return torch.where(masks[name], value, outside)
+        if name in bits:
+            mask = unpack(bits[name], shape.numel()).reshape(shape)
+            return outside.masked_scatter(mask, value)
         return outside.reshape(-1).index_copy(0, indices[name].long(), value).reshape(shape)
 
     @staticmethod
