@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_peft.tuners.configs import config_to_json, nearest_names
 from lightning_peft.tuners.files import AdapterError, check_finite
 from lightning_peft.tuners.fingerprint import fingerprint, mismatch
+from lightning_peft.tuners.initialisation import check_repeatable, check_undoable
 from lightning_peft.tuners.injection import Injection
 from lightning_peft.tuners.kinds import kind_of
 from lightning_peft.tuners.modules import standalone_key
@@ -92,6 +93,7 @@ class AdapterStack:
         if not computed and any(part.computed for part in self.parts):
             edits = ", ".join(repr(part.name) for part in self.parts if part.computed)
             raise ValueError(f"Adapter {name!r} is tuned and belongs below the edit {edits}: tune first, then edit.")
+        check_repeatable(config)
         _check_name(name, self.backbone)
         _check_targets(config, self.backbone)
         kind = kind_of(config)
@@ -103,7 +105,7 @@ class AdapterStack:
         configs = self.backbone.__dict__.pop("peft_config", {})
         own = copy.deepcopy(config)
         try:
-            with self.disabled():  # an initialisation that reads or changes weights must see the base's own
+            with self._switched_off():  # an initialisation that reads or changes weights must see the base's own
                 injection = kind(self.backbone, own, name)
         except Exception:
             kind.clean_up(self.backbone, own, name)
@@ -123,8 +125,13 @@ class AdapterStack:
         return part
 
     def remove(self, name: str) -> None:
-        """Take one adapter out. Where no other adapter sits on a module, the module itself comes back."""
+        """Take one adapter out. Where no other adapter sits on a module, the module itself comes back.
+
+        Raises:
+            ValueError: the adapter was made by changing the base's weights, as PiSSA does.
+        """
         part = self[name]
+        check_undoable(part.config, name, "taken out")
         self.unmerge()
         self.parts.remove(part)
         configs = self.backbone.__dict__.pop("peft_config")
@@ -146,10 +153,11 @@ class AdapterStack:
         """Turn the dial of one adapter, or of all: 1 as made, 0 equal to the base, negative reversed.
 
         Raises:
-            ValueError: the method has no scaling.
+            ValueError: the method has no scaling, or began by changing the base's weights, as PiSSA does.
         """
         parts = self.parts if name is None else [self[name]]
         for part in parts:
+            check_undoable(part.config, part.name, "scaled")
             if not part.scaling:
                 raise ValueError(f"Adapter {part.name!r} ({type(part.config).__name__}) has no strength to scale.")
         self.unmerge()
@@ -159,17 +167,39 @@ class AdapterStack:
             part.strength = strength
 
     def enable(self, enabled: bool = True, name: str | None = None) -> None:
-        """Switch one adapter, or all, on or off. Off, the outputs are the base model's, bit for bit."""
+        """Switch one adapter, or all, on or off. Off, the outputs are the base model's, bit for bit.
+
+        Raises:
+            ValueError: an adapter to be switched off was made by changing the base's weights, as PiSSA does.
+        """
+        parts = self.parts if name is None else [self[name]]
+        for part in parts:
+            if not enabled:
+                check_undoable(part.config, part.name, "switched off")
         self.unmerge()
-        for part in self.parts if name is None else [self[name]]:
+        for part in parts:
             part.enabled = enabled
         self._activate()
 
     @contextmanager
     def disabled(self, name: str | None = None) -> Iterator[None]:
-        """Switch one adapter, or all, off for a while."""
+        """Switch one adapter, or all, off for a while.
+
+        Raises:
+            ValueError: as `enable`.
+        """
+        for part in self.parts if name is None else [self[name]]:
+            check_undoable(part.config, part.name, "switched off")
+        with self._switched_off(name):
+            yield
+
+    @contextmanager
+    def _switched_off(self, name: str | None = None) -> Iterator[None]:
         before = [part.enabled for part in self.parts]
-        self.enable(False, name)
+        self.unmerge()
+        for part in self.parts if name is None else [self[name]]:
+            part.enabled = False
+        self._activate()
         try:
             yield
         finally:

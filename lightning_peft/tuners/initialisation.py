@@ -1,0 +1,39 @@
+"""Initialisations of LoRA that take the adapter out of the base's weights, so that the two only make sense together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# PiSSA (arXiv:2404.02948), OLoRA (2406.01775), CorDA (2406.05223), LoftQ (2310.08659), LoRA-GA (2407.05000)
+_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def changes_base(config: Any) -> bool:
+    """Whether putting this adapter on a model changes the model's own weights."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.lower().startswith(_CHANGING)
+
+
+def check_repeatable(config: Any) -> None:
+    """Raise `ValueError` where loading the adapter could not change the base as it was changed when it was made."""
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.startswith("pissa_niter_"):
+        raise ValueError(
+            f"init_lora_weights={init!r} changes the base by a decomposition drawn at random, which no saved adapter "
+            "can repeat: use 'pissa'."
+        )
+
+
+def check_undoable(config: Any, name: str, what: str) -> None:
+    """Raise `ValueError` where the base cannot be had again.
+
+    Args:
+        config: the adapter's configuration.
+        name: the adapter's name.
+        what: what was asked for, e.g. `"switched off"`.
+    """
+    if changes_base(config):
+        raise ValueError(
+            f"Adapter {name!r} was made by changing the base's weights (init_lora_weights="
+            f"{config.init_lora_weights!r}), so it cannot be {what}: build the model anew."
+        )
