@@ -78,6 +78,7 @@ class PEFT(Callback):
         self._checkpointed: list[nn.Module] = []
         self._noted: list[Positions] = []
         self.stack: AdapterStack | None = None
+        self._trained: set[str] = set()  # names of what is trained, when fit starts
 
     @property
     def state_key(self) -> str:
@@ -130,6 +131,7 @@ class PEFT(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.stack is not None
         self._prepare_optimizers(trainer, pl_module)
+        self._trained = strategies.trained_names(pl_module)
         stop_input_gradients(self.stack.backbone)
         if trainer.is_global_zero:
             if any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer)):
@@ -143,6 +145,7 @@ class PEFT(Callback):
         self._set_modes(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        strategies.check_unchanged(trainer, pl_module, self._trained)
         self._set_modes(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

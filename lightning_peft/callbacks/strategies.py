@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 
@@ -37,6 +37,26 @@ def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
         check_fsdp(trainer, strategy, module)
     elif isinstance(strategy, ModelParallelStrategy):
         _save_adapters_only(module)
+
+
+def trained_names(module: nn.Module) -> set[str]:
+    """The names of what is trained."""
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def check_unchanged(trainer: L.Trainer, module: nn.Module, start: set[str]) -> None:
+    """Raise `ValueError` where DDP would not average a gradient, since what is trained has changed under it.
+
+    Args:
+        trainer: the running Trainer.
+        module: the LightningModule.
+        start: what was trained when DDP was set up.
+    """
+    if isinstance(trainer.strategy, DDPStrategy) and (later := sorted(trained_names(module) - start)):
+        raise ValueError(
+            f"{len(later)} weights were unfrozen after DDP was set up and would be trained differently in every "
+            f"process, the first is {later[0]}: unfreeze them before fit."
+        )
 
 
 def release(module: nn.Module) -> None:
