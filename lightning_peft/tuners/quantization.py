@@ -105,6 +105,7 @@ def quantize(
             twin.source_cls = type(linear)  # as transformers calls it
             existing[name] = twin
             _replace(backbone, linear, twin)
+            linear.weight.requires_grad_(False)  # an optimizer that was made before may hold it, and must let it go
     for layer in existing.values():
         layers.adopt(layer)
     mark(backbone)
