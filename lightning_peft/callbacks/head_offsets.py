@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from lightning_peft.callbacks.peft import PEFT
-from lightning_peft.tuners.modules import base_modules
 from lightning_peft.tuners.structure import blocks
 
 if TYPE_CHECKING:
@@ -28,8 +27,7 @@ class HeadOffsets(PEFT):
         positions: `"all"` tokens, where the offset is a bias and can be merged; only those from the `"answer"`'s
             beginning on; or only `"generated"` ones.
         pattern: a regular expression for the end of the names of the attention's output projections. Default: the
-            last matrix of each attention in the backbone's blocks; of an encoder-decoder, if not at all positions,
-            in the decoder's.
+            last matrix of each attention in the backbone's blocks.
         num_heads: for models without a configuration, how many heads enter each of them.
         backbone: see `PEFT`.
         name: the adapter's name.
@@ -66,7 +64,12 @@ class HeadOffsets(PEFT):
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from lightning_peft.editing.heads import head_offsets_config, head_sites
 
-        sites = head_sites(backbone, self.pattern or _projections(backbone, self.positions == "all"), self.num_heads)
+        if self.positions != "all" and getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"Where an answer begins is not known in an encoder-decoder such as {type(backbone).__name__}: use "
+                'positions="all".'
+            )
+        sites = head_sites(backbone, self.pattern or _projections(backbone), self.num_heads)
         heads = None if self.heads is None else [(int(layer), int(head)) for layer, head in self.heads]
         for layer, head in heads or ():
             if not (0 <= layer < len(sites) and 0 <= head < sites[layer].num_heads):
@@ -77,16 +80,7 @@ class HeadOffsets(PEFT):
         return head_offsets_config(sites, heads, self.alpha, self.positions)
 
 
-def _projections(backbone: nn.Module, encoder: bool) -> str | None:
-    """A pattern for the last matrices of all attentions, or None where the blocks' structure does not show any.
-
-    Args:
-        backbone: the model.
-        encoder: also those of an encoder beside a decoder, whose tokens are the question's and never an answer's.
-    """
+def _projections(backbone: nn.Module) -> str | None:
+    """A pattern for the last matrices of all attentions, or None where the blocks' structure does not show any."""
     names = [span.last for block in blocks(backbone) for span in block.attention]
-    config = getattr(backbone, "config", None)
-    if not encoder and getattr(config, "is_encoder_decoder", False):
-        inside = set(backbone.get_encoder().modules())  # type: ignore[operator]
-        names = [name for name, module in base_modules(backbone) if name in names and module not in inside]
     return "|".join(re.escape(name) for name in names) or None

@@ -44,8 +44,6 @@ def test_other_architectures_attentions_are_found_by_structure(kind: str, ends: 
     config: Any = HeadOffsets().make_config(tiny(kind))
     assert len(config.target_modules) == attentions and config.head_dim == 8
     assert all(name.endswith(ends) for name in config.target_modules)
-    answers: Any = HeadOffsets(positions="answer").make_config(tiny(kind))
-    assert answers.target_modules == [name for name in config.target_modules if not name.startswith("encoder.block")]
 
 
 def test_untrained_it_changes_nothing_and_trained_it_is_saved_scaled_and_merged(tmp_path: Path, tokens: Tensor) -> None:
@@ -94,6 +92,12 @@ def test_what_iti_computes_can_be_trained_further_on_the_same_heads() -> None:
         (layer, head) for layer, heads in enumerate(adapters(module).parts[0].config.heads.values()) for head in heads
     ]
     assert type(adapters(module).parts[0].config) is type(trained.make_config(tiny("llama"))) and len(chosen) == 3
+
+
+def test_answers_of_an_encoder_decoder_are_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"^Where an answer begins is not known in an encoder-decoder") as error:
+        fit(Language("t5"), HeadOffsets(positions="answer"))
+    assert one_sentence(str(error.value))
 
 
 @pytest.mark.parametrize(
