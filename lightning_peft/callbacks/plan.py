@@ -18,6 +18,7 @@ from lightning_peft.callbacks.trained_bytes import (
     bytes_of,
     checkpoint_bytes,
     configured_optimizers,
+    first_line,
     optimizer_bytes,
 )
 from lightning_peft.tuners.quantization import is_quantized, weight_bytes
@@ -150,7 +151,13 @@ def plan(
             if isinstance(callback, PEFT | Quantize):
                 name = find_backbone(module, callback.backbone)
                 assert name is not None  # find_backbone raises where everything is built
-                callback._inject(module, name) if isinstance(callback, PEFT) else callback.quantize(module, name)
+                try:
+                    callback._inject(module, name) if isinstance(callback, PEFT) else callback.quantize(module, name)
+                except (NotImplementedError, RuntimeError) as error:  # torch's, of a tensor without values
+                    raise ValueError(
+                        f"{type(callback).__name__} cannot be planned, for it reads values as it is put on the "
+                        f"backbone ({first_line(error)})."
+                    ) from error
     stacks = find_stacks(module)
     for callback in adapting:
         assert callback.stack is not None
@@ -159,6 +166,8 @@ def plan(
             notes.append(f"{type(callback).__name__} computes its adapter without gradients: nothing is trained.")
     if any(callback.gradient_checkpointing for callback in adapting):
         notes.append("The bound is without gradient checkpointing, which keeps less.")
+    if any(getattr(callback, "paged_optimizer", None) for callback in adapting):
+        notes.append("The optimizer's state is that of the module's own, which the paged one's does not exceed.")
     for stack in stacks.values():
         set_modes(stack.backbone, any(c.backbone_dropout for c in adapting if c.stack is stack))
 
@@ -167,7 +176,8 @@ def plan(
     inside = {id(p) for stack in stacks.values() for p in stack.backbone.parameters()}
     made = [] if computed else configured_optimizers(module, notes)
     state_bytes = optimizer_bytes(made, list(trainable.values()), notes)
-    packed = {id(m.weight): m.in_features * m.out_features for m in module.modules() if is_quantized(m)}
+    quantized: list[Any] = [m for m in module.modules() if is_quantized(m)]
+    packed: dict[int, int] = {id(m.weight): m.in_features * m.out_features for m in quantized}
     frozen = [p for p in module.parameters() if id(p) not in trainable and id(p) not in packed]
     backbone, stack = next(iter(stacks.items()))
     shape = (batch_size, length)

@@ -69,7 +69,10 @@ class _OnMeta(LightningCLI):
         for name in ("logger", "profiler", "plugins", "strategy", "accelerator"):
             trainer[name] = None
         with shapes_only():
-            self.config_init = self.parser.instantiate_classes(config)
+            try:
+                self.config_init = self.parser.instantiate_classes(config)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(_why_not_made(error)) from error
             self.model = self._get(self.config_init, "model")
             self._add_configure_optimizers_method_to_model(self.subcommand)
         callbacks: Any = self._get(self.config_init, "trainer")["callbacks"]
@@ -90,6 +93,16 @@ class _OnMeta(LightningCLI):
         elif self.precision == "16-true":
             self.model.half()
         return plan(self.model, self.callbacks, *self.shape, precision=self.precision, whole_batch=whole)
+
+
+def _why_not_made(error: BaseException) -> str:
+    """One sentence of what was wrong when jsonargparse made an object: the first of the errors it is wrapped in."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    said = str(error).strip().splitlines()[0]
+    if isinstance(error, RuntimeError):  # torch's, of a tensor without values
+        return f"The module cannot be planned, for it reads values while it is made ({said.rstrip('.')})."
+    return said
 
 
 def _print(found: Plan) -> None:

@@ -16,6 +16,9 @@ def shapes_only() -> Iterator[None]:
     A transformers model is built from its `config.json` alone (a local folder's, else the hub's), in the dtype that
     `from_pretrained` would give it. Without this, transformers refuses `from_pretrained` on the meta device.
 
+    Raises:
+        ValueError: within, `from_pretrained` is to quantise.
+
     Example:
         >>> from torch import nn
         >>> with shapes_only():
@@ -41,6 +44,11 @@ def _from_config(cls: Any, pretrained: str, *args: Any, config: Any = None, **kw
     if not isinstance(config, PreTrainedConfig):
         found = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
         config = cls.config_class.from_pretrained(config or pretrained, **found)
+    if kwargs.get("quantization_config", getattr(config, "quantization_config", None)) is not None:
+        raise ValueError(
+            f"{pretrained} is quantised while it is loaded, of which there are no shapes without its weights: leave "
+            "quantization_config out, and quantise by the callback Quantize."
+        )
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     if dtype == "auto":
         dtype = config.dtype

@@ -176,6 +176,11 @@ def test_an_edit_trains_nothing_but_is_saved() -> None:
     assert found.adapters[0].modules == {"o_proj": 3} and "without gradients" in found.notes[0]
 
 
+class Looks(LoRA):
+    def make_config(self, backbone: Any) -> Any:
+        self.r = int(next(backbone.parameters()).sum().item())
+
+
 @pytest.mark.parametrize(
     ("cls", "callback", "said"),
     [
@@ -183,6 +188,7 @@ def test_an_edit_trains_nothing_but_is_saved() -> None:
         (Language, LoRA(target_modules=["q_prj"]), "nearest names"),
         (Language, LoRA(backbone="encoder"), "has no submodule"),
         (Classifier, LoRA(), "cannot be told"),
+        (Language, Looks(), "Looks cannot be planned"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(cls: Any, callback: L.Callback, said: str) -> None:
@@ -207,12 +213,14 @@ def test_what_is_kept_is_counted_once_and_weights_are_not() -> None:
 
 
 def test_transformers_is_as_before_after_shapes_only(tiny_folder: Any) -> None:
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
     folder, before = tiny_folder("llama"), PreTrainedModel.__dict__["from_pretrained"]
     with pytest.raises(KeyError), shapes_only():
         assert AutoModelForCausalLM.from_pretrained(folder).device.type == "meta"
         raise KeyError
+    with pytest.raises(ValueError, match="quantise by the callback"), shapes_only():
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     assert PreTrainedModel.__dict__["from_pretrained"] is before
     assert AutoModelForCausalLM.from_pretrained(folder).device.type == "cpu"
 

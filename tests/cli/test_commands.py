@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning import LightningModule
+from lightning.pytorch.demos.boring_classes import BoringDataModule
 from tuning import ROOT, python
 
 from lightning_peft import load_adapter, save_adapter
@@ -135,6 +137,26 @@ def test_plan_says_in_one_sentence_what_is_wrong(fitted: Path) -> None:
     (fitted / "wrong.yaml").write_text(yaml.safe_dump(recipe))
     assert "nearest names are" in failure("plan", "--config", fitted / "wrong.yaml")
     assert "at least 1" in failure("plan", "--config", fitted / "lora.yaml", "--length=0")
+
+
+class Reading(LightningModule):
+    """Looks at the values of its weights while it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(2, 2)
+        self.norm = float(self.net.weight.norm())
+
+
+def test_a_module_that_reads_values_while_it_is_made_is_refused(tmp_path: Path) -> None:
+    recipe = {
+        "model": {"class_path": f"{Reading.__module__}.Reading"},
+        "data": {"class_path": f"{BoringDataModule.__module__}.BoringDataModule"},
+    }
+    callback = {"class_path": "lightning_peft.callbacks.LoRA", "init_args": {"backbone": "net"}}
+    recipe |= {"trainer": {"callbacks": [callback]}}
+    (tmp_path / "reading.yaml").write_text(yaml.safe_dump(recipe))
+    assert "reads values while it is made" in failure("plan", "--config", tmp_path / "reading.yaml")
 
 
 # -- export and merge ------------------------------------------------------------------------------------------------
