@@ -31,7 +31,7 @@ from tuning import (
 )
 
 from lightning_peft import adapters, load_adapter, load_from_checkpoint, save_adapter
-from lightning_peft.callbacks import PEFT, SSB, HeadOffsets, LoRA, QLoRA, Quantize
+from lightning_peft.callbacks import PEFT, SSB, BitFit, HeadOffsets, LoRA, Pfeiffer, QLoRA, Quantize
 from lightning_peft.callbacks.quantize import check_strategy
 from lightning_peft.checkpoint import AdapterCheckpointMixin
 from lightning_peft.testing import LAWS, check_adaptation
@@ -55,6 +55,8 @@ METHODS: dict[str, Any] = {
     "IA3": ia3,
     "HeadOffsets": lambda: HeadOffsets(),
     "SSB": lambda: SSB(),
+    "Pfeiffer": lambda: Pfeiffer(),
+    "BitFit": lambda: BitFit(add_missing=True),
 }
 
 
