@@ -120,8 +120,12 @@ def plan(
         ValueError: the module is not on the meta device, no callback adapts it, or as their `setup`.
 
     Example:
+        >>> import lightning as L
+        >>> import torch
+        >>> from torch import nn
         >>> from lightning_peft.callbacks import LoRA
         >>> from lightning_peft.callbacks.plan import plan
+        >>> from lightning_peft.tuners.shapes import shapes_only
         >>> class Big(L.LightningModule):
         ...     def __init__(self):
         ...         super().__init__()

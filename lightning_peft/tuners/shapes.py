@@ -21,6 +21,7 @@ def shapes_only() -> Iterator[None]:
 
     Example:
         >>> from torch import nn
+        >>> from lightning_peft.tuners.shapes import shapes_only
         >>> with shapes_only():
         ...     layer = nn.Linear(2**20, 2**20)  # 4 TiB
         >>> layer.weight.device.type, layer.weight.nbytes
