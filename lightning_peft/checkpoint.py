@@ -117,7 +117,7 @@ def restore_sharded(module: nn.Module, path: str | Path) -> None:
     Raises:
         AdapterError: as `restore_adapters`.
     """
-    checkpoint = _read(path, "cpu")
+    checkpoint = read_checkpoint(path, "cpu")
     restore_adapters(module, checkpoint, "the checkpoint")
     state = module.state_dict()
     for name, value in checkpoint["state_dict"].items():
@@ -139,7 +139,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path, map_location: Any = Non
     Raises:
         AdapterError: as `restore_adapters`.
     """
-    checkpoint = _read(path, map_location or "cpu")
+    checkpoint = read_checkpoint(path, map_location or "cpu")
     file: Any = path
     if Path(path).is_dir():  # Lightning reads files, and such as are open
         file = io.BytesIO()
@@ -178,7 +178,7 @@ def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None
     Raises:
         AdapterError: the file holds no adapters, or those of several backbones and none was named.
     """
-    checkpoint = _read(path, "cpu")
+    checkpoint = read_checkpoint(path, "cpu")
     backbones = checkpoint[META]["backbones"]
     names = ", ".join(map(repr, backbones))
     if backbone is None and len(backbones) > 1:
@@ -193,7 +193,7 @@ def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None
 
 def outside_backbones(path: str | Path) -> list[str]:
     """The names of a checkpoint's weights that belong to no adapter, such as a head's: no peft folder holds them."""
-    checkpoint = _read(path, "cpu")
+    checkpoint = read_checkpoint(path, "cpu")
     adapter = {
         _join(name, saved)
         for name, described in checkpoint[META]["backbones"].items()
@@ -203,7 +203,7 @@ def outside_backbones(path: str | Path) -> list[str]:
     return [key for key in checkpoint["state_dict"] if key not in adapter]
 
 
-def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """A checkpoint with adapters in it; only tensors and plain values are read."""
     try:
         if Path(path).is_dir():

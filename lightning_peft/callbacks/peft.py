@@ -142,10 +142,14 @@ class PEFT(Callback):
         self.stack.backbone.train()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_in_place(pl_module)
         self._set_modes(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategies.check_unchanged(trainer, pl_module, self._trained)
+        self._check_in_place(pl_module)
+        if not self.computed:
+            optimizers.check(pl_module, trainer.optimizers)
         self._set_modes(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -265,6 +269,14 @@ class PEFT(Callback):
                     f"{type(callback).__name__} copies {type(module).__name__} before its backbone is built: build it "
                     "in __init__, or use AdapterEMA."
                 )
+
+    def _check_in_place(self, module: L.LightningModule) -> None:
+        assert self.stack is not None
+        if self.stack not in find_stacks(module).values():
+            raise ValueError(
+                f"{type(module).__name__} has replaced the backbone that {type(self).__name__} put its adapter on: "
+                "build it in __init__, setup or configure_model."
+            )
 
     def _check_launcher(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 
-from lightning_peft.checkpoint import checkpoint_names, restore_adapters, restore_sharded
+from lightning_peft.checkpoint import checkpoint_names, read_checkpoint, restore_adapters, restore_sharded
 from lightning_peft.tuners.quantization import is_quantized
 from lightning_peft.tuners.sharded import has_shards, is_sharded, write
 from lightning_peft.tuners.stack import AdapterStack, find_stacks
@@ -130,16 +131,23 @@ def restore_loaded(module: L.LightningModule, checkpoint: dict[str, Any]) -> Non
 
 
 def explain(module: L.LightningModule, error: BaseException) -> None:
-    """Say in one sentence why FSDP2's strategy could not load a checkpoint: it stops at the first tensor that differs.
+    """Say in one sentence why a strategy could not load a checkpoint, before any hook was asked.
+
+    PyTorch names the place where a file is broken and, for FSDP2, the first tensor that differs.
 
     Raises:
         AdapterError: as `restore_adapters`, where that is why.
     """
     trainer = module._trainer
-    if trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy) and trainer.ckpt_path:
-        load = ModelParallelStrategy.load_checkpoint.__code__
-        if any(frame.f_code is load for frame, _ in traceback.walk_tb(error.__traceback__)):
-            restore_sharded(module, trainer.ckpt_path)
+    path = None if trainer is None else trainer.ckpt_path
+    if trainer is None or path is None or not Path(path).exists():
+        return
+    load = type(trainer.strategy).load_checkpoint.__code__
+    if any(frame.f_code is load for frame, _ in traceback.walk_tb(error.__traceback__)):
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            restore_sharded(module, path)
+        elif Path(path).is_file():
+            read_checkpoint(path)
 
 
 def _tensors(stack: AdapterStack, part: Any) -> dict[str, Tensor]:

@@ -94,6 +94,7 @@ class AdapterStack:
             edits = ", ".join(repr(part.name) for part in self.parts if part.computed)
             raise ValueError(f"Adapter {name!r} is tuned and belongs below the edit {edits}: tune first, then edit.")
         check_repeatable(config)
+        _check_strangers(self)
         _check_name(name, self.backbone)
         _check_targets(config, self.backbone)
         kind = kind_of(config)
@@ -364,6 +365,20 @@ def _in_merge_order(parts: list[Part]) -> list[Part]:
 def _set(flags: Mapping[nn.Parameter, bool]) -> None:
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
+
+
+def _check_strangers(stack: AdapterStack) -> None:
+    """An adapter put on by peft itself would be switched off, and left out of every checkpoint."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in stack.backbone.modules() if isinstance(m, BaseTunerLayer)]
+    ours = {part.name for other in find_stacks(stack.backbone).values() for part in other.parts}
+    found = {name for layer in layers for name in layer._get_available_adapters()} - ours
+    if found:
+        raise ValueError(
+            f"The backbone already carries an adapter of peft's own, {min(found)!r}: merge it (`merge_and_unload`), or "
+            "put it on by `load_adapter`."
+        )
 
 
 def _check_name(name: str, backbone: nn.Module) -> None:
