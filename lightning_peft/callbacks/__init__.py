@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_peft.callbacks.adalora import AdaLoRA
     from lightning_peft.callbacks.attention_prefix import AttentionPrefix
     from lightning_peft.callbacks.averaging import AdapterEMA
     from lightning_peft.callbacks.bitfit import BitFit
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks.edit import Edit
     from lightning_peft.callbacks.full import FullFineTuning, TopLayers
     from lightning_peft.callbacks.head_offsets import HeadOffsets
+    from lightning_peft.callbacks.ia3 import IA3
     from lightning_peft.callbacks.iti import ITI
     from lightning_peft.callbacks.lora import LoRA
     from lightning_peft.callbacks.lottery import LotteryTicket
     from lightning_peft.callbacks.mam import MAM
+    from lightning_peft.callbacks.p_tuning import PTuning
     from lightning_peft.callbacks.peft import PEFT
+    from lightning_peft.callbacks.prefix_tuning import PrefixTuning
+    from lightning_peft.callbacks.prompt_tuning import PromptTuning
     from lightning_peft.callbacks.qlora import QLoRA
     from lightning_peft.callbacks.quantize import Quantize
     from lightning_peft.callbacks.sparse import LTSFT
@@ -64,15 +69,22 @@ _MODULES = {
     "QLoRA": "qlora",
     "SSB": "ssb",
     "SSL": "ssl",
+    "AdaLoRA": "adalora",
+    "IA3": "ia3",
+    "PromptTuning": "prompt_tuning",
+    "PTuning": "p_tuning",
+    "PrefixTuning": "prefix_tuning",
 }
 
 __all__ = [
+    "IA3",
     "ITI",
     "LTSFT",
     "MAM",
     "PEFT",
     "SSB",
     "SSL",
+    "AdaLoRA",
     "AdapterEMA",
     "AdapterPlus",
     "AttentionPrefix",
@@ -86,8 +98,11 @@ __all__ = [
     "Houlsby",
     "LoRA",
     "LotteryTicket",
+    "PTuning",
     "ParallelAdapter",
     "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
     "QLoRA",
     "Quantize",
     "ScaledParallelAdapter",

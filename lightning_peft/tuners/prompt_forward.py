@@ -84,12 +84,31 @@ class PromptForward(OwnForward):
         if (types := self._call.get("token_type_ids")) is not None:
             kwargs["token_type_ids"] = nn.functional.pad(types, (count, 0))
         embeds, labels, keep = (kwargs.get(name) for name in ("inputs_embeds", "labels", "logits_to_keep"))
-        tokens = self.config.task_type != "SEQ_2_SEQ_LM" and embeds is not None and labels is not None
-        if tokens and labels.shape == (len(embeds), embeds.shape[1] - count):  # one for each; peft pads some
-            kwargs["labels"] = nn.functional.pad(labels, (count, 0), value=-100)
+        if isinstance(embeds, Tensor) and isinstance(labels, Tensor) and self.config.task_type != "SEQ_2_SEQ_LM":
+            missing = embeds.shape[1] - labels.shape[-1]  # for some tasks peft has padded them itself
+            if labels.dim() == 2 and missing == count:
+                kwargs["labels"] = nn.functional.pad(labels, (count, 0), value=-100)
         if isinstance(keep, Tensor) and self.config.peft_type not in PAST:
             kwargs["logits_to_keep"] = torch.where(keep < 0, keep, keep + count)
-        return self._replaced["forward"].original(**{k: v for k, v in kwargs.items() if v is not None})
+        return self._replaced["forward"].original(**{k: v for k, v in self._packed(kwargs).items() if v is not None})
+
+    def inner_generate(self, **kwargs: Any) -> Any:
+        """What `PeftModel` generates with."""
+        return self._replaced["generate"].original(**self._packed(kwargs))
+
+    def _packed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """An encoder's arguments with pads on the left put before the prompt.
+
+        Such models count positions themselves, pads too, and the prompt must not be further from the tokens for them.
+        """
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if self.config.task_type != "SEQ_2_SEQ_LM" or embeds is None or mask is None or mask.shape != embeds.shape[:2]:
+            return kwargs
+        count, place = self.config.num_virtual_tokens, torch.arange(mask.shape[1], device=mask.device)
+        pads = (mask[:, count:].cumsum(1) == 0).sum(1, keepdim=True)  # [B, 1], those before the first token
+        order = torch.where(place < pads, place + count, torch.where(place < pads + count, place - pads, place))
+        whole = order.unsqueeze(-1).expand_as(embeds)
+        return {**kwargs, "inputs_embeds": embeds.gather(1, whole), "attention_mask": mask.gather(1, order)}
 
     def _shifted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call that continues from a past with the prompt in it."""
@@ -151,6 +170,8 @@ class _Unprompted:
     def __getattr__(self, name: str) -> Any:
         if name == "owner" or name.startswith("__"):  # not there yet, while copied or unpickled
             raise AttributeError(name)
+        if name == "generate":
+            return self.owner.inner_generate
         replaced = self.owner._replaced.get(name)
         return getattr(self.owner.backbone, name) if replaced is None else replaced.original
 

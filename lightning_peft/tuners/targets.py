@@ -91,7 +91,7 @@ def choose_targets(
         target_modules = default_targets(backbone) if inside is None else sorted(inside, key=list(inside).index)
     if layers is None and inside is None:
         return target_modules
-    unknown, names = _matching(backbone, target_modules)
+    unknown, names = matching(backbone, target_modules)
     if inside is not None:
         names = [name for name in names if name in inside]
         if not names and not unknown:
@@ -147,7 +147,7 @@ def _parts(backbone: nn.Module, within: Within) -> dict[str, None]:
     return found
 
 
-def _matching(backbone: nn.Module, targets: list[str] | str) -> tuple[list[str], list[str]]:
+def matching(backbone: nn.Module, targets: list[str] | str) -> tuple[list[str], list[str]]:
     """The targets that match nothing, and the full names that match."""
     names = list(dict.fromkeys(name for name, _ in base_modules(backbone) if name))
     if isinstance(targets, str):
