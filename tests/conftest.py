@@ -51,13 +51,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Cal
 
 
 @pytest.fixture(autouse=True)
-def seeds_end_with_the_test() -> Iterator[None]:
-    """`seed_everything`, and so LightningCLI, leaves its seed in the environment, from where every distributed
-    strategy takes it up again, in this process and in those it starts."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("PL_")}
+def the_environment_is_each_tests_own() -> Iterator[None]:
+    """Lightning leaves seeds and ranks in the environment, from where distributed strategies take them up again, in
+    this process and in those it starts: `seed_everything` in one test would decide how another's adapter begins."""
+    before = dict(os.environ)
     yield
-    for name in [name for name in os.environ if name.startswith("PL_")]:
-        del os.environ[name]
+    os.environ.clear()
     os.environ.update(before)
 
 
