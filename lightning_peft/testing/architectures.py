@@ -22,7 +22,8 @@ class Architecture:
         name: e.g. `"gpt2"`.
         make_module: builds the LightningModule, always with the same weights.
         batches: what it is trained on and looked at with.
-        has: what a method may need: `"transformers"`, `"attention"`, `"tokens"`, `"decoder"` (it generates).
+        has: what a method may need: `"transformers"`, `"attention"`, `"tokens"`, `"position_ids"` (it takes them),
+            `"decoder"` (it generates).
     """
 
     name: str
@@ -82,16 +83,17 @@ def _batches(kind: str) -> tuple[dict[str, Tensor], ...]:
 
 
 _TEXT = frozenset({"transformers", "attention", "tokens"})
+_DECODER = _TEXT | {"position_ids", "decoder"}
 _HAVE = {
-    "gpt2": _TEXT | {"decoder"},
-    "llama": _TEXT | {"decoder"},
-    "wide_llama": _TEXT | {"decoder"},
-    "gpt_neox": _TEXT | {"decoder"},
-    "opt": _TEXT | {"decoder"},
-    "bert": _TEXT,
+    "gpt2": _DECODER,
+    "llama": _DECODER,
+    "wide_llama": _DECODER,
+    "gpt_neox": _DECODER,
+    "opt": _DECODER,
+    "bert": _TEXT | {"position_ids"},
     "t5": _TEXT | {"decoder"},
     "vit": frozenset({"transformers", "attention"}),
-    "hand_written": frozenset({"tokens"}),
+    "hand_written": frozenset({"tokens", "position_ids"}),
     "convolutional": frozenset[str](),
 }
 ARCHITECTURES = {

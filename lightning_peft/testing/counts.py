@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.tuners.modules import is_matrix
+from lightning_peft.tuners.modules import is_linear, is_matrix
 from lightning_peft.tuners.structure import Span, blocks, matrix_shape
-from lightning_peft.tuners.targets import Layers, Within, choose_targets
+from lightning_peft.tuners.targets import Layers, Within, choose_targets, every_matrix
 
 Shape = tuple[int, int]
 
@@ -18,6 +18,31 @@ def matrices(backbone: nn.Module, layers: Layers | None = None, within: Within |
     targets = choose_targets(backbone, None, layers, within)
     ends = tuple(f".{target}" for target in targets)
     return [matrix_shape(m) for name, m in backbone.named_modules() if name in targets or name.endswith(ends)]
+
+
+def adalora_matrices(backbone: nn.Module) -> list[Shape]:
+    """Inputs and outputs of each matrix that AdaLoRA adapts by default."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING as KNOWN
+
+    model_type: Any = getattr(getattr(backbone, "config", None), "model_type", None)
+    targets = KNOWN.get(model_type)
+    if targets is None:
+        return matrices(backbone)
+    ends = tuple(f".{target}" for target in targets)
+    return [matrix_shape(m) for name, m in backbone.named_modules() if name.endswith(ends)]
+
+
+def every(backbone: nn.Module) -> list[Shape]:
+    """Inputs and outputs of every linear layer but the output embedding."""
+    named = dict(backbone.named_modules())
+    return [matrix_shape(named[name]) for name in every_matrix(backbone)]
+
+
+def linear(backbone: nn.Module) -> list[Shape]:
+    """Inputs and outputs of every linear layer in the blocks."""
+    named = dict(backbone.named_modules())
+    found = [named[name] for block in blocks(backbone) for span in block.spans() for name in span.matrices]
+    return [matrix_shape(module) for module in found if is_linear(module)]
 
 
 def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
@@ -59,6 +84,32 @@ def biases(backbone: Any) -> int:
     there = {id(p): p.numel() for name, p in backbone.named_parameters() if name.endswith("bias")}
     missing = [m for m in backbone.modules() if is_matrix(m) and m is not output and getattr(m, "bias", None) is None]
     return sum(there.values()) + sum(matrix_shape(m)[1] for m in missing)
+
+
+def strata(backbone: nn.Module, r: int) -> int:
+    """Biases in block 1; from block 2 on LoRA on the attention and biases of what it does not adapt."""
+    count = 0
+    for block in blocks(backbone):
+        count += biases(block.module) if block.number else 0
+        adapted = [name for span in block.attention for name in span.matrices] if block.number > 1 else []
+        for inputs, outputs in (matrix_shape(backbone.get_submodule(name)) for name in adapted):
+            count += r * (inputs + outputs) - outputs
+    return count
+
+
+def last_blocks(backbone: nn.Module) -> int:
+    """Every parameter of the last block; of an encoder and a decoder both."""
+    last = {block.stack: block.module for block in blocks(backbone)}
+    return sum(parameter.numel() for module in last.values() for parameter in module.parameters())
+
+
+def ia3(backbone: nn.Module) -> int:
+    """The outputs of each matrix that IA3 adapts, but the inputs of feed-forward ones."""
+    from lightning_peft.callbacks import IA3
+
+    config: Any = IA3().make_config(backbone)
+    shapes = {name: matrix_shape(backbone.get_submodule(name)) for name in config.target_modules}
+    return sum(shape[name not in config.feedforward_modules] for name, shape in shapes.items())
 
 
 def everything(backbone: nn.Module) -> int:

@@ -11,14 +11,21 @@ from torch import nn
 
 from lightning_peft import callbacks as c
 from lightning_peft.testing.counts import (
+    adalora_matrices,
     attention_inputs,
     biases,
+    every,
     everything,
+    ia3,
+    last_blocks,
+    linear,
     matrices,
     parts,
     prefixes,
     query_and_value,
+    strata,
 )
+from lightning_peft.tuners.structure import width
 from lightning_peft.tuners.targets import Layers
 
 Count = Callable[[Any], int]  # of the bare backbone
@@ -32,16 +39,28 @@ class Method:
         make: builds the callback.
         formula: the number of trainable parameters, given the bare backbone.
         needs: what an architecture must have, see `Architecture.has`.
+        prepare: what is done to the module before anything else, and belongs to the base.
     """
 
     make: Callable[[], c.PEFT]
     formula: Count | None = None
     needs: frozenset[str] = frozenset()
+    prepare: Callable[[L.LightningModule], object] | None = None
 
     def count(self, module: L.LightningModule) -> int:
         """The formula for a module of `Architecture`."""
         assert self.formula is not None
         return self.formula(module.get_submodule("backbone"))
+
+
+def _in_four_bits(module: L.LightningModule) -> None:
+    c.Quantize(backbone="backbone").apply(module)
+
+
+def _unmerged(callback: c.PEFT) -> c.PEFT:
+    """A method that can be merged, but not into quantised weights."""
+    callback.lacks = {"merge": "what is written into quantised weights is rounded again"}  # type: ignore[misc]
+    return callback
 
 
 def _sum(term: Callable[[int, int], int], of: Callable[[nn.Module], list[tuple[int, int]]] = matrices) -> Count:
@@ -67,6 +86,37 @@ METHODS: dict[str, Method] = {
     "LoRA of the last layer's MLP": Method(
         lambda: c.LoRA(r=R, alpha=4, layers=Layers(last=1), within="mlp", **WHERE),
         _sum(lambda i, o: R * (i + o), lambda b: matrices(b, Layers(last=1), "mlp")),
+    ),
+    "AdaLoRA": Method(
+        lambda: c.AdaLoRA(init_r=4, target_r=2, total_steps=4, **WHERE),
+        _sum(lambda i, o: 4 * (i + o + 1), adalora_matrices),
+    ),
+    "IA3": Method(lambda: c.IA3(**WHERE), ia3),
+    "SSL": Method(lambda: c.SSL(**WHERE), _sum(lambda i, _: i, linear)),
+    "SSB": Method(lambda: c.SSB(**WHERE), _sum(lambda i, o: i + o, linear)),
+    "PromptTuning": Method(
+        lambda: c.PromptTuning(num_virtual_tokens=3, **WHERE),
+        lambda b: 3 * width(b),
+        TRANSFORMERS | {"tokens"},
+    ),
+    "PTuning": Method(
+        lambda: c.PTuning(num_virtual_tokens=3, encoder_hidden_size=M, **WHERE),
+        lambda b: 3 * width(b) + 2 * width(b) * M + M * M + 2 * M + width(b),
+        TRANSFORMERS | {"tokens"},
+    ),
+    "PrefixTuning": Method(
+        lambda: c.PrefixTuning(num_virtual_tokens=3, **WHERE),
+        lambda b: 2 * 3 * sum(w for w, _ in prefixes(b)[-b.config.num_hidden_layers :]),
+        TRANSFORMERS | {"decoder"},
+    ),
+    "QLoRA": Method(
+        lambda: c.QLoRA(r=R, alpha=4, dropout=0.0, **WHERE),
+        _sum(lambda i, o: R * (i + o), every),
+        prepare=_in_four_bits,
+    ),
+    "IA3 in 4 bits": Method(lambda: _unmerged(c.IA3(**WHERE)), ia3, prepare=_in_four_bits),
+    "Pfeiffer in 4 bits": Method(
+        lambda: c.Pfeiffer(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, parts), prepare=_in_four_bits
     ),
     "Houlsby": Method(lambda: c.Houlsby(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, _all_parts)),
     "Pfeiffer": Method(lambda: c.Pfeiffer(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, parts)),
@@ -104,17 +154,17 @@ METHODS: dict[str, Method] = {
         TRANSFORMERS,
     ),
     "FullFineTuning": Method(lambda: c.FullFineTuning(**WHERE), everything),
-    "TopLayers": Method(lambda: c.TopLayers(k=1, head=False, final_norm=False, **WHERE), None),
+    "TopLayers": Method(lambda: c.TopLayers(k=1, head=False, final_norm=False, **WHERE), last_blocks),
     "BitFit": Method(lambda: c.BitFit(add_missing=True, **WHERE), biases),
     "LTSFT": Method(lambda: c.LTSFT(density=0.05, full_steps=1, **WHERE), everything),
     "LotteryTicket": Method(lambda: c.LotteryTicket(rounds=1, round_steps=1, **WHERE), everything),
-    "Strata": Method(lambda: c.Strata(boundaries=(1, 2), r=R, add_missing=True, **WHERE), None, ATTENTION),
-    "HeadOffsets": Method(
-        lambda: c.HeadOffsets(**WHERE), lambda b: sum(attention_inputs(b)), frozenset({"attention", "transformers"})
+    "Strata": Method(
+        lambda: c.Strata(boundaries=(1, 2), r=R, add_missing=True, **WHERE), lambda b: strata(b, R), ATTENTION
     ),
+    "HeadOffsets": Method(lambda: c.HeadOffsets(**WHERE), lambda b: sum(attention_inputs(b)), TRANSFORMERS),
     "HeadOffsets of answers": Method(
         lambda: c.HeadOffsets(positions="answer", **WHERE),
         lambda b: sum(attention_inputs(b)),
-        frozenset({"attention", "transformers", "tokens"}),
+        TRANSFORMERS | {"position_ids"},
     ),
 }

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lightning as L
 import torch
 
 from lightning_peft.testing.architectures import ARCHITECTURES, Architecture
@@ -57,8 +58,15 @@ def _run(architecture: Architecture, names: Iterable[str]) -> Results:
 
 
 def cell_of(method: Method, architecture: Architecture) -> Cell:
-    count = method.count if method.formula else None
-    return Cell(architecture.make_module, method.make(), architecture.batches, count=count)
+    def make_module() -> L.LightningModule:
+        module = architecture.make_module()
+        if method.prepare is not None:
+            method.prepare(module)
+        return module
+
+    # the formula speaks of the bare module, which quantising changes
+    count = None if method.formula is None else lambda _: method.count(architecture.make_module())
+    return Cell(make_module, method.make(), architecture.batches, count=count)
 
 
 def _resumed(folder: Path, architecture: str, cells: dict[str, Cell]) -> dict[str, Outcome]:
