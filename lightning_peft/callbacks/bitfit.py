@@ -29,6 +29,7 @@ class BitFit(PEFT):
         backbone: see `PEFT`.
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
 
     Raises:
         ValueError: at `setup`, besides what `PEFT` raises: the backbone has no such biases.
@@ -49,10 +50,11 @@ class BitFit(PEFT):
         backbone: str | None = None,
         name: str = "bitfit",
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if parts not in ("all", "query_and_second_mlp"):
             raise ValueError(f'parts must be "all" or "query_and_second_mlp", got {parts!r}.')
-        super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
         self.parts: Literal["all", "query_and_second_mlp"] = parts
         self.add_missing, self.layers, self.within = add_missing, layers, within
 

@@ -28,6 +28,7 @@ class FullFineTuning(PEFT):
         backbone: see `PEFT`.
         name: the adapter's name.
         backbone_dropout: see `PEFT`; plain fine-tuning of a model with dropout keeps it.
+        gradient_checkpointing: see `PEFT`.
 
     Example:
         >>> import lightning as L
@@ -43,8 +44,9 @@ class FullFineTuning(PEFT):
         backbone: str | None = None,
         name: str = "full",
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
         self.layers, self.within = layers, within
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
@@ -66,6 +68,7 @@ class TopLayers(PEFT):
         backbone: see `PEFT`.
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
 
     Example:
         >>> from lightning_peft.callbacks import TopLayers
@@ -81,10 +84,11 @@ class TopLayers(PEFT):
         backbone: str | None = None,
         name: str = "top",
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if k < 1:
             raise ValueError(f"TopLayers trains at least one block, got k={k}.")
-        super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
         self.k, self.final_norm, self.head = k, final_norm, head
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

@@ -32,6 +32,7 @@ class HeadOffsets(PEFT):
         backbone: see `PEFT`.
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
 
     Example:
         >>> import lightning as L
@@ -50,12 +51,13 @@ class HeadOffsets(PEFT):
         backbone: str | None = None,
         name: str = "head_offsets",
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if positions not in ("all", "answer", "generated"):
             raise ValueError(f'positions must be "all", "answer" or "generated", got {positions!r}.')
         if heads is not None and (not heads or any(len(pair) != 2 for pair in heads)):
             raise ValueError(f"heads must be pairs of a layer and a head, got {heads}.")
-        super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
         self.heads, self.alpha, self.positions = heads, alpha, positions
         self.pattern, self.num_heads = pattern, num_heads
         if positions != "all":

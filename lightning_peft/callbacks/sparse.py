@@ -42,6 +42,7 @@ class LTSFT(Phased):
         backbone: see `PEFT`.
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
 
     Raises:
         ValueError: at once for wrong arguments; when training starts, if it would end before the last phase.
@@ -65,6 +66,7 @@ class LTSFT(Phased):
         backbone: str | None = None,
         name: str = "lt-sft",
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if not 0.0 < density < 1.0:
             raise ValueError(f"density must be in (0, 1), got {density}.")
@@ -72,7 +74,7 @@ class LTSFT(Phased):
             raise ValueError("LTSFT takes full_steps or full_epochs, not both.")
         if min(full_steps or 1, full_epochs or 1, iterations) < 1 or 0 in (full_steps, full_epochs) or l1 < 0:
             raise ValueError("LTSFT needs at least one full step or epoch, one iteration, and an l1 of at least 0.")
-        super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
         self.density, self.full_steps, self.full_epochs = density, full_steps, full_epochs
         self.iterations, self.l1, self.layers, self.within = iterations, l1, layers, within
         self.steps, self.turn = [], 0

@@ -37,6 +37,7 @@ class Strata(Composite):
         backbone: see `PEFT`.
         name: the beginning of the adapters' names; the stratum's number and the method's name follow.
         backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
 
     Raises:
         ValueError: at once for wrong arguments; at `setup` where the backbone has fewer blocks.
@@ -57,6 +58,7 @@ class Strata(Composite):
         backbone: str | None = None,
         name: str = "strata",
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if methods is None:
             biases = BitFit(add_missing=add_missing)
@@ -72,7 +74,7 @@ class Strata(Composite):
         named = {f"{number}-{method.name}": method for number, stratum in enumerate(methods, 1) for method in stratum}
         if len(named) < sum(map(len, methods)):
             raise ValueError("Two methods of one stratum have the same name: give one of them another.")
-        super().__init__(named, backbone, name, backbone_dropout)
+        super().__init__(named, backbone, name, backbone_dropout, gradient_checkpointing)
         self.boundaries = None if boundaries is None else tuple(boundaries)
         self.count = len(methods)
 

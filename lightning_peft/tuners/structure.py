@@ -93,7 +93,8 @@ def blocks(backbone: nn.Module) -> list[Block]:
 def _is_stack(module: nn.Module) -> bool:
     children = list(module.children())
     return (
-        len({type(child) for child in children}) == 1
+        # tuners may give a block a class of its own, under the same name
+        len({type(child).__qualname__ for child in children}) == 1
         and not any(is_matrix(child) for child in children)
         and any(is_matrix(m) for m in children[0].modules())
     )
