@@ -398,3 +398,16 @@ def test_a_deep_copy_is_a_model_of_its_own(kind: str, tokens: Tensor) -> None:
     stack_of(twin).scale(0.0)
     assert torch.equal(logits(twin, tokens), logits(tiny(kind), tokens))
     assert not torch.equal(logits(model, tokens), logits(tiny(kind), tokens))
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+@pytest.mark.parametrize("positions", ["all", "answer"])
+def test_a_call_that_continues_a_cached_past_computes_the_same_as_one_call(
+    kind: str, positions: str, tokens: Tensor
+) -> None:
+    model, _ = edited(kind, positions)
+    with torch.no_grad(), answering(model, start=torch.tensor([3, 3, 3])):
+        whole = model(input_ids=tokens).logits
+        past = model(input_ids=tokens[:, :5], use_cache=True)
+        rest = model(input_ids=tokens[:, 5:], past_key_values=past.past_key_values)
+    assert close(torch.cat([past.logits, rest.logits], 1), whole)
