@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_peft.tuners.configs import config_to_json, nearest_names
 from lightning_peft.tuners.files import AdapterError, check_finite
 from lightning_peft.tuners.fingerprint import fingerprint, mismatch
+from lightning_peft.tuners.fused import check_called, unfuse
 from lightning_peft.tuners.initialisation import check_repeatable, check_undoable
 from lightning_peft.tuners.injection import Injection
 from lightning_peft.tuners.kinds import kind_of
@@ -225,6 +226,9 @@ class AdapterStack:
                 for module in part.injection.layers():
                     if part.name not in module.merged_adapters:
                         module.merge(safe_merge=True, adapter_names=[part.name])
+        except NotImplementedError as error:
+            self.unmerge()
+            raise part.injection.cannot_merge() from error
         except Exception:
             self.unmerge()
             raise
@@ -260,6 +264,7 @@ class AdapterStack:
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         enabled = [part.name for part in self.parts if part.enabled]
+        unfuse(self.backbone, bool(enabled))
         for module in self.backbone.modules():
             if isinstance(module, BaseTunerLayer):
                 available = module._get_available_adapters()
@@ -390,12 +395,17 @@ def _check_name(name: str, backbone: nn.Module) -> None:
 
 
 def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
-    """Every target named in a list must exist: peft is content if one of them does."""
+    """Every target named in a list must exist (peft is content if one of them does), and be called."""
     targets = getattr(config, "target_modules", None)
-    if not isinstance(targets, list | set | tuple) or not targets:
-        return
     modules = [standalone_key(name + ".").rstrip(".") for name, _ in backbone.named_modules() if name]
-    for target in sorted(targets):
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
+    if isinstance(targets, str):
+        check_called((name for name in modules if re.fullmatch(targets, name)), backbone)
+        return
+    for target in sorted(targets or ()):
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not found:
             near = nearest_names(target, modules)
             raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
+        check_called(found, backbone)
+
+

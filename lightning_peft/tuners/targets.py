@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_peft.tuners.fused import never_called
 from lightning_peft.tuners.modules import base_modules, is_linear, is_matrix
 from lightning_peft.tuners.structure import blocks
 
@@ -127,7 +128,8 @@ def every_matrix(backbone: nn.Module) -> list[str]:
     """
     get_output = getattr(backbone, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    modules = {name: module for name, module in base_modules(backbone) if name and module is not output}
+    unreached = {"", *never_called(backbone)}
+    modules = {n: module for n, module in base_modules(backbone) if n not in unreached and module is not output}
     for kind in (is_linear, is_matrix):
         if names := [name for name, module in modules.items() if kind(module)]:
             return names
