@@ -20,17 +20,6 @@ PROJECTIONS = {
 }
 
 
-def rough(kind: str) -> nn.Module:
-    """A tiny model with random biases and norms: in a freshly made one a lost bias would not show."""
-    model = tiny(kind)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def fill(stack: AdapterStack, name: str, seed: int = 3, size: float = 1.0) -> None:
     """Give an adapter random values, so that it shows."""
     generator = torch.Generator().manual_seed(seed)

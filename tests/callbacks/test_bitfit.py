@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from edits import close, rough
+from edits import close
 from tiny_models import tiny
 from torch import Tensor, nn
 from tuning import QUIET, Classifier, Language, fit, one_sentence, same, weights
 
 from lightning_peft import adapters, load_adapter, save_adapter
 from lightning_peft.callbacks import BitFit
+from lightning_peft.testing.models import rough
 from lightning_peft.tuners.modules import is_linear
 from lightning_peft.tuners.targets import Layers
 from lightning_peft.tuners.weight_deltas.choice import choose_biases

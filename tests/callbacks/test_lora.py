@@ -166,7 +166,11 @@ def test_the_initialisation_is_passed_on() -> None:
     [
         ({"r": 0}, r"^The rank r must be at least 1, got 0\.$"),
         ({"dropout": 1.0}, r"^dropout must be in \[0, 1\), got 1\.0\.$"),
-        ({"variant": "qlora"}, r'^variant must be "lora", "rslora" or "dora", got \'qlora\'\.$'),
+        ({"variant": "qlora"}, r'^variant must be "lora", "rslora", "dora" or "alora", got \'qlora\'\.$'),
+        ({"variant": "alora"}, r'^variant="alora" goes with invocation_tokens, and they with it\.$'),
+        ({"invocation_tokens": [5]}, r'^variant="alora" goes with invocation_tokens, and they with it\.$'),
+        ({"init": "corda"}, r"^init must be one of True, False, 'gaussian', .*, got 'corda'\.$"),
+        ({"init": "eva", "init_batches": 0}, r"^init_batches must be at least 1, got 0\.$"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(options: dict[str, Any], message: str) -> None:

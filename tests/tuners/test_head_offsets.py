@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from edits import HEADS, PROJECTIONS, add_lora, add_offsets, both, close, edited, fill, logits, rough
+from edits import HEADS, PROJECTIONS, add_lora, add_offsets, both, close, edited, fill, logits
 from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
 
 from lightning_peft.editing import head_offsets_config, head_sites
 from lightning_peft.positions import POLICIES, answering
+from lightning_peft.testing.models import rough
 from lightning_peft.tuners.configs import config_from_json, config_to_json
 from lightning_peft.tuners.head_offsets import HeadOffsetsConfig, HeadOffsetsLayer
 from lightning_peft.tuners.saving import save_adapter

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from edits import add_lora, close, rough
+from edits import add_lora, close
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import tiny
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tuning import Net, one_sentence, points
 
 from lightning_peft import load_adapter, save_adapter
+from lightning_peft.testing.models import rough
 from lightning_peft.tuners.fingerprint import fingerprint
 from lightning_peft.tuners.modules import base_modules
 from lightning_peft.tuners.stack import AdapterStack, stack_of
