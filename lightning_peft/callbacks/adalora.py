@@ -39,8 +39,8 @@ class AdaLoRA(PEFT):
         beta1: the weight of the past in the average importance, in (0, 1).
         beta2: the weight of the past in its uncertainty, in (0, 1).
         orth_reg_weight: the weight of the mean of `||P'P - I||` and `||QQ' - I||` (Frobenius norms) in the loss.
-        target_modules: names of the modules to adapt (or ends of names, or a regular expression). Default: peft's choice
-            for the model's type, else every linear layer of the backbone.
+        target_modules: names of the modules to adapt (or ends of names, or a regular expression). Default: peft's
+            choice for the model's type, else every linear layer of the backbone.
         layers: see `LoRA`.
         within: see `LoRA`.
         backbone: see `PEFT`.
@@ -103,9 +103,9 @@ class AdaLoRA(PEFT):
         from peft import AdaLoraConfig
         from peft.utils import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING as KNOWN
 
-        targets = self.target_modules
+        targets: Any = self.target_modules
         if targets is None and self.within is None:
-            targets = KNOWN.get(getattr(getattr(backbone, "config", None), "model_type", None))  # type: ignore[arg-type]
+            targets = KNOWN.get(getattr(getattr(backbone, "config", None), "model_type", ""))
         return AdaLoraConfig(
             init_r=self.init_r,
             target_r=self.target_r,

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import lightning as L
+import torch
 from torch import nn
 
+from lightning_peft.callbacks.data_init import look
 from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.tuners.eva import Inputs
 from lightning_peft.tuners.targets import Layers, Within, choose_targets
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
     from lightning_peft.tuners.configs import PeftConfig
+
+
+_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva", "pissa", "olora", "loftq")
 
 
 class LoRA(PEFT):
@@ -28,13 +35,23 @@ class LoRA(PEFT):
         layers: which blocks to adapt: numbers (0-based), or a rule such as `Layers(last=4)`; default all. Needs the
             backbone's blocks in a numbered list; each block that is named must exist.
         within: adapt only modules in `"attention"`, or only those in the `"mlp"`.
-        variant: `"lora"`, `"rslora"` (scaling `alpha / sqrt(r)`) or `"dora"` (magnitude and direction apart).
-        init: peft's `init_lora_weights`: True (the paper's), `"gaussian"`, `"orthogonal"`, `"pissa"`, …
+        variant: `"lora"`, `"rslora"` (scaling `alpha / sqrt(r)`), `"dora"` (magnitude and direction apart) or `"alora"`
+            (it acts on the tokens from the last `invocation_tokens` on; causal language models).
+        init: True (the paper's), `"gaussian"`, `"orthogonal"`, `"mica"` (B the weakest directions of W, and frozen), or
+            `"eva"` (A the strongest directions of the layer's inputs, from training batches at the start of fit). These
+            leave W alone; `"pissa"`, `"olora"` and `"loftq"` (on CUDA) take A and B out of it, so that the adapter
+            cannot be switched off or taken out; loading does it again, on the pristine base.
         bias: `"none"`, `"all"` or `"lora_only"`: which biases are trained too.
         backbone: see `PEFT`.
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        invocation_tokens: for `variant="alora"`: token ids.
+        init_batches: for `init="eva"`: how many training batches to look at.
+
+    Raises:
+        ValueError: an argument out of its range; at fit start with `"eva"`, manual optimization or a layer that no
+            batch reaches.
 
     Example:
         >>> import lightning as L
@@ -51,28 +68,41 @@ class LoRA(PEFT):
         target_modules: list[str] | str | None = None,
         layers: Layers | list[int] | None = None,
         within: Within | None = None,
-        variant: Literal["lora", "rslora", "dora"] = "lora",
+        variant: Literal["lora", "rslora", "dora", "alora"] = "lora",
         init: bool | str = True,
         bias: Literal["none", "all", "lora_only"] = "none",
         backbone: str | None = None,
         name: str = "lora",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        invocation_tokens: list[int] | None = None,
+        init_batches: int = 16,
     ) -> None:
         if r < 1:
             raise ValueError(f"The rank r must be at least 1, got {r}.")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
-        if variant not in ("lora", "rslora", "dora"):
-            raise ValueError(f'variant must be "lora", "rslora" or "dora", got {variant!r}.')
+        if variant not in ("lora", "rslora", "dora", "alora"):
+            raise ValueError(f'variant must be "lora", "rslora", "dora" or "alora", got {variant!r}.')
+        if (variant == "alora") != bool(invocation_tokens):
+            raise ValueError('variant="alora" goes with invocation_tokens, and they with it.')
+        if init not in _INITS and not str(init).startswith("pissa_niter_"):
+            raise ValueError(f"init must be one of {', '.join(map(repr, _INITS))}, got {init!r}.")
+        if init_batches < 1:
+            raise ValueError(f"init_batches must be at least 1, got {init_batches}.")
         super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.target_modules, self.layers, self.within = target_modules, layers, within
         self.variant, self.init, self.bias = variant, init, bias
+        self.invocation_tokens, self.init_batches = invocation_tokens, init_batches
+        if variant == "alora":
+            self.lacks = {"merge": "it acts on some tokens only"}  # type: ignore[misc]
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from peft import LoraConfig
 
+        if self.init == "loftq" and not torch.cuda.is_available():
+            raise ValueError('peft computes init="loftq" on CUDA alone, and there is none: use another init.')
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
@@ -80,6 +110,20 @@ class LoRA(PEFT):
             target_modules=choose_targets(backbone, self.target_modules, self.layers, self.within),
             use_rslora=self.variant == "rslora",
             use_dora=self.variant == "dora",
-            init_lora_weights=self.init,  # type: ignore[arg-type]
+            alora_invocation_tokens=self.invocation_tokens,
+            init_lora_weights=True if self.init == "eva" else self.init,  # type: ignore[arg-type]
+            loftq_config={"loftq_bits": 4, "loftq_iter": 1} if self.init == "loftq" else {},
             bias=self.bias,
         )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        assert self.stack is not None
+        part = self.stack[self.name]
+        if self.init == "eva" and "eva" not in part.record and trainer.ckpt_path is None:
+            layers = list(part.injection.layers())
+            inputs = Inputs([layer for layer in layers if self.name in layer.lora_A])
+            with self.stack.disabled():
+                batches = look(trainer, pl_module, inputs, self.init_batches)
+            inputs.set(self.name)
+            part.record["eva"] = {"batches": batches}

@@ -128,9 +128,8 @@ class Injection:
             config.save_only_topk_weights = False
         configs = {**self.backbone.__dict__.get("peft_config", {}), self.name: config}
         model = _PeftNames(self.tuner, configs)
-        ours = f"{_PREFIX}{STATE}."
         # peft only selects and renames entries, so names may stand in for tensors
-        state = {name: value for name, value in model.state_dict(keep_vars=True).items() if not name.startswith(ours)}
+        state = {name: value for name, value in model.state_dict(keep_vars=True).items() if f".{STATE}." not in name}
         names: dict[str, Any] = {name: name for name in state}
         selected = get_peft_model_state_dict(
             model, state_dict=names, adapter_name=self.name, save_embedding_layers=False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,6 +69,11 @@ class _Replaced:
         return getattr(self.owner, self.name)(self.original, *args, **kwargs)
 
 
+def _argument(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call gives for one of a function's arguments, by name or by place."""
+    return kwargs[name] if name in kwargs else inspect.signature(function).bind_partial(*args).arguments.get(name)
+
+
 class Tasks(OwnForward):
     """Poly: `task_ids` `[B]` of a call choose the mixture of skills in every adapted layer."""
 
@@ -90,31 +94,35 @@ class Invocation(OwnForward):
     def __init__(self, backbone: nn.Module, tuner: Any) -> None:
         super().__init__(backbone)
         self.tuner = tuner
-        self._generating = False
+        self._prompt: tuple[list[int | None], int] | None = None  # while generating: where to begin, and its length
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._offsets(original, args, kwargs, "input_ids"):
+        ids = _argument("input_ids", original, args, kwargs)
+        if ids is None:
+            return original(*args, **kwargs)
+        if self._prompt is None:
+            offsets = self._find(ids)
+        else:  # counted from the end, which moves where there is no cache; beams repeat rows
+            found, length = self._prompt
+            further, times = max(ids.shape[1] - length, 0), len(ids) // len(found)
+            offsets = [None if o is None else o + further for o in found for _ in range(times)]
+        with self.tuner._enable_peft_forward_hooks(alora_offsets=offsets):
             return original(*args, **kwargs)
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._offsets(original, args, kwargs, "input_ids" if "input_ids" in kwargs else "inputs"):
-            self._generating = True
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._generating = False
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else _argument("inputs", original, args, kwargs)
+        self._prompt = None if ids is None else (self._find(ids), ids.shape[1])
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._prompt = None
 
-    def _offsets(self, original: Callable[..., Any], args: Any, kwargs: Any, name: str) -> AbstractContextManager[None]:
+    def _find(self, ids: Tensor) -> list[int | None]:
+        """For each row, how many tokens from the end the adapter begins to act; None where nothing invokes it."""
         from peft.tuners.lora.variants import calculate_alora_offsets
 
-        if self._generating:  # they were found in the whole prompt
-            return nullcontext()
-        ids = kwargs[name] if name in kwargs else inspect.signature(original).bind_partial(*args).arguments.get(name)
-        if ids is None:
-            return nullcontext()
         (adapter,) = self.tuner.active_adapters
-        offsets = calculate_alora_offsets(self.tuner.peft_config, adapter, ids)
-        return self.tuner._enable_peft_forward_hooks(alora_offsets=offsets)
+        return list(calculate_alora_offsets(self.tuner.peft_config, adapter, ids))
 
 
 class Auxiliary(OwnForward):
@@ -131,6 +139,7 @@ class Auxiliary(OwnForward):
             loss = self.tuner.shadow_auxiliary_loss(labels, attention_mask=kwargs.get("attention_mask"))
             if loss is not None:
                 output.loss = output.loss + weight.auxiliary_loss_weight * loss
+        self.tuner._seed_shadow_state = None  # it holds the graph of this call
         return output
 
 
@@ -140,7 +149,7 @@ _KINDS: dict[str, type[Any]] = {"POLY": Tasks, "SHADOW": Auxiliary}
 def acts_on_calls(config: Any) -> bool:
     """Whether a method does something around the backbone's call."""
     activated = bool(getattr(config, "alora_invocation_tokens", None))
-    return config.is_prompt_learning or activated or config.peft_type in _KINDS
+    return config.is_prompt_learning or activated or config.peft_type in (*_KINDS, "XLORA")
 
 
 def own_forward(backbone: nn.Module, config: Any, tuner: Any) -> OwnForward | None:

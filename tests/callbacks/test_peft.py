@@ -103,7 +103,7 @@ def test_a_transformers_model_in_a_module_of_ones_own(kind: str) -> None:
         (lambda: peft.PromptTuningConfig(num_virtual_tokens=2), "transformers model that takes inputs_embeds, and Net"),
         (lambda: peft.PrefixTuningConfig(num_virtual_tokens=2), "transformers model that takes past_key_values, and N"),
         (lambda: peft.AdaptionPromptConfig(), "knows the attention of llama, mistral, gpt2, not that of this module"),
-        (lambda: peft.XLoraConfig(), "mixes LoRA adapters that it loads from other folders by path"),
+        (lambda: peft.XLoraConfig(), "needs a transformers model whose config has use_cache=False"),
     ],
 )
 def test_what_a_backbone_cannot_have_is_one_sentence(config: Any, message: str) -> None:
