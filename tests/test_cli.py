@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 SMALLER: dict[str, dict[str, object]] = {  # what a recipe asks for that a tiny model of three blocks has not
-    "adalora": {"tinit": 1, "tfinal": 1},
+    "adalora": {"tinit": 0, "tfinal": 0},
     "iti": {"num_heads": 3},
     "lottery": {"round_steps": 1},
     "lt_sft": {"full_epochs": None, "full_steps": 1},

@@ -110,6 +110,7 @@ class LoRA(PEFT):
             target_modules=choose_targets(backbone, self.target_modules, self.layers, self.within),
             use_rslora=self.variant == "rslora",
             use_dora=self.variant == "dora",
+            task_type="CAUSAL_LM" if self.variant == "alora" else None,
             alora_invocation_tokens=self.invocation_tokens,
             init_lora_weights=True if self.init == "eva" else self.init,  # type: ignore[arg-type]
             loftq_config={"loftq_bits": 4, "loftq_iter": 1} if self.init == "loftq" else {},
