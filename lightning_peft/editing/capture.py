@@ -129,9 +129,18 @@ def run_trunk(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     model: nn.Module = getattr(backbone, "get_base_model", lambda: backbone)()  # looks into a PeftModel
     trunk = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
-    arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    places = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    arguments["position_ids"] = places + _first_place(trunk)
     accepted = inspect.signature(type(trunk).forward).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         arguments = {name: value for name, value in arguments.items() if name in accepted}
-    with calling(model, input_ids=input_ids, **arguments):  # for other edits on the model, if there are any
+    edits = {**arguments, "position_ids": places}
+    with calling(model, input_ids=input_ids, **edits):  # for other edits on the model, if there are any
         return trunk(input_ids, **arguments)
+
+
+def _first_place(trunk: nn.Module) -> int:
+    """The position id of the first token: RoBERTa and its kin count from behind the id that padding has."""
+    tables = (m for name, m in trunk.named_modules() if isinstance(m, nn.Embedding) and "position" in name)
+    padding = (table.padding_idx for table in tables)
+    return next((int(index) + 1 for index in padding if index is not None), 0)

@@ -19,7 +19,7 @@ class Span:
     """The matrices of one attention or feed-forward part, in the order in which the block registers them.
 
     Args:
-        matrices: full names; the first takes the part's input, the last gives its output.
+        matrices: full names; the first takes the part's input, the last gives its output, wherever it is registered.
     """
 
     matrices: tuple[str, ...]
@@ -107,9 +107,17 @@ def _block(name: str, stack: str, number: int, module: nn.Module, named: dict[st
         if _ATTENTION.search(type(m).__name__) and not any(n.startswith(f"{a}.") for a in attentions):
             attentions.append(n)
     matrices = [n for n, m in inside.items() if is_matrix(m)]
-    spans = [Span(tuple(n for n in matrices if n.startswith(f"{a}."))) for a in attentions]
+    stream = Counter(matrix_shape(named[n])[0] for n in matrices).most_common(1)[0][0] if matrices else 0
+    inner = [tuple(n for n in matrices if n.startswith(f"{a}.")) for a in attentions]
+    spans = tuple(Span(_output_last(names, stream, named)) for names in inner if names)
     rest = tuple(n for n in matrices if not any(n.startswith(f"{a}.") for a in attentions))
-    return Block(name, stack, number, tuple(s for s in spans if s.matrices), Span(rest) if rest else None, module)
+    return Block(name, stack, number, spans, Span(rest) if rest else None, module)
+
+
+def _output_last(names: tuple[str, ...], stream: int, named: dict[str, nn.Module]) -> tuple[str, ...]:
+    """Phi-3 registers the output projection before the fused input one: move what gives the stream's width back."""
+    output = next((n for n in reversed(names) if matrix_shape(named[n])[1] == stream), names[-1])
+    return (*(n for n in names if n != output), output)
 
 
 def width(backbone: nn.Module) -> int:

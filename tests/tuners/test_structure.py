@@ -67,3 +67,12 @@ def test_a_row_of_linear_layers_has_no_blocks() -> None:
     assert blocks(model) == []
     with pytest.raises(ValueError, match=r"^Sequential has no repeated blocks\.$"):
         width(model)
+
+
+def test_the_output_projection_is_the_last_wherever_it_is_registered() -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": 0}
+    model = Phi3ForCausalLM(Phi3Config(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    (span,) = blocks(model)[0].attention
+    assert [name.rpartition(".")[2] for name in span.matrices] == ["qkv_proj", "o_proj"] and width(model) == 32
