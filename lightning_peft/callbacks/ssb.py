@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.tuners.fused import never_called
 from lightning_peft.tuners.modules import base_modules, is_linear
 from lightning_peft.tuners.structure import blocks
 from lightning_peft.tuners.targets import Layers, Within, choose_targets, every_matrix
@@ -64,6 +64,6 @@ def linear_layers(backbone: nn.Module) -> list[str]:
     """The full names of the linear layers of the backbone's blocks, or of all of it where it has no blocks."""
     named = dict(base_modules(backbone))
     inside = [name for block in blocks(backbone) for span in block.spans() for name in span.matrices]
-    # nn.MultiheadAttention's output projection is never called, its weight is read
+    unreached = never_called(backbone)
     found = [name for name in inside or every_matrix(backbone) if is_linear(named[name])]
-    return [name for name in found if not isinstance(named[name], NonDynamicallyQuantizableLinear)]
+    return [name for name in found if name not in unreached]

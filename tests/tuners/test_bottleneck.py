@@ -389,7 +389,11 @@ class Torch(nn.Module):
     ("model", "options", "message"),
     [
         (Convolution, SEQUENTIAL, r"^last is a convolution, and a bottleneck adapts matrices\.$"),
-        (Torch, {"target_modules": ["out_proj"], "size": 2}, r"^attention\.out_proj is never called: nn\.Multihead"),
+        (
+            Torch,
+            {"target_modules": ["out_proj"], "size": 2},
+            r"^attention\.out_proj is never called, since nn\.Multihead",
+        ),
         (Part, {"size": 2}, r"^BottleneckConfig needs target_modules: the matrices whose outputs it adds to\.$"),
         (Part, {**PARALLEL, "inputs": {"last": "frist"}}, r"^The model has no module 'frist', which the parallel"),
     ],

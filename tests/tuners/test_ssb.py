@@ -282,7 +282,7 @@ def test_the_projection_that_pytorchs_attention_never_calls_is_left_out() -> Non
     module = Encoder()
     SSB().apply(module)
     assert adapters(module).parts[0].injection.places() == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
-    with pytest.raises(ValueError, match=r"out_proj is never called: nn\.MultiheadAttention") as error:
+    with pytest.raises(ValueError, match=r"out_proj is never called, since nn\.MultiheadAttention") as error:
         SSB(target_modules=["out_proj"]).apply(Encoder())
     assert one_sentence(str(error.value))
 

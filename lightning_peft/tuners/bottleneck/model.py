@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 from lightning_peft.tuners.bottleneck.layer import BottleneckLayer
+from lightning_peft.tuners.fused import check_called
 from lightning_peft.tuners.modules import base_modules
 
 
@@ -54,8 +55,7 @@ class BottleneckModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, nn.modules.conv._ConvNd):
             raise ValueError(f"{current_key} is a convolution, and a bottleneck adapts matrices.")
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(f"{current_key} is never called: nn.MultiheadAttention uses its weights directly.")
+        check_called([current_key], self.model)
         # the innermost module of that name: adapters around it come and go
         named = dict(base_modules(self.model))
         source = (peft_config.inputs or {}).get(current_key, current_key)

@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from lightning_peft.tuners.fused import check_called
 from lightning_peft.tuners.ssb.config import SSBConfig
 from lightning_peft.tuners.ssb.layer import SSBLayer
 
@@ -47,7 +48,6 @@ class SSBModel(BaseTuner):
     ) -> None:
         if isinstance(target, SSBLayer):
             target.update_layer(adapter_name, peft_config)
-        elif isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(f"{current_key} is never called: nn.MultiheadAttention uses its weights directly.")
         else:
+            check_called([current_key], self.model)
             setattr(parent, target_name, SSBLayer(target, adapter_name, peft_config, current_key))
