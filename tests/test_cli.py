@@ -30,7 +30,7 @@ SMALLER: dict[str, dict[str, object]] = {  # what a recipe asks for that a tiny 
     "trunk_cache": {"layers": [1, 2]},
 }
 
-EPOCHS = {"lottery": 4, "lt_sft": 3}  # those that train in phases
+EPOCHS = {"adalora": 2, "lottery": 4, "lt_sft": 3}  # those that train in phases, or prune
 
 
 def arguments(recipe: Path, model: Path, folder: Path) -> list[str]:

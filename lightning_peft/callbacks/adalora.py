@@ -191,10 +191,11 @@ class AdaLoRA(PEFT):
         total = self.total_steps or trainer.estimated_stepping_batches
         if total == float("inf") or total < 0:
             raise ValueError("AdaLoRA spreads its budget over the training, which has no end: give total_steps.")
-        if total <= self.tinit + self.tfinal:
+        needed = max(self.tinit + 1, 2) + self.tfinal  # one to measure by, one to prune
+        if total < needed:
             raise ValueError(
-                f"The training has {total} optimizer steps, which leaves none between tinit={self.tinit} and the last "
-                f"tfinal={self.tfinal}."
+                f"The training has {total} optimizer steps, and AdaLoRA with tinit={self.tinit} and tfinal="
+                f"{self.tfinal} needs {needed} or more."
             )
         return int(total)
 

@@ -130,7 +130,7 @@ def test_gradients_that_are_gone_are_one_sentence() -> None:
         (
             {"tinit": 9},
             {"max_steps": 3},
-            "has 3 optimizer steps, which leaves none between tinit=9 and",
+            "has 3 optimizer steps, and AdaLoRA with tinit=9 and tfinal=1 needs 11 or more",
         ),
     ],
 )
