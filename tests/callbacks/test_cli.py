@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from tuning import QUIET, Classifier, base_weights, moved, points, python, weights
 
 from lightning_peft import adapters
+from lightning_peft.callbacks import LoRA as LoRACallback
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
@@ -112,23 +114,9 @@ def printed() -> dict[str, Any]:
 
 def test_print_config_is_readable_and_can_be_read_back(tmp_path: Path, printed: dict[str, Any]) -> None:
     (callback,) = printed["trainer"]["callbacks"]
-    assert callback == {
-        "class_path": "lightning_peft.callbacks.LoRA",
-        "init_args": {
-            "r": 8,
-            "alpha": 16.0,
-            "dropout": 0.0,
-            "target_modules": None,
-            "layers": None,
-            "within": None,
-            "variant": "lora",
-            "init": True,
-            "bias": "none",
-            "backbone": None,
-            "name": "lora",
-            "backbone_dropout": False,
-        },
-    }
+    defaults = {name: parameter.default for name, parameter in inspect.signature(LoRACallback).parameters.items()}
+    assert callback == {"class_path": "lightning_peft.callbacks.LoRA", "init_args": defaults}
+    assert defaults["r"] == 8 and "peft_type" not in defaults
     made = cli(tmp_path, f" {json.dumps([callback])}\n", run=False)
     assert made.trainer.callbacks[0].r == 8
 
