@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lightning_peft.tuners.modules import base_modules
-from lightning_peft.tuners.structure import Block, blocks, matrix_shape
+from lightning_peft.tuners.structure import Block, Span, blocks, matrix_shape
 
 if TYPE_CHECKING:
     from lightning_peft.tuners.head_offsets import HeadOffsetsConfig
@@ -125,10 +126,29 @@ def head_offsets_config(
 
 def _by_structure(model: nn.Module) -> Iterator[tuple[str, Part]]:
     """The output projection of every attention, block by block, and which part of the model it is in."""
-    found = [block for block in blocks(model) if block.attention]
+    found, named = [block for block in blocks(model) if block.attention], dict(base_modules(model))
     for block in found:
         for i, span in enumerate(block.attention):
+            _check_last(named, span)
             yield span.last, "cross" if i else _part_of(block.name, found)
+
+
+def _check_last(named: dict[str, nn.Module], span: Span) -> None:
+    """A projection of a kind of its own is no matrix to `blocks`, and another must not pass for it."""
+    paths = [name.split(".") for name in span.matrices]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    attention = ".".join(parts[0] for parts in shared)
+    for name, module in base_modules(model):
+        inside = name.startswith(f"{attention}.") and not any(name.startswith(matrix) for matrix in span.matrices)
+        if (
+            inside
+            and not isinstance(module, nn.Embedding)
+            and any(p.dim() > 1 for p in module.parameters(recurse=False))
+        ):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which may be the output projection of {attention}: give the "
+                "end of the projections' names as a regular expression, the argument pattern."
+            )
 
 
 def _part_of(name: str, found: Sequence[Block]) -> Part:

@@ -176,7 +176,13 @@ def test_a_projection_without_a_place_for_a_bias_cannot_be_merged(tokens: Tensor
 
     model = tiny("llama")
     model.model.layers[0].self_attn.o_proj = Bare()
-    stack = add_offsets(model)
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.0\.self_attn\.o_proj is a Bare, which may be the output proj"
+    ):
+        head_sites(model)
+    stack = stack_of(model)
+    stack.add(head_offsets_config(head_sites(model, "o_proj"), HEADS, 2.0, "all"), "edit", computed=True)
+    fill(stack, "edit")
     logits(model, tokens)
     with pytest.raises(ValueError, match=r"^Cannot merge head offsets into Bare: it has no place for a bias\.$"):
         stack.merge()
