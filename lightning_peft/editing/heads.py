@@ -138,13 +138,10 @@ def _check_last(named: dict[str, nn.Module], span: Span) -> None:
     paths = [name.split(".") for name in span.matrices]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     attention = ".".join(parts[0] for parts in shared)
-    for name, module in base_modules(model):
+    for name, module in named.items():
         inside = name.startswith(f"{attention}.") and not any(name.startswith(matrix) for matrix in span.matrices)
-        if (
-            inside
-            and not isinstance(module, nn.Embedding)
-            and any(p.dim() > 1 for p in module.parameters(recurse=False))
-        ):
+        unknown = inside and not isinstance(module, nn.Embedding)
+        if unknown and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             raise ValueError(
                 f"{name} is a {type(module).__name__}, which may be the output projection of {attention}: give the "
                 "end of the projections' names as a regular expression, the argument pattern."
