@@ -9,7 +9,18 @@ if TYPE_CHECKING:
     from lightning_peft.editing.capture import HeadCapture, capture_tokens
     from lightning_peft.editing.heads import HeadSite, head_offsets_config, head_sites
     from lightning_peft.editing.iti import HeadEdit, compute_iti
-    from lightning_peft.editing.probes import LogisticProbes
+    from lightning_peft.editing.moments import GroupedMoments, Moments
+    from lightning_peft.editing.probes import (
+        CCSProbes,
+        LDAProbes,
+        LogisticProbes,
+        MassMeanProbes,
+        MLPProbes,
+        RidgeProbes,
+        cross_validate,
+        permutation_null,
+        top_k_stability,
+    )
 
 _MODULES = {
     "HeadSite": "heads",
@@ -17,20 +28,40 @@ _MODULES = {
     "head_offsets_config": "heads",
     "HeadCapture": "capture",
     "capture_tokens": "capture",
+    "GroupedMoments": "moments",
+    "Moments": "moments",
+    "CCSProbes": "probes",
+    "LDAProbes": "probes",
     "LogisticProbes": "probes",
+    "MLPProbes": "probes",
+    "MassMeanProbes": "probes",
+    "RidgeProbes": "probes",
+    "cross_validate": "probes",
+    "permutation_null": "probes",
+    "top_k_stability": "probes",
     "HeadEdit": "iti",
     "compute_iti": "iti",
 }
 
 __all__ = [
+    "CCSProbes",
+    "GroupedMoments",
     "HeadCapture",
     "HeadEdit",
     "HeadSite",
+    "LDAProbes",
     "LogisticProbes",
+    "MLPProbes",
+    "MassMeanProbes",
+    "Moments",
+    "RidgeProbes",
     "capture_tokens",
     "compute_iti",
+    "cross_validate",
     "head_offsets_config",
     "head_sites",
+    "permutation_null",
+    "top_k_stability",
 ]
 
 

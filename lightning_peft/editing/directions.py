@@ -5,20 +5,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DIRECTIONS = ("mass_mean", "probe_weight", "random")
+from lightning_peft.editing.moments import Moments
+from lightning_peft.editing.probes import LinearProbes
+
+DIRECTIONS = ("mass_mean", "probe_weight", "random")  # those that ITI offers by name
 
 
-def mass_mean(x: Tensor, y: Tensor) -> Tensor:
+def mass_mean(x: Tensor | Moments, y: Tensor | None = None) -> Tensor:
     """Mean of the true examples minus mean of the false ones, unit length: `[G, d]` from `x [N, G, d]`, `y [N]`.
 
-    Li et al. 2023 (arXiv:2306.03341), "mass mean shift".
+    Li et al. 2023 (arXiv:2306.03341), "mass mean shift". `Moments` may be given in place of examples.
     """
+    if isinstance(x, Moments):
+        return unit(x.mean[1] - x.mean[0])
     return unit(x[y == 1].mean(0) - x[y == 0].mean(0))
+
+
+def probe_weight(probes: LinearProbes) -> Tensor:
+    """The normals of fitted probes' planes, `[G, d]`, unit length, in the space of the raw features.
+
+    Whatever linear probes are given: logistic ones for Li et al.'s "probe weight", `CCSProbes` for their "CCS",
+    `LDAProbes` for the mass mean with the covariance corrected for.
+    """
+    return unit(probes.coef_)
+
+
+def principal(x: Tensor, y: Tensor, pairs: Tensor | None = None) -> Tensor:
+    """The direction of greatest variance, turned towards the true examples: `[G, d]`, unit length.
+
+    With pairs this is representation engineering's reading vector (Zou et al. 2023, arXiv:2310.01405): the first
+    principal component of the differences within pairs, about 0, so that the order within a pair does not matter.
+
+    Args:
+        x: `[N, G, d]`.
+        y: `[N]`, 0 or 1, for the sign only.
+        pairs: `[P, 2]` rows of `x` to take differences of; default the examples themselves, about their mean.
+    """
+    z = (x[pairs[:, 0]] - x[pairs[:, 1]] if pairs is not None else x - x.mean(0)).transpose(0, 1).double()
+    found = torch.linalg.eigh(z.mT @ z).eigenvectors[..., -1]
+    along = (found * mass_mean(x.double(), y)).sum(-1, keepdim=True)
+    return unit(torch.where(along < 0, -found, found)).to(x.dtype)
 
 
 def random_directions(groups: int, width: int, seed: int) -> Tensor:
     """Uniform random unit directions `[groups, width]`: the control that any effect must beat."""
     return unit(torch.randn(groups, width, generator=torch.Generator().manual_seed(seed)))
+
+
+def random_like(vectors: Tensor, seed: int) -> Tensor:
+    """Vectors of the same lengths as `vectors [G, d]` in random directions: the control for an edit already scaled."""
+    drawn = random_directions(vectors.shape[0], vectors.shape[1], seed).to(vectors)
+    return drawn * vectors.norm(dim=-1, keepdim=True)
 
 
 def projection_std(x: Tensor, directions: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from lightning_peft.editing import LogisticProbes
-from lightning_peft.editing import probes as probes_module
+from lightning_peft.editing.probes import logistic
 
 N, GROUPS, WIDTH = 90, 5, 6
 
@@ -72,7 +72,7 @@ def test_groups_fitted_together_equal_groups_fitted_alone(
     features: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = LogisticProbes().fit(features, labels)
-    monkeypatch.setattr(probes_module, "_CHUNK_BYTES", 1)  # one group a chunk
+    monkeypatch.setattr(logistic, "_CACHE_BYTES", 1)  # one group a block
     alone = LogisticProbes().fit(features, labels)
     torch.testing.assert_close(together.coef_, alone.coef_, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(together.intercept_, alone.intercept_, rtol=1e-8, atol=1e-10)
