@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_peft.editing.probes.scores import auroc
 
+_GROUPS = 32  # so many are widened to float64 at a time
+
 
 class Probes(ABC):
     """One binary classifier per group (head) of features; all are fitted and asked together.
@@ -61,4 +63,9 @@ class LinearProbes(Probes):
 
     def decision_function(self, x: Tensor) -> Tensor:
         """The log-odds of class 1, `[N, G]`, for features `x [N, G, d]`."""
-        return torch.einsum("ngd,gd->ng", x.double(), self.coef_) + self.intercept_
+        parts = []
+        for begin in range(0, x.shape[1], _GROUPS):
+            chosen = slice(begin, begin + _GROUPS)
+            z = x[:, chosen].double().permute(1, 2, 0)  # [g, d, N]
+            parts.append(torch.bmm(self.coef_[chosen, None], z)[:, 0])
+        return torch.cat(parts).mT + self.intercept_

@@ -56,7 +56,8 @@ def minimise(z: Tensor, sign: Tensor, C: float, start: Solution, tol: float, max
     s = sign.expand(groups, n)
     w, b = start.w.to(z.dtype), start.b.to(z.dtype)
     factor = None if start.factor is None else start.factor.to(z.dtype)
-    margin = (torch.bmm(z, w[..., None])[..., 0] + b[:, None]) * s
+    margin = (_times(z, w) + b[:, None]) * s
+    room = torch.empty_like(z)  # for weighted features: memory that is asked for anew each time is slow to get
     value = _loss(margin, w, C)
     slack = 8 * torch.finfo(z.dtype).eps
     before, best = float("inf"), float("inf")
@@ -71,14 +72,14 @@ def minimise(z: Tensor, sign: Tensor, C: float, start: Solution, tol: float, max
         best = min(best, size)
         fresh = factor is None or size > _KEEP * before
         if fresh:
-            factor = _cholesky(z, wrong, C)
+            factor = _cholesky(z, wrong, C, room)
             if factor is None:
                 return Solution(w, b, None, iteration)
         before = size
         assert factor is not None
         step = torch.cholesky_solve(gradient[..., None], factor)[..., 0]
         dw, db = step[:, :-1], step[:, -1]
-        change = (torch.bmm(z, dw[..., None])[..., 0] + db[:, None]) * s
+        change = (_times(z, dw) + db[:, None]) * s
         length = z.new_ones(groups, 1)
         for _ in range(_HALVINGS):
             reached = _loss(margin - length * change, w - length * dw, C)
@@ -97,15 +98,20 @@ def minimise(z: Tensor, sign: Tensor, C: float, start: Solution, tol: float, max
     return Solution(w, b, factor, max_iter)
 
 
+def _times(z: Tensor, w: Tensor) -> Tensor:
+    """`z·w`, `[g, N]`: with the vector on the left, which a batched product of MKL takes an eighth of the time for."""
+    return torch.bmm(w[:, None], z.mT)[:, 0]
+
+
 def _loss(margin: Tensor, w: Tensor, C: float) -> Tensor:
     return C * softplus(-margin).sum(-1) + 0.5 * w.square().sum(-1)
 
 
-def _cholesky(z: Tensor, wrong: Tensor, C: float) -> Tensor | None:
+def _cholesky(z: Tensor, wrong: Tensor, C: float, room: Tensor) -> Tensor | None:
     """The factor of the Hessian; None where it is not positive definite in this precision."""
     groups, _, d = z.shape
     curvature = C * wrong * (1 - wrong)
-    weighted = z * curvature[..., None]
+    weighted = torch.mul(z, curvature[..., None], out=room)
     hessian = z.new_empty(groups, d + 1, d + 1)
     hessian[:, :d, :d] = torch.bmm(weighted.mT, z)
     hessian[:, d, :d] = hessian[:, :d, d] = weighted.sum(1)
