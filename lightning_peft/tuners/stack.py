@@ -407,5 +407,3 @@ def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
             near = nearest_names(target, modules)
             raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
         check_called(found, backbone)
-
-
