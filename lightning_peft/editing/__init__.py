@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_peft.editing.capture import HeadCapture, capture_tokens
+    from lightning_peft.editing.capture import Capture, HeadCapture
+    from lightning_peft.editing.collect import Captured, capture_moments, capture_texts, capture_tokens
     from lightning_peft.editing.heads import HeadSite, head_offsets_config, head_sites
     from lightning_peft.editing.iti import HeadEdit, compute_iti
+    from lightning_peft.editing.layers import LayerSite, layer_sites
     from lightning_peft.editing.moments import GroupedMoments, Moments
     from lightning_peft.editing.probes import (
         CCSProbes,
@@ -26,8 +28,14 @@ _MODULES = {
     "HeadSite": "heads",
     "head_sites": "heads",
     "head_offsets_config": "heads",
+    "LayerSite": "layers",
+    "layer_sites": "layers",
+    "Capture": "capture",
     "HeadCapture": "capture",
-    "capture_tokens": "capture",
+    "Captured": "collect",
+    "capture_moments": "collect",
+    "capture_texts": "collect",
+    "capture_tokens": "collect",
     "GroupedMoments": "moments",
     "Moments": "moments",
     "CCSProbes": "probes",
@@ -45,21 +53,27 @@ _MODULES = {
 
 __all__ = [
     "CCSProbes",
+    "Capture",
+    "Captured",
     "GroupedMoments",
     "HeadCapture",
     "HeadEdit",
     "HeadSite",
     "LDAProbes",
+    "LayerSite",
     "LogisticProbes",
     "MLPProbes",
     "MassMeanProbes",
     "Moments",
     "RidgeProbes",
+    "capture_moments",
+    "capture_texts",
     "capture_tokens",
     "compute_iti",
     "cross_validate",
     "head_offsets_config",
     "head_sites",
+    "layer_sites",
     "permutation_null",
     "top_k_stability",
 ]

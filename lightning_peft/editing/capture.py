@@ -1,8 +1,7 @@
-"""Read head outputs at the last token, keeping nothing else and never running the language-model head."""
+"""Read what a model computes inside, at chosen tokens, keeping nothing else and never running the model's head."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -10,42 +9,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.editing.forward import run_trunk
 from lightning_peft.editing.heads import HeadSite
-from lightning_peft.positions import calling
+from lightning_peft.editing.layers import LayerSite
+from lightning_peft.tokens import Tokens
+
+Site = HeadSite | LayerSite
 
 
-class HeadCapture:
-    """Context manager that reads the heads' outputs of every row's last real token.
+class Capture:
+    """Context manager that reads sites at chosen tokens of every row.
 
-    The chosen position is cut out inside the hook, so a batch costs `B * layers * heads * head_dim` numbers, not
-    `T` times that.
+    The tokens are cut out inside the hooks, so a batch costs `B * layers * heads * head_dim` numbers where one token a
+    row is read, not `T` times that.
 
     Args:
         backbone: a transformers model (its trunk is run, not its head) or any module called with the batch's tensors.
-        sites: the projections whose inputs are read, from `head_sites`.
+        sites: from `head_sites` (the heads' outputs, where they enter the output projection) or from `layer_sites`;
+            all of one shape.
+        positions: which tokens, in the language of `lightning_peft.tokens`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from lightning_peft.editing import head_sites
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         ...                                      num_attention_heads=4, vocab_size=40))
-        >>> with HeadCapture(model, head_sites(model)) as capture:
+        >>> with Capture(model, head_sites(model)) as capture:
         ...     capture(torch.zeros(3, 5, dtype=torch.long), torch.ones(3, 5)).shape
         torch.Size([3, 2, 4, 8])
     """
 
-    def __init__(self, backbone: nn.Module, sites: Sequence[HeadSite]) -> None:
+    def __init__(self, backbone: nn.Module, sites: Sequence[Site], positions: str = "last") -> None:
+        if not sites:
+            raise ValueError("There is no site to read.")
+        if len(shapes := {site.shape for site in sites}) > 1:
+            raise ValueError(f"Sites of different shapes ({sorted(shapes)}) cannot be read into one tensor.")
         self.backbone = backbone
         self.sites = list(sites)
-        self._rows: Tensor | None = None
-        self._last: Tensor | None = None
+        self.positions = Tokens.parse(positions)
+        self._index: dict[bool, Tensor] = {}  # of an encoder's tokens, and of all others: which are read
+        self._count: dict[bool, int] = {}
         self._read: dict[int, Tensor] = {}
         self._handles: list[Any] = []
 
-    def __enter__(self) -> HeadCapture:
+    def __enter__(self) -> Capture:
         for i, site in enumerate(self.sites):
             module = self.backbone.get_submodule(site.name)
-            self._handles.append(module.register_forward_pre_hook(self._reader(i)))
+            if isinstance(site, HeadSite):
+                self._handles.append(module.register_forward_pre_hook(self._reader(i)))
+            else:
+                self._handles.append(module.register_forward_hook(self._reader(i)))
         return self
 
     def __exit__(
@@ -56,91 +69,99 @@ class HeadCapture:
         self._handles.clear()
         self._read.clear()
 
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        start: Tensor | None = None,
+        mask: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
         """Run the trunk on one batch.
 
         Args:
             input_ids: `[B, T]`, padded on either side.
             attention_mask: `[B, T]`, 1 on real tokens; default all.
+            start: `[B]`, the number of each text's last prompt token, for positions that need it.
+            mask: bool `[B, T]`, the tokens to read, in place of the positions.
+            **inputs: of other models: `pixel_values`; `decoder_input_ids [B, T']` and `decoder_attention_mask`, to
+                which positions then refer, but at an encoder's sites.
 
         Returns:
-            `[B, layers, heads, head_dim]` in float32 on the CPU.
+            `[M, layers, heads, head_dim]` (or `[M, layers, width]`) in float32 on the CPU: M is B where one token a row
+            is read, else the chosen tokens row after row.
 
         Raises:
             RuntimeError: a site was not reached.
+            ValueError: a row of which no token is chosen, or positions that need `start`.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        steps = torch.arange(mask.shape[1], device=mask.device)
-        self._rows, self._last = torch.arange(len(mask), device=mask.device), (mask * steps).argmax(-1)
+        real = attention_mask
+        if input_ids is not None and real is None:
+            real = torch.ones_like(input_ids)
+        encoders = {site.part == "encoder" for site in self.sites}
+        self._index, self._count = {}, {}
+        decoder = inputs.get("decoder_input_ids")
+        if decoder is not None and False in encoders:
+            told = inputs.get("decoder_attention_mask")
+            self._choose(False, torch.ones_like(decoder) if told is None else told, start, mask)
+        if real is not None and (decoder is None or True in encoders):
+            for encoder in encoders if decoder is None else {True}:
+                self._choose(encoder, real, start, mask)
+        encoder_only = encoders == {True} and decoder is None
+        real = None if real is None else real.long()
+        return self.run(lambda: run_trunk(self.backbone, input_ids, real, encoder_only=encoder_only, **inputs))
+
+    @torch.no_grad()
+    def run(self, forward: Any, index: Tensor | None = None) -> Tensor:
+        """What `forward()` shows at the sites.
+
+        Args:
+            forward: calls the backbone, or a part of it.
+            index: which of the call's tokens to read, counted over the whole batch; default the last choice.
+        """
+        if index is not None:
+            self._index, self._count = {False: index, True: index}, {}
         self._read.clear()
-        run_trunk(self.backbone, input_ids, mask)
+        forward()
         if missed := [site.name for i, site in enumerate(self.sites) if i not in self._read]:
-            raise RuntimeError(
-                f"{len(missed)} head sites were not reached by the forward pass, the first is {missed[0]}."
-            )
+            kind = "head sites" if isinstance(self.sites[0], HeadSite) else "sites"
+            raise RuntimeError(f"{len(missed)} {kind} were not reached by the forward pass, the first is {missed[0]}.")
+        if len({len(read) for read in self._read.values()}) > 1:
+            raise ValueError("An encoder and its decoder have different tokens: read the sites of one part at a time.")
         return torch.stack([self._read[i] for i in range(len(self.sites))], dim=1)
 
-    def _reader(self, index: int) -> Any:
-        site = self.sites[index]
+    def _choose(self, encoder: bool, real: Tensor, start: Tensor | None, mask: Tensor | None) -> None:
+        """Note which tokens to read, from what is real."""
+        real = real.bool()
+        if mask is not None and mask.shape != real.shape:
+            raise ValueError(f"The mask has shape {tuple(mask.shape)}, but the tokens have {tuple(real.shape)}.")
+        places = real.long().cumsum(-1) - 1
+        start = None if start is None else start.to(real.device)
+        chosen = real & (self.positions.mask(places, start, real.sum(-1)) if mask is None else mask.to(real.device))
+        if not chosen.any(-1).all():
+            row = int((~chosen.any(-1)).nonzero()[0])
+            raise ValueError(f"Row {row} has no token at {self.positions if mask is None else 'the mask'} to read.")
+        self._index[encoder] = chosen.flatten().nonzero()[:, 0]
+        self._count[encoder] = real.numel()
 
-        def read(module: nn.Module, args: tuple[Any, ...]) -> None:
-            assert self._rows is not None and self._last is not None
-            x = args[0].reshape(len(self._rows), -1, site.num_heads, site.head_dim)
-            self._read[index] = x[self._rows.to(x.device), self._last.to(x.device)].float().cpu()
+    def _reader(self, number: int) -> Any:
+        site = self.sites[number]
+
+        def read(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+            x = args[0] if isinstance(site, HeadSite) else output
+            x = x[0] if isinstance(x, tuple | list) else x
+            encoder = site.part == "encoder"
+            if encoder not in self._index:  # a picture, say: its patches are counted when they are seen
+                self._choose(encoder, x.new_ones(x.shape[:2]), None, None)
+            x = x.reshape(-1, *site.shape)
+            if len(x) != self._count.get(encoder, len(x)):
+                raise RuntimeError(
+                    f"{site.name} saw {len(x)} tokens, but the call has {self._count[encoder]}: its tokens cannot be "
+                    "told apart."
+                )
+            self._read[number] = x[self._index[encoder].to(x.device)].float().cpu()
 
         return read
 
 
-def capture_tokens(
-    backbone: nn.Module, sites: Sequence[HeadSite], sequences: Sequence[Sequence[int]], batch_size: int = 32
-) -> Tensor:
-    """Head outputs at the last token of each sequence, batched by length so that little is padding.
-
-    Args:
-        backbone: as `HeadCapture`.
-        sites: from `head_sites`.
-        sequences: token ids, one list a text.
-        batch_size: texts a forward pass.
-
-    Returns:
-        `[N, layers, heads, head_dim]`, float32, in the order of `sequences`.
-    """
-    if any(len(tokens) == 0 for tokens in sequences):
-        raise ValueError("A text without tokens has no last token to read.")
-    device = next(backbone.parameters()).device
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    parts: list[Tensor] = []
-    with HeadCapture(backbone, sites) as capture:
-        for begin in range(0, len(order), batch_size):
-            chosen = [sequences[i] for i in order[begin : begin + batch_size]]
-            width = max(map(len, chosen))
-            ids = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in chosen])
-            mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in chosen])
-            parts.append(capture(ids.to(device), mask.to(device)))
-    captured = torch.cat(parts)
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    return captured[back]
-
-
-def run_trunk(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
-    """Run a transformers model without its head (any other module: as it is), with explicit position ids."""
-    model: nn.Module = getattr(backbone, "get_base_model", lambda: backbone)()  # looks into a PeftModel
-    trunk = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
-    arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
-    places = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    arguments["position_ids"] = places + _first_place(trunk)
-    accepted = inspect.signature(type(trunk).forward).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        arguments = {name: value for name, value in arguments.items() if name in accepted}
-    edits = {**arguments, "position_ids": places}
-    with calling(model, input_ids=input_ids, **edits):  # for other edits on the model, if there are any
-        return trunk(input_ids, **arguments)
-
-
-def _first_place(trunk: nn.Module) -> int:
-    """The position id of the first token: RoBERTa and its kin count from behind the id that padding has."""
-    tables = (m for name, m in trunk.named_modules() if isinstance(m, nn.Embedding) and "position" in name)
-    padding = (table.padding_idx for table in tables)
-    return next((int(index) + 1 for index in padding if index is not None), 0)
+HeadCapture = Capture  # by the name of what it reads most

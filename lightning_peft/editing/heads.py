@@ -42,6 +42,11 @@ class HeadSite:
     head_dim: int
     part: Part = "self"
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is read at one token."""
+        return (self.num_heads, self.head_dim)
+
 
 def head_sites(
     model: nn.Module,

@@ -1,0 +1,209 @@
+"""Read sites in many texts: what they share computed once, kept in memory, in a file, or as moments only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.editing.capture import Site
+from lightning_peft.editing.moments import GroupedMoments
+from lightning_peft.editing.reading import Way, read_texts
+from lightning_peft.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was read.
+
+    Args:
+        values: `[M, layers, heads, head_dim]` or `[M, layers, width]`.
+        text: `[M]`, which text each row of values is of.
+        place: `[M]`, which of its tokens.
+    """
+
+    values: Tensor
+    text: Tensor
+    place: Tensor
+
+
+def capture_tokens(
+    backbone: nn.Module, sites: Sequence[Site], sequences: Sequence[Sequence[int]], batch_size: int = 32
+) -> Tensor:
+    """Head outputs at the last token of each sequence: `capture_texts` with its defaults.
+
+    Returns:
+        `[N, layers, heads, head_dim]`, float32, in the order of `sequences`.
+    """
+    return capture_texts(backbone, sites, sequences, batch_size=batch_size).values
+
+
+def capture_texts(
+    backbone: nn.Module,
+    sites: Sequence[Site],
+    sequences: Sequence[Sequence[int]],
+    positions: str = "last",
+    prompt_lengths: Sequence[int] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+    file: str | Path | None = None,
+    share: bool | None = None,
+    batch_size: int = 32,
+    row_tokens: int = 256,
+) -> Captured:
+    """Read sites at chosen tokens of many texts.
+
+    Texts that begin alike are packed into one row in which the shared beginning stands once, and what all of them
+    share stays in a cache; whether a model can be packed is tried once against the plain way, which takes batches of
+    texts of like length. Where `torch.distributed` runs, every rank reads a part and gets all: the same numbers as one
+    process, bit for bit.
+
+    Args:
+        backbone: as `Capture`; the head is not run.
+        sites: from `head_sites` or `layer_sites`.
+        sequences: token ids, one list a text.
+        positions: which tokens, in the language of `lightning_peft.tokens`.
+        prompt_lengths: tokens of each text's prompt, for positions that need them.
+        dtype: of what is kept.
+        file: keep the values in this file, mapped into memory, for what is larger than memory.
+        autocast, share, batch_size, row_tokens: as `Way`.
+
+    Returns:
+        The values, text after text in the order of `sequences`, a text's tokens in their order.
+
+    Raises:
+        ValueError: a text without tokens, or none of whose tokens is chosen, or positions that need prompt lengths.
+        RuntimeError: a site was not reached.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lightning_peft.editing import head_sites
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        ...                                      num_attention_heads=4, vocab_size=40))
+        >>> read = capture_texts(model, head_sites(model), [[5, 6, 7], [5, 8]], "answer", prompt_lengths=[1, 1])
+        >>> read.values.shape, read.text.tolist(), read.place.tolist()
+        (torch.Size([5, 2, 4, 8]), [0, 0, 0, 1, 1], [0, 1, 2, 0, 1])
+    """
+    wanted = _wanted(sequences, positions, prompt_lengths)
+    first = torch.tensor([0, *(len(places) for places in wanted)]).cumsum(0)
+    text = torch.tensor([i for i, places in enumerate(wanted) for _ in places])
+    place = torch.tensor([p for places in wanted for p in places])
+    shape = (len(text), len(sites), *sites[0].shape) if sites else (len(text), 0)
+    rank, ranks = _rank()
+    way = Way(autocast, share, batch_size, row_tokens, rank, ranks)
+    part = None if file is None else Path(f"{file}.part")
+    if part is None:
+        values = torch.zeros(shape, dtype=dtype)
+    else:
+        if rank == 0:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.unlink(missing_ok=True)
+            torch.from_file(str(part), shared=True, size=_numel(shape), dtype=dtype)
+        _barrier()
+        values = torch.from_file(str(part), shared=True, size=_numel(shape), dtype=dtype).reshape(shape)
+    done = torch.zeros(len(text), dtype=torch.bool)
+    for texts, read in read_texts(backbone, sites, sequences, wanted, way):
+        rows = torch.cat([torch.arange(int(first[i]), int(first[i + 1])) for i in texts])
+        values[rows] = read.to(dtype)
+        done[rows] = True
+    if part is not None:
+        _barrier()
+        if rank == 0:
+            os.replace(part, Path(str(file)))
+        _barrier()
+    elif ranks > 1:
+        parts: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(parts, (done, values[done]))
+        for rows, read in parts:
+            values[rows] = read
+    return Captured(values, text, place)
+
+
+def capture_moments(
+    backbone: nn.Module,
+    sites: Sequence[Site],
+    sequences: Sequence[Sequence[int]],
+    truth: Tensor,
+    group: Tensor,
+    positions: str = "last",
+    prompt_lengths: Sequence[int] | None = None,
+    *,
+    autocast: bool = False,
+    share: bool | None = None,
+    batch_size: int = 32,
+    row_tokens: int = 256,
+) -> GroupedMoments:
+    """Read sites as `capture_texts` does, and keep nothing but moments: no activation is stored.
+
+    Args:
+        backbone, sites, sequences, positions, prompt_lengths: as `capture_texts`.
+        truth: `[N]`, 0 or 1.
+        group: `[N]`, each text's group: the fold of its question, as a rule.
+        autocast, share, batch_size, row_tokens: as `Way`.
+
+    Returns:
+        The moments of each group, from which mass mean, LDA, ridge and sigma follow exactly for any split by groups;
+        heads are numbered layer after layer.
+    """
+    if not len(sequences) == len(truth) == len(group):
+        raise ValueError(f"{len(sequences)} texts, {len(truth)} truth values and {len(group)} groups were given.")
+    wanted = _wanted(sequences, positions, prompt_lengths)
+    gathered = GroupedMoments()
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def add() -> None:
+        rows = torch.cat([texts for texts, _ in held])
+        gathered.update(torch.cat([values for _, values in held]), truth[rows], group[rows])
+        held.clear()
+
+    way = Way(autocast, share, batch_size, row_tokens, *_rank())
+    for texts, read in read_texts(backbone, sites, sequences, wanted, way):
+        held.append((torch.tensor([i for i in texts for _ in wanted[i]]), read))
+        if sum(len(rows) for rows, _ in held) >= 512:  # few rows at a time would waste the products
+            add()
+    if held:
+        add()
+    gathered.gather()
+    return gathered
+
+
+def _wanted(
+    sequences: Sequence[Sequence[int]], positions: str, prompt_lengths: Sequence[int] | None
+) -> list[list[int]]:
+    """For each text the numbers of the tokens to read."""
+    chosen = Tokens.parse(positions)
+    if any(len(tokens) == 0 for tokens in sequences):
+        raise ValueError("A text without tokens has no last token to read.")
+    if prompt_lengths is not None and len(prompt_lengths) != len(sequences):
+        raise ValueError(f"{len(sequences)} texts need as many prompt lengths, but there are {len(prompt_lengths)}.")
+    if chosen.needs_start and prompt_lengths is None:
+        raise ValueError(f"Positions {positions!r} need prompt_lengths, to know where each prompt ends.")
+    wanted = []
+    for i, tokens in enumerate(sequences):
+        start = None if prompt_lengths is None else torch.tensor([prompt_lengths[i] - 1])
+        mask = chosen.mask(torch.arange(len(tokens))[None], start, torch.tensor([len(tokens)]))
+        wanted.append(mask[0].nonzero()[:, 0].tolist())
+        if not wanted[-1]:
+            raise ValueError(f"Text {i}, of {len(tokens)} tokens, has none at {positions!r} to read.")
+    return wanted
+
+
+def _rank() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _barrier() -> None:
+    if _rank()[1] > 1:
+        torch.distributed.barrier()
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
