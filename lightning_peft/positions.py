@@ -3,7 +3,8 @@
 A tuner layer sees only `x [B, T, ·]`. Rules on that shape ("one token, so we are decoding") break with cached
 prefixes, chunked prefill and `use_cache=False`. So each tracked model carries one `Positions` object: a forward
 pre-hook reads that call's attention mask, cache and position ids, and layers ask it for the mask of their policy.
-Nothing is global and nothing is counted; the object belongs to the model and is copied with it.
+Nothing is global and nothing is counted; the object belongs to the model and is copied with it. A policy is a
+selection in the language of `lightning_peft.tokens`, such as `"answer"` or `"generated[0:5]"`.
 
 `start [B]` is the position id of the token whose output is the first to be edited: the last prompt token, since its
 output predicts the first answer token. It comes from the first of these that is known:
@@ -28,10 +29,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.tokens import Tokens
+
 Policy = Literal["answer", "generated", "all"]
 POLICIES: tuple[str, ...] = ("answer", "generated", "all")
 
 _ATTRIBUTE = "_lightning_peft_positions"
+
+
+def check_policy(policy: str) -> None:
+    """Refuse positions that no edit can have.
+
+    Raises:
+        ValueError: an unknown selection, or one counted from the end of a text, which an edit cannot see coming.
+    """
+    if Tokens.parse(policy).needs_end:
+        raise ValueError(
+            f"positions {policy!r} are counted from the end of a text, which is not known while it is generated: count "
+            "from the beginning of a phase, e.g. 'answer[0:3]', or from the end of the prompt, 'prompt[-3:]'."
+        )
 
 
 class PositionsError(RuntimeError):
@@ -88,16 +104,17 @@ class Positions:
             return call.real
         if call.mask is not None:
             return call.mask & call.real
-        if call.start is None:
+        tokens = Tokens.parse(policy)
+        start = call.start
+        if start is None and tokens.needs_start:
             if call.has_past:
                 raise PositionsError(
                     "The call continues a cached past but nothing says where the answer began; use `generate`, or "
                     "`with lightning_peft.positions.answering(model, start=...)`."
                 )
-            return call.real
-        start = call.start[:, None]
-        after = call.position_ids > start if policy == "generated" else call.position_ids >= start
-        return after & call.real
+            # plain text is an answer from its first token on, and has no prompt
+            start = call.position_ids.new_full(call.position_ids.shape[:1], 0 if tokens.phase == "answer" else -1)
+        return tokens.mask(call.position_ids, start) & call.real
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: read this call's tokens, mask, cache and position ids."""

@@ -59,7 +59,7 @@ class Tokens:
         found = _FORM.fullmatch(_SHORT.get(text, text))
         if found is None or found[1] not in PHASES:
             raise ValueError(
-                f"Positions must be one of {', '.join((*PHASES, *_SHORT))}, or a phase with a window such as "
+                f"positions must be one of {', '.join((*PHASES, *_SHORT))}, or a phase with a window such as "
                 f"'answer[0:3]', got {text!r}."
             )
         start, stop = (None if bound is None else int(bound) for bound in found.group(2, 3))

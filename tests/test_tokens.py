@@ -55,7 +55,7 @@ def test_rows_have_their_own_prompts_and_lengths() -> None:
 )
 def test_unknown_selections_fail(text: str) -> None:
     with pytest.raises(
-        ValueError, match=r"^Positions must be one of all, prompt, answer, generated, last, last_prompt"
+        ValueError, match=r"^positions must be one of all, prompt, answer, generated, last, last_prompt"
     ):
         Tokens.parse(text)
 

@@ -14,7 +14,7 @@ from lightning_peft.editing.capture import HeadCapture
 from lightning_peft.editing.directions import DIRECTIONS
 from lightning_peft.editing.heads import HeadSite, head_offsets_config, head_sites
 from lightning_peft.editing.iti import HeadEdit, compute_iti
-from lightning_peft.positions import POLICIES
+from lightning_peft.positions import check_policy
 from lightning_peft.tuners.stack import AdapterStack
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class ITI(Edit):
         num_heads: how many heads to edit (K).
         alpha: the strength, in standard deviations along the direction.
         direction: `"mass_mean"`, `"probe_weight"`, or `"random"` (the control).
-        positions: `"answer"` (from the last prompt token on, the paper's), `"generated"` or `"all"`.
+        positions: `"answer"` (from the last prompt token on, the paper's), `"generated"`, `"prompt"`, `"all"`, or a
+            window of one of them, such as `"answer[0:3]"`; see `lightning_peft.tokens`.
         val_fraction: share of the training questions on which heads are ranked.
         C: inverse strength of the probes' L2 penalty.
         seed: of the inner split and of random directions.
@@ -59,7 +60,7 @@ class ITI(Edit):
         num_heads: int = 48,
         alpha: float = 15.0,
         direction: Literal["mass_mean", "probe_weight", "random"] = "mass_mean",
-        positions: Literal["answer", "generated", "all"] = "answer",
+        positions: str = "answer",
         val_fraction: float = 0.2,
         C: float = 1.0,
         seed: int = 0,
@@ -70,8 +71,7 @@ class ITI(Edit):
     ) -> None:
         if direction not in DIRECTIONS:
             raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}.")
-        if positions not in POLICIES:
-            raise ValueError(f"positions must be one of {', '.join(POLICIES)}, got {positions!r}.")
+        check_policy(positions)
         if num_heads < 1:
             raise ValueError(f"num_heads must be at least 1, got {num_heads}.")
         if not 0.0 < val_fraction < 1.0:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         permutation_null,
         top_k_stability,
     )
+    from lightning_peft.editing.selection import Selection
 
 _MODULES = {
     "HeadSite": "heads",
@@ -47,6 +48,7 @@ _MODULES = {
     "cross_validate": "probes",
     "permutation_null": "probes",
     "top_k_stability": "probes",
+    "Selection": "selection",
     "HeadEdit": "iti",
     "compute_iti": "iti",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "MassMeanProbes",
     "Moments",
     "RidgeProbes",
+    "Selection",
     "capture_moments",
     "capture_texts",
     "capture_tokens",

@@ -389,7 +389,10 @@ def test_computed_offsets_can_be_trained_on(tokens: Tensor) -> None:
     ("options", "message"),
     [
         ({"direction": "up"}, r"^direction must be one of mass_mean, probe_weight, random, got 'up'\.$"),
-        ({"positions": "some"}, r"^positions must be one of answer, generated, all, got 'some'\.$"),
+        (
+            {"positions": "some"},
+            r"^positions must be one of all, prompt, answer, generated, last, last_prompt, or .*got 'some'\.$",
+        ),
         ({"num_heads": 0}, r"^num_heads must be at least 1, got 0\.$"),
         ({"val_fraction": 1.0}, r"^val_fraction must be between 0 and 1, got 1\.0\.$"),
     ],

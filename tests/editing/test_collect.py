@@ -360,3 +360,28 @@ def test_what_cannot_be_read_is_one_sentence() -> None:
         RuntimeError, match=r"^1 head sites were not reached by the forward pass, the first is spare\.$"
     ):
         capture_texts(model, [*sites, HeadSite("spare", 3, 4, 8)], TEXTS, share=False)
+
+
+def test_an_adapter_around_the_model_is_looked_through() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny("llama")
+    expected = capture_tokens(model, head_sites(model), TEXTS)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["o_proj"]))  # which adds nothing yet
+    read = capture_texts(wrapped, head_sites(wrapped), TEXTS, share=True).values
+    torch.testing.assert_close(read, expected, atol=1e-6, rtol=1e-6)
+    assert layer_sites(wrapped)[1].name == "base_model.model.model.layers.1"
+
+
+def test_a_model_that_lies_in_several_places_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("llama")
+    expected = capture_tokens(model, head_sites(model), TEXTS)
+    model.save_pretrained(tmp_path)
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places |= {"model.layers.1": "disk", "model.layers.2": "disk"}
+    split = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "off").eval()
+    assert split.model.layers[2].self_attn.o_proj.weight.device.type == "meta"
+    torch.testing.assert_close(capture_tokens(split, head_sites(split), TEXTS), expected, atol=1e-6, rtol=1e-6)

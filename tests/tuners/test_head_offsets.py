@@ -231,7 +231,7 @@ def test_the_configuration_survives_json_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_an_unknown_policy_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^positions must be one of answer, generated, all, got 'some'\.$"):
+    with pytest.raises(ValueError, match=r"^positions must be one of all, prompt, answer, .*got 'some'\.$"):
         HeadOffsetsConfig(head_dim=8, positions="some")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 
-from lightning_peft.positions import POLICIES
+from lightning_peft.positions import check_policy
 from lightning_peft.tuners.registration import add_peft_type
 
 
@@ -24,7 +24,8 @@ class HeadOffsetsConfig(PeftConfig):
         heads: for each target's full name, the heads (0-based) that have an offset, in place of `target_modules`;
             None means every head of every target.
         alpha: the strength, multiplied onto every offset.
-        positions: `"answer"` (from the last prompt token on), `"generated"` (new tokens only) or `"all"`.
+        positions: `"answer"` (from the last prompt token on), `"generated"` (new tokens only), `"prompt"` or `"all"`,
+            or a window of one of them, such as `"answer[0:3]"`; see `lightning_peft.tokens`.
         exclude_modules: names left out of `target_modules`.
         modules_to_save: other modules to train and save whole, as in every peft method.
     """
@@ -40,7 +41,6 @@ class HeadOffsetsConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("HEAD_OFFSETS")
-        if self.positions not in POLICIES:
-            raise ValueError(f"positions must be one of {', '.join(POLICIES)}, got {self.positions!r}.")
+        check_policy(self.positions)
         if self.heads is not None:
             self.target_modules = sorted(self.heads)
