@@ -53,11 +53,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Cal
 @pytest.fixture(autouse=True)
 def the_environment_is_each_tests_own() -> Iterator[None]:
     """Lightning leaves seeds and ranks in the environment, from where distributed strategies take them up again, in
-    this process and in those it starts: `seed_everything` in one test would decide how another's adapter begins."""
+    this process and in those it starts: `seed_everything` in one test would decide how another's adapter begins. And
+    they set the number of threads, with which the last bits of sums change."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
