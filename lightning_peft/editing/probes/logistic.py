@@ -28,7 +28,7 @@ class LogisticProbes(LinearProbes):
         tol: stop when no group's largest gradient entry, divided by the number of samples and C, exceeds this;
             default 1e-12 in float64 and 1e-6 in float32.
         dtype: the precision of the optimum, `torch.float64` (single precision first, then refined) or
-            `torch.float32`, which is a third faster.
+            `torch.float32`, which takes half the time.
 
     Attributes:
         coef_: `[G, d]`, in the space of the raw features.

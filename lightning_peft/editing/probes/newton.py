@@ -2,7 +2,7 @@
 
 A plain batched Newton iteration streams all heads' features through memory half a dozen times an iteration and spends
 most of its time waiting. Here a few heads are taken at a time, so that their features stay in the cache from the first
-iteration to the last; the Hessian, which costs as much as sixteen gradients or more, is kept while it still takes the
+iteration to the last; the Hessian, which costs as much as half a dozen gradients, is kept while it still takes the
 gradient down quickly; the line search needs no pass over the features, because margins are linear in the step; and
 double precision, where asked for, only refines what single precision has found.
 """
