@@ -32,12 +32,13 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         plan: the plan.
         row: the row.
         fold: the fold to test on.
-        folder: this cell's folder; the adapter goes to `folder/adapter`, and here what `SampleWriter` writes.
+        folder: this cell's folder; the adapter goes to `folder/adapter`, and here what `SampleWriter` writes of the
+            first draw of demonstrations.
         earlier: the adapter folders of the rows that this one comes after or starts from.
 
     Returns:
-        JSON-able: `samples`, one for each choice; `effects`, what else was measured; `seconds` to adapt and to score;
-        numbers of parameters; `chosen` hyperparameters.
+        JSON-able: `samples`, one for each choice and draw; `effects`, what else was measured; `seconds` to adapt and to
+        score; numbers of parameters; `chosen` hyperparameters.
     """
     L.seed_everything(plan.seed, verbose=False)
     # a dozen Trainers would each say which devices there are and that no data workers were asked for
@@ -57,14 +58,16 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         save_adapter(module, folder / "adapter")
 
     begin = time.perf_counter()
-    samples = _Samples()
-    data = _data(plan, row, fold)
-    # a prompt or another scoring leaves the model as it is, and the base is the same in every fold
-    if row.callback is not None or (row.kind == "base" and fold == 0):
-        data.side_effects = plan.data.side_effects
     if row.scoring is not None:
         module.scoring = row.scoring
-    _trainer(plan, [samples, SampleWriter(folder)]).test(module, datamodule=data, verbose=False)
+    # a prompt or another scoring leaves the model as it is, and the base is the same in every fold
+    effects = plan.data.side_effects if row.callback is not None or (row.kind == "base" and fold == 0) else None
+    samples = _Samples()
+    for draw in range(row.draws):
+        samples.draw, data = draw, _data(plan, row, fold, draw)
+        data.side_effects = effects if draw == 0 else None
+        writer = SampleWriter(folder if draw == 0 else None)
+        _trainer(plan, [samples, writer]).test(module, datamodule=data, verbose=False)
     if row.scoring is not None:
         chosen = dict(row.scoring.chosen)
     questions = {question.id: question for question in data.test_questions}
@@ -103,7 +106,8 @@ def _choose_alpha(plan: Plan, row: Row, fold: int, earlier: Mapping[str, Path]) 
     data.tokenizer = module.tokenizer
     data.setup()
     data.val_questions, data.test_questions = [], data.val_questions
-    data.few_shot = min(row.few_shot, len(data.train_questions))
+    if row.few_shot is not None:
+        data.few_shot = min(row.few_shot, len(data.train_questions))
     _trainer(plan, [callback], max_epochs=1, limit_val_batches=0).fit(module, datamodule=data)
     module.eval()
     trials = []
@@ -163,7 +167,7 @@ def _callback(row: Row, earlier: Mapping[str, Path]) -> Any:
     return callback
 
 
-def _data(plan: Plan, row: Row, fold: int) -> TruthfulQADataModule:
+def _data(plan: Plan, row: Row, fold: int, draw: int = 0) -> TruthfulQADataModule:
     return TruthfulQADataModule(
         source=plan.data.source,
         train="statements" if row.edits else "answers",
@@ -174,6 +178,7 @@ def _data(plan: Plan, row: Row, fold: int) -> TruthfulQADataModule:
         limit=plan.data.limit,
         batch_size=row.batch_size,
         few_shot=row.few_shot,
+        draw=draw,
         protocol=plan.data.protocol,
     )
 
@@ -201,6 +206,7 @@ class _Samples(Callback):
     """Keeps every choice's log-probability, every document's effects and whether each simple question was answered."""
 
     def __init__(self) -> None:
+        self.draw = 0  # of the demonstrations
         self.rows: list[dict[str, Any]] = []
         self.documents: list[list[float]] = []  # tokens, cross-entropy of the base and of the adapted model, KL
         self.capability: dict[int, float] = {}
@@ -216,7 +222,7 @@ class _Samples(Callback):
             return
         for index, logprob in enumerate(outputs.tolist()):
             row = {"question_id": int(batch["question_id"][index]), "index": int(batch["choice"][index])}
-            row["logprob"] = logprob
+            row |= {"draw": self.draw, "logprob": logprob}
             self.rows.append(row | {name: int(batch[name][index]) for name in ("mc0", "mc1", "mc2")})
 
 

@@ -52,7 +52,10 @@ class Row:
         kind: what sort of adaptation it is.
         callback: the callback that adapts; none for the base, for prompting and for decoding.
         scoring: for decoded rows, how choices are scored in place of the model's log-probabilities.
-        few_shot: number of demonstrations, drawn from the training questions, in place of the 6-shot primer.
+        few_shot: number of demonstrations, drawn from the training questions, in place of the 6-shot primer; 0 for no
+            demonstration at all.
+        draws: how often demonstrations are drawn; with each draw the adapted model is scored anew, and a question's
+            score is the mean over draws.
         after: the name of an earlier row whose adapter lies below this one's.
         starts_from: the name of an earlier row whose adapter this one's training starts from, fold by fold: it becomes
             the callback's `init_from`.
@@ -69,7 +72,8 @@ class Row:
     kind: Kind
     callback: PEFT | None = None
     scoring: Scoring | None = None
-    few_shot: int = 0
+    few_shot: int | None = None
+    draws: int = 1
     after: str | None = None
     starts_from: str | None = None
     learning_rates: list[float] = field(default_factory=list)
@@ -145,6 +149,12 @@ def check(plan: Plan) -> None:
             raise ValueError(f"Row {row.name!r} is tuned and needs learning_rates to choose from.")
         if row.alphas and not (row.edits and hasattr(row.callback, "alpha")):
             raise ValueError(f"Row {row.name!r} has alphas to choose from, but is no edit with a strength alpha.")
+        if (row.few_shot or 0) < 0:
+            raise ValueError(f"Row {row.name!r} asks for {row.few_shot} demonstrations, which is less than none.")
+        if row.draws < 1 or (row.draws > 1 and not row.few_shot):
+            raise ValueError(
+                f"Row {row.name!r} has {row.draws} draws: at least 1, and more only with few_shot demonstrations."
+            )
     protocol_named(plan.data.protocol)
     effects = plan.data.side_effects
     if 0 < effects.tokens < 2 * effects.length or effects.capability == 1:

@@ -162,14 +162,14 @@ def _attempt(
 def _question_scores(
     plan: Plan, row: Row, outcomes: Mapping[tuple[str, int], dict[str, Any]]
 ) -> dict[str, dict[int, float]]:
-    """For each metric the score of each question over all folds; empty if a fold failed."""
+    """For each metric the score of each question over all folds, its mean over draws; empty if a fold failed."""
     folds = [outcomes[row.name, fold] for fold in range(plan.data.num_folds)]
     if any(outcome["failed"] for outcome in folds):
         return {}
-    by_question: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    asked: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for outcome in folds:
         for sample in outcome["samples"]:
-            by_question[sample["question_id"]].append(sample)
+            asked[sample["question_id"], sample["draw"]].append(sample)
     ties = PROTOCOLS[plan.data.protocol].ties
     functions: dict[str, Callable[..., float]] = {
         "mc0": partial(mc0, ties=ties),
@@ -177,13 +177,13 @@ def _question_scores(
         "mc2": mc2,
         "mc3": mc3,
     }
-    scores: dict[str, dict[int, float]] = {name: {} for name in functions}
-    for question, choices in by_question.items():
+    scores: dict[str, dict[int, float]] = {name: defaultdict(float) for name in functions}
+    for (question, _), choices in asked.items():
         logprobs = torch.tensor([c["logprob"] for c in choices])
         for name, score in functions.items():
             truth = torch.tensor([c["mc2" if name == "mc3" else name] for c in choices])
             if {0, 1} <= set(truth.tolist()):
-                scores[name][question] = score(logprobs, truth)
+                scores[name][question] += score(logprobs, truth) / row.draws
     return {name: values for name, values in scores.items() if values}
 
 

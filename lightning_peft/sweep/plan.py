@@ -33,7 +33,7 @@ class Sweep:
         positions: a selection within `"answer"`, as in `callbacks.ITI`: what comes before is shared by all points.
         val_fraction: share of the questions learnt from on which heads are ranked.
         C: inverse strength of the probes' L2 penalty.
-        few_shot: that many demonstrations from the training questions in place of the 6-shot primer.
+        few_shot: that many demonstrations from the training questions in place of the 6-shot primer; 0 for none at all.
         kl_tokens: tokens of neutral text on which KL(base ‖ edited) is measured; 0 for none.
         rows: points of one call; more need more memory, and on a CPU beyond a few gain nothing.
         chunk: questions after which results are written.
@@ -54,7 +54,7 @@ class Sweep:
     positions: str = "answer"
     val_fraction: float = 0.2
     C: float = 1.0
-    few_shot: int = 0
+    few_shot: int | None = None
     kl_tokens: int = 1000
     rows: int = 7
     chunk: int = 20
@@ -93,6 +93,8 @@ def check(plan: Sweep) -> None:
     for name, value, least in (("rows", plan.rows, 1), ("chunk", plan.chunk, 1), ("kl_tokens", plan.kl_tokens, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if (plan.few_shot or 0) < 0:
+        raise ValueError(f"few_shot must be at least 0, got {plan.few_shot}.")
     if not 0.0 < plan.val_fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {plan.val_fraction}.")
 

@@ -63,7 +63,8 @@ class TruthfulQADataModule(L.LightningDataModule):
         tokenizer: a tokenizer, or its name or folder; default the LightningModule's `tokenizer`.
         protocol: how choices are scored: `"lm_eval"`, `"original"` or `"honest_llama"`; see `protocols`.
         primer: what stands before each test question; default the protocol's, the benchmark's 6-shot primer.
-        few_shot: use that many demonstrations from the training questions as primer.
+        few_shot: use that many demonstrations from the training questions as primer; 0 for none, and no primer.
+        draw: which draw of these demonstrations, from 0: they are drawn with seed `seed + draw`.
         num_workers: of the data loaders.
         questions_per_batch: questions of a test batch; a few run faster than each alone, and give the same.
         side_effects: what else is tested; by default nothing.
@@ -84,7 +85,8 @@ class TruthfulQADataModule(L.LightningDataModule):
         batch_size: int = 16,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         primer: str | None = None,
-        few_shot: int = 0,
+        few_shot: int | None = None,
+        draw: int = 0,
         num_workers: int = 0,
         questions_per_batch: int = 4,
         side_effects: SideEffects | None = None,
@@ -96,14 +98,17 @@ class TruthfulQADataModule(L.LightningDataModule):
             raise ValueError(f'train must be "answers" or "statements", got {train!r}.')
         if not 0 <= fold < num_folds:
             raise ValueError(f"fold must be from 0 to {num_folds - 1}, got {fold}.")
-        if few_shot and primer is not None:
+        if few_shot is not None and primer is not None:
             raise ValueError("Give either a primer or few_shot, not both.")
+        if (few_shot or 0) < 0:
+            raise ValueError(f"few_shot must be at least 0, got {few_shot}.")
         if questions_per_batch < 1:
             raise ValueError(f"questions_per_batch must be at least 1, got {questions_per_batch}.")
         super().__init__()
         self.source, self.kind, self.fold, self.num_folds = source, train, fold, num_folds
         self.val_fraction, self.seed, self.limit, self.batch_size = val_fraction, seed, limit, batch_size
-        self.tokenizer, self.primer, self.few_shot, self.num_workers = tokenizer, primer, few_shot, num_workers
+        self.tokenizer, self.num_workers = tokenizer, num_workers
+        self.primer, self.few_shot, self.draw = primer, few_shot, draw
         self.protocol: Protocol = protocol_named(protocol)
         self.prompting = Prompting(instruction=self.protocol.instruction) if prompting is None else prompting
         self.encoder_decoder = encoder_decoder
@@ -190,7 +195,9 @@ class TruthfulQADataModule(L.LightningDataModule):
 
     def _primer(self) -> str | None:
         """What was asked to stand before test questions in place of the benchmark's primer."""
-        return few_shot_primer(self.fold_questions, self.few_shot, self.seed) if self.few_shot else self.primer
+        if not self.few_shot:
+            return self.primer if self.few_shot is None else ""
+        return few_shot_primer(self.fold_questions, self.few_shot, self.seed + self.draw)
 
     def _loader(self, examples: Sequence[Example], **options: object) -> DataLoader:
         return DataLoader(
