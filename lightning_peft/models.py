@@ -8,7 +8,6 @@ them, so that padding does not change a row's result.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft.checkpoint import AdapterCheckpointMixin
 from lightning_peft.positions import answering
+from lightning_peft.truthfulqa.evaluation import Evaluation, by_logprob
 from lightning_peft.truthfulqa.generation import Answer, AnswerGenerator
-from lightning_peft.truthfulqa.metrics import ChoiceMetrics
-from lightning_peft.truthfulqa.scoring import AnswerScorer, ChoiceScorer
-from lightning_peft.truthfulqa.side_effects import Off, TextEffects, batch_effects
+from lightning_peft.truthfulqa.side_effects import Off
 from lightning_peft.tuners.stack import adapters, find_stacks
 from lightning_peft.tuners.ways.initialisation import changes_base
 
@@ -63,18 +60,77 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
         return inputs
 
 
-class CausalLM(_Pretrained):
+class _LanguageModel(_Pretrained):
+    """What the two language models share: they are trained on answers, and evaluated on choices and text too."""
+
+    def __init__(self, pretrained: str, auto: str, learning_rate: float, weight_decay: float, dtype: str) -> None:
+        super().__init__(pretrained, auto, learning_rate, weight_decay, dtype)
+        self.evaluation = Evaluation()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, count = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=count)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """As `test_step`."""
+        return self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.evaluation.finish("val_").items():
+            self.log(name, value, prog_bar=name in ("val_loss", "val_mc2"), sync_dist=True)
+
+    def on_test_epoch_start(self) -> None:
+        self._begin()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Of choices their scores, `[B]`, in nats; of text its effects, `[B, 4]`; of other batches nothing."""
+        return self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        found = self.evaluation.finish()
+        self.log_dict({"test_loss" if name == "loss" else name: found[name] for name in found}, sync_dist=True)
+
+    def _begin(self) -> None:
+        off: Off | None = None
+        base = True
+        if find_stacks(self.backbone):
+            stack = adapters(self.backbone)
+            base = not any(changes_base(part.config) for part in stack.parts)
+            off = stack.disabled if base else None
+        self.evaluation.begin(self.backbone, self._scorer, off, base)
+
+    def _evaluate(self, batch: Batch) -> Tensor | None:
+        found = self.evaluation.step(batch)
+        if found is None:
+            self.evaluation.add_loss(*self._loss(batch))
+        return found
+
+    def _scorer(self) -> Callable[[Batch], Tensor]:
+        """What scores choices."""
+        return by_logprob(self.backbone)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Mean cross-entropy over answer tokens, and their number."""
+        raise NotImplementedError
+
+
+class CausalLM(_LanguageModel):
     """A causal language model, trained on answers and tested on choices.
 
-    Training and validation: cross-entropy over the tokens whose label is not -100. Test: rows with `mc0`, `mc1` or
-    `mc2 [B]` are one question's choices (1 true, 0 false, -1 not among that metric's); their exact log-probabilities
-    give MC0, MC1, MC2 and MC3, logged as `mc0` … `mc3`; rows with `capability` give the share of simple questions
-    answered rightly. Whatever adapter is active counts. Rows with `document` are neutral text: logged are its
-    cross-entropy with and without the adapters, `ce` and `ce_base`, and `kl`, in nats per token; of adapters that
-    cannot be switched off `ce` alone.
+    Training and validation: cross-entropy over the tokens whose label is not -100. Validation and test: rows with
+    `mc0`, `mc1` or `mc2 [B]` are one question's choices (1 true, 0 false, -1 not among that metric's); their exact
+    log-probabilities give MC0, MC1, MC2 and MC3, logged as `mc0` … `mc3`; rows with `capability` give the share of
+    simple questions answered rightly. Whatever adapter is active counts. Rows with `document` are neutral text: logged
+    are its cross-entropy with and without the adapters, `ce` and `ce_base`, and `kl`, in nats per token; of adapters
+    that cannot be switched off `ce` alone. The loss of other rows is `val_loss` or `test_loss`; in validation all names
+    begin with `val_`.
 
-    `scoring` may be set to score choices otherwise than by their log-probability: it is called with this module at the
-    beginning of a test, and what it returns with each batch of choices, for scores `[B]`.
+    `scoring` may be set to score choices otherwise than by their log-probability: it is called with this module before
+    the first choices of a test or validation, and what it returns with each batch of them, for scores `[B]`.
 
     Args:
         pretrained: a model on the Hugging Face hub, or a folder.
@@ -88,59 +144,13 @@ class CausalLM(_Pretrained):
     ) -> None:
         super().__init__(pretrained, "AutoModelForCausalLM", learning_rate, weight_decay, dtype)
         self.save_hyperparameters()
-        self.metrics = ChoiceMetrics()
-        self.text_effects = TextEffects()
         self.scoring: Callable[[CausalLM], Callable[[Batch], Tensor]] = _by_logprob
-        self._score: Callable[[Batch], Tensor] | None = None
         self._generator: AnswerGenerator | None = None
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits `[B, T, vocabulary]`."""
         with self._answers(batch):
             return self.backbone(**self._inputs(batch)).logits
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, count = self._loss(batch)
-        self.log("train_loss", loss, prog_bar=True, batch_size=count)
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss, count = self._loss(batch)
-        self.log("val_loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
-
-    def on_test_epoch_start(self) -> None:
-        self._score = self.scoring(self)
-        self.metrics.begin()
-        self.text_effects.update(torch.zeros(1, 4))  # of several processes those without any text must take part too
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Scores of the rows' answers, `[B]`, in nats; of rows of text, their effects, `[B, 4]`."""
-        if "document" in batch:
-            return self._text_step(batch)
-        assert self._score is not None
-        logprobs = self._score(batch)
-        self.metrics.add(logprobs, batch)
-        return logprobs
-
-    def on_test_epoch_end(self) -> None:
-        self._score = None
-        self.log_dict(self.metrics.finish())
-        found = self.text_effects.compute()
-        self.log_dict({name: value for name, value in found.items() if not math.isnan(value)})
-        self.text_effects.reset()
-
-    def _text_step(self, batch: Batch) -> Tensor:
-        off: Off | None = None
-        known = True
-        if find_stacks(self.backbone):
-            stack = adapters(self.backbone)
-            known = not any(changes_base(part.config) for part in stack.parts)
-            off = stack.disabled if known else None
-        effects = batch_effects(self.backbone, batch, off)
-        if not known:
-            effects[:, [1, 3]] = math.nan
-        self.text_effects.update(effects, batch["document"])
-        return effects
 
     def on_predict_epoch_start(self) -> None:
         self._generator = AnswerGenerator(self.backbone, self.tokenizer)
@@ -154,6 +164,9 @@ class CausalLM(_Pretrained):
 
     def on_predict_epoch_end(self) -> None:
         self._generator = None
+
+    def _scorer(self) -> Callable[[Batch], Tensor]:
+        return self.scoring(self)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Mean cross-entropy over answer tokens, and their number. Only the columns that hold any are put through
@@ -176,8 +189,7 @@ class CausalLM(_Pretrained):
 
 def _by_logprob(module: CausalLM) -> Callable[[Batch], Tensor]:
     """Exact log-probabilities of answers behind their prompts."""
-    scorer = ChoiceScorer(module.backbone)
-    return lambda batch: scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    return by_logprob(module.backbone)
 
 
 class SequenceClassifier(_Pretrained):
@@ -236,11 +248,11 @@ class SequenceClassifier(_Pretrained):
         return self(batch).argmax(-1)
 
 
-class Seq2SeqLM(_Pretrained):
+class Seq2SeqLM(_LanguageModel):
     """An encoder-decoder trained on `labels [B, U]`, the target tokens, -100 where padded, and tested on choices.
 
-    Test: batches of `TruthfulQADataModule` give `mc0` … `mc3` and `capability` as in `CausalLM`, the prompt read by the
-    encoder and the answers scored by the decoder; of any other batches `test_loss` is logged.
+    Validation and test: choices give `mc0` … `mc3` and `capability` as in `CausalLM`, the prompt read by the encoder
+    and the answers scored by the decoder; the loss of other batches is `val_loss` or `test_loss`.
 
     Args:
         pretrained: a model on the Hugging Face hub, or a folder.
@@ -254,42 +266,10 @@ class Seq2SeqLM(_Pretrained):
     ) -> None:
         super().__init__(pretrained, "AutoModelForSeq2SeqLM", learning_rate, weight_decay, dtype)
         self.save_hyperparameters()
-        self.test_loss = MeanMetric()
-        self.metrics = ChoiceMetrics()
-        self._scorer: AnswerScorer | None = None
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits `[B, U, vocabulary]`."""
         return self.backbone(**self._inputs(batch), labels=batch["labels"]).logits
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, count = self._loss(batch)
-        self.log("train_loss", loss, prog_bar=True, batch_size=count)
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss, count = self._loss(batch)
-        self.log("val_loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
-
-    def on_test_epoch_start(self) -> None:
-        self._scorer = AnswerScorer(self.backbone)
-        self.metrics.begin()
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Of choices their answers' log-probabilities, `[B]`, in nats."""
-        if "question_id" in batch:
-            assert self._scorer is not None
-            logprobs = self._scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
-            self.metrics.add(logprobs, batch)
-            return logprobs
-        loss, count = self._loss(batch)
-        self.test_loss.update(loss, count)
-        self.log("test_loss", self.test_loss, batch_size=count)
-        return None
-
-    def on_test_epoch_end(self) -> None:
-        self._scorer = None
-        self.log_dict(self.metrics.finish())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """Generated token ids, `[B, U]`."""

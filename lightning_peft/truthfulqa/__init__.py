@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
     from lightning_peft.truthfulqa.embeddings import SentenceEmbedder
+    from lightning_peft.truthfulqa.evaluation import Evaluation
     from lightning_peft.truthfulqa.generation import Answer, AnswerGenerator, encode_prompts
     from lightning_peft.truthfulqa.metrics import MC0, MC1, MC2, MC3
     from lightning_peft.truthfulqa.presets import INSTRUCTIONS, Prompting, cut_answer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "TruthfulQADataModule": "datamodule",
     "SentenceEmbedder": "embeddings",
+    "Evaluation": "evaluation",
     "Answer": "generation",
     "AnswerGenerator": "generation",
     "encode_prompts": "generation",
@@ -77,6 +79,7 @@ __all__ = [
     "Choice",
     "ChoiceScorer",
     "DataError",
+    "Evaluation",
     "Prompting",
     "Protocol",
     "Question",
