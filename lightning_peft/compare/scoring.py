@@ -118,9 +118,12 @@ class RTDScoring(Scoring):
         scorer = ChoiceScorer(module.backbone)
 
         def score(batch: Batch) -> Tensor:
-            if "capability" in batch:
-                raise ValueError("RTD scores questions of the test fold only: leave the data's side_effects out.")
-            choices = zip(batch["question_id"].tolist(), batch["choice"].tolist(), strict=True)
+            choices = list(zip(batch["question_id"].tolist(), batch["choice"].tolist(), strict=True))
+            if "capability" in batch or not found.keys() >= set(choices):
+                raise ValueError(
+                    "RTD scores questions of the test fold only: set the data's val_metrics to False, and "
+                    "leave the data's side_effects out."
+                )
             scores = torch.tensor([found[choice] for choice in choices])
             if self.lm_weight:
                 own = scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])

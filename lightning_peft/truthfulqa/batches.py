@@ -1,13 +1,28 @@
-"""Shuffled batches of rows of like length, so that little of a batch is padding."""
+"""Which rows and which batches follow each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Sampler
 
 _POOL = 8  # batches whose rows are sorted together: enough to be alike, few enough to stay shuffled
+
+
+T = TypeVar("T")
+
+
+def evenly_mixed(*kinds: Sequence[T]) -> list[T]:
+    """All batches of all kinds, those of each kind evenly spread, so that the first ones are of every kind.
+
+    Example:
+        >>> evenly_mixed("aaaa", "bb", "")
+        ['a', 'b', 'a', 'a', 'b', 'a']
+    """
+    placed = [(i / len(batches), kind, batch) for kind, batches in enumerate(kinds) for i, batch in enumerate(batches)]
+    return [batch for *_, batch in sorted(placed, key=lambda entry: entry[:2])]
 
 
 class LengthGroupedSampler(Sampler[int]):

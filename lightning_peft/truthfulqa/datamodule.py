@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from lightning_peft.truthfulqa.batches import LengthGroupedSampler
+from lightning_peft.truthfulqa.batches import LengthGroupedSampler, evenly_mixed
+from lightning_peft.truthfulqa.evaluation import Batch, Evaluation
 from lightning_peft.truthfulqa.folds import assign_folds, inner_split
 from lightning_peft.truthfulqa.generation import encode_prompts
 from lightning_peft.truthfulqa.presets import Prompting
@@ -39,7 +40,9 @@ class TruthfulQADataModule(L.LightningDataModule):
       rows of like length together.
     - Training, `train="statements"` (to probe): every true and false answer to all training questions, one line
       each, sorted by length; callbacks that probe make their own inner split.
-    - Validation: every true answer to the inner validation questions.
+    - Validation: every true answer to the inner validation questions; where metrics are validated too, batches as in
+      test, but of these questions, stand evenly among them, so that a limit of batches keeps some of each kind.
+      (Training on statements is on these questions too: what is measured of an edit computed so is no forecast.)
     - Test: questions of the test fold after the primer, a row is a choice, and `mc0`, `mc1`, `mc2 [B]` say what it is
       to each metric (1 true, 0 false, -1 not among its choices), `choice [B]` which of its question's it is, and
       `strict [B]` whether a tie counts as wrong.
@@ -71,6 +74,9 @@ class TruthfulQADataModule(L.LightningDataModule):
         prompting: how free answers are asked for, by default with the protocol's instruction; a primer or
             demonstrations from above stand in that prompt too.
         encoder_decoder: whether batches are for an encoder-decoder; default, as the LightningModule's backbone is one.
+        val_metrics: whether validation measures choices, and what `side_effects` asks for, beside the loss. True: at
+            each validation of a fit too, which takes time, but callbacks may then monitor `val_mc2`. False: never.
+            Default: in `trainer.validate` alone, of a LightningModule that has an `Evaluation`, as ours have.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         prompting: Prompting | None = None,
         protocol: ProtocolName = "lm_eval",
         encoder_decoder: bool | None = None,
+        val_metrics: bool | None = None,
     ) -> None:
         if train not in ("answers", "statements"):
             raise ValueError(f'train must be "answers" or "statements", got {train!r}.')
@@ -111,7 +118,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         self.primer, self.few_shot, self.draw = primer, few_shot, draw
         self.protocol: Protocol = protocol_named(protocol)
         self.prompting = Prompting(instruction=self.protocol.instruction) if prompting is None else prompting
-        self.encoder_decoder = encoder_decoder
+        self.encoder_decoder, self.val_metrics = encoder_decoder, val_metrics
         self.questions_per_batch, self.side_effects = questions_per_batch, side_effects
         self.train_questions: list[Question] = []
         self.val_questions: list[Question] = []
@@ -170,34 +177,53 @@ class TruthfulQADataModule(L.LightningDataModule):
         return self._loader(examples, sampler=LengthGroupedSampler(lengths, self.batch_size, self.seed))
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self._answers(self.val_questions))
+        answers = self._answers(self.val_questions)
+        if not self._validates_metrics():
+            return self._loader(answers)
+        firsts = range(0, len(answers), self.batch_size)
+        batches = [self._collate(answers[i : i + self.batch_size]) for i in firsts]
+        return self._ready(evenly_mixed(batches, *self._tested(self.val_questions, self.val_contexts())))
 
     def test_dataloader(self) -> DataLoader:
-        firsts = range(0, len(self.test_questions), self.questions_per_batch)
-        # questions are whole: their rows share a prompt, which the scorer computes once
-        together, contexts = self.questions_per_batch, self.test_contexts()
-        batches = [self._choices(self.test_questions[i : i + together], contexts, self.protocol.answer) for i in firsts]
-        if self.side_effects is not None:
-            batches += self._side_effects(self.side_effects)
-        return DataLoader(batches, batch_size=None, num_workers=self.num_workers)  # type: ignore[arg-type]
+        kinds = self._tested(self.test_questions, self.test_contexts())
+        return self._ready([batch for kind in kinds for batch in kind])
 
     def predict_dataloader(self) -> DataLoader:
         assert self._tokenizer is not None
         primer = self._primer()
         prompting = self.prompting if primer is None else replace(self.prompting, primer=primer)
-        batches = encode_prompts(self.test_questions, prompting, self._tokenizer, self.batch_size)
-        return DataLoader(batches, batch_size=None, num_workers=self.num_workers)  # type: ignore[arg-type]
+        return self._ready(encode_prompts(self.test_questions, prompting, self._tokenizer, self.batch_size))
 
     def test_contexts(self) -> dict[int, str]:
         """What stands before the answers to each test question, by its id."""
         primer = self._primer()
         return {question.id: self.protocol.context(question.text, primer) for question in self.test_questions}
 
-    def _primer(self) -> str | None:
-        """What was asked to stand before test questions in place of the benchmark's primer."""
+    def val_contexts(self) -> dict[int, str]:
+        """What stands before the answers to each inner validation question, by its id: as before test questions, but
+        that demonstrations are of inner training questions, of which there may be fewer."""
+        primer = self._primer(inner=True)
+        return {question.id: self.protocol.context(question.text, primer) for question in self.val_questions}
+
+    def _primer(self, inner: bool = False) -> str | None:
+        """What was asked to stand before questions in place of the benchmark's primer."""
         if not self.few_shot:
             return self.primer if self.few_shot is None else ""
-        return few_shot_primer(self.fold_questions, self.few_shot, self.seed + self.draw)
+        among = self.train_questions if inner else self.fold_questions
+        shots = min(self.few_shot, len(among)) if inner else self.few_shot
+        return few_shot_primer(among, shots, self.seed + self.draw)
+
+    def _validates_metrics(self) -> bool:
+        if self.val_metrics is not None:
+            return self.val_metrics
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn != TrainerFn.VALIDATING:
+            return False
+        # another's validation_step would take choices, false ones among them, for answers
+        return any(isinstance(part, Evaluation) for part in trainer.lightning_module.modules())
+
+    def _ready(self, batches: list[Batch]) -> DataLoader:
+        return DataLoader(batches, batch_size=None, num_workers=self.num_workers)  # type: ignore[arg-type]
 
     def _loader(self, examples: Sequence[Example], **options: object) -> DataLoader:
         return DataLoader(
@@ -226,9 +252,17 @@ class TruthfulQADataModule(L.LightningDataModule):
                     examples.append(example | {"labels": [-100] * len(example["labels"])})  # type: ignore[arg-type]
         return examples
 
+    def _tested(self, questions: Sequence[Question], contexts: Mapping[int, str]) -> list[list[Batch]]:
+        """Batches of the questions' choices, of simple questions and of text, where these are asked for."""
+        together = self.questions_per_batch
+        # questions are whole: their rows share a prompt, which the scorer computes once
+        parts = [questions[i : i + together] for i in range(0, len(questions), together)]
+        choices = [self._choices(part, contexts, self.protocol.answer) for part in parts]
+        return [choices] if self.side_effects is None else [choices, *self._side_effects(self.side_effects)]
+
     def _choices(
         self, questions: Sequence[Question], contexts: Mapping[int, str], answer: Callable[[str], str]
-    ) -> dict[str, Tensor]:
+    ) -> Batch:
         """Each choice after its question's context."""
         pairs = [(question, choice) for question in questions for choice in question.choices]
         batch = self._collate([self._example(q, contexts[q.id], answer(c.text), c.mc2) for q, c in pairs])
@@ -238,7 +272,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         batch["strict"] = torch.full((len(pairs),), self.protocol.ties == "strict")
         return batch
 
-    def _side_effects(self, asked: SideEffects) -> list[dict[str, Tensor]]:
+    def _side_effects(self, asked: SideEffects) -> tuple[list[Batch], list[Batch]]:
         assert self._tokenizer is not None
         batches = []
         for question in asked.questions():
@@ -248,7 +282,7 @@ class TruthfulQADataModule(L.LightningDataModule):
             benchmark = ("mc0", "mc1", "mc2", "strict")
             batches.append({name: values for name, values in batch.items() if name not in benchmark})
         text = asked.text()
-        return batches if text is None else [*batches, *text_batches(text, self._tokenizer)]
+        return batches, [] if text is None else list(text_batches(text, self._tokenizer))
 
     def _example(self, question: Question, context: str, answer: str, truth: int) -> Example:
         if not self._apart:
@@ -269,7 +303,7 @@ class TruthfulQADataModule(L.LightningDataModule):
             "answer_start": prompt - 1,
         }
 
-    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def _collate(self, examples: Sequence[Example]) -> Batch:
         assert self._tokenizer is not None
         pad = self._tokenizer.pad_token_id
         pad = self._tokenizer.eos_token_id if pad is None else pad
