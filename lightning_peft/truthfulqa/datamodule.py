@@ -94,7 +94,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         few_shot: int | None = None,
         draw: int = 0,
         num_workers: int = 0,
-        questions_per_batch: int = 4,
+        questions_per_batch: int = 8,
         side_effects: SideEffects | None = None,
         prompting: Prompting | None = None,
         protocol: ProtocolName = "lm_eval",

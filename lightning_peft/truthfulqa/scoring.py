@@ -17,8 +17,8 @@ from lightning_peft.positions import answering
 from lightning_peft.trie import common_prefix, pack, packed_length
 
 _TOLERANCE = 1e-3  # nats: packed and plain scoring must agree to this
-_TRIAL_CONTEXT = 16  # prompt tokens kept in the trial of packing
-_TOGETHER = 512  # tokens of one call, where it holds several questions
+_TRIAL = 8  # tokens that the trial of packing keeps of a prompt, and of an answer
+_TOGETHER = 768  # tokens of one call, where it holds several questions
 
 
 class ChoiceScorer:
@@ -222,8 +222,9 @@ class ChoiceScorer:
 
     def _try_packing(self, rows: list[list[int]], starts: list[int]) -> bool:
         """Score shortened copies of questions both ways, twice, so that the cache is tried as well."""
-        cut = max(0, min(starts) - _TRIAL_CONTEXT)
-        short, begin = [row[cut:] for row in rows], [start - cut for start in starts]
+        cut = max(0, min(starts) + 1 - _TRIAL)
+        short = [row[cut : start + 1 + _TRIAL] for row, start in zip(rows, starts, strict=True)]
+        begin = [start - cut for start in starts]
         plain = self._plain(short, begin)
         try:
             packed = [self._packed(short, begin) for _ in range(2)]

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 180  # seconds; idle, it takes about 12
 CASES: dict[str, dict[str, Any]] = {
     # three batches of questions, two of simple ones, two of text: seven, so one is repeated
-    "all": {"side_effects": SideEffects(tokens=192, capability=2, length=12)},
+    "all": {"questions_per_batch": 4, "side_effects": SideEffects(tokens=192, capability=2, length=12)},
     "alone": {"questions_per_batch": 64},  # one batch, which both processes get
     "apart": {"questions_per_batch": 64, "side_effects": SideEffects(tokens=24, capability=0, length=12)},  # one each
 }
