@@ -26,7 +26,12 @@ class Harness:
     def __init__(self, model: str | Path, batch_size: int = 8) -> None:
         from lm_eval.models.huggingface import HFLM
 
-        self._lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=batch_size)
+        self._lm: Any = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=batch_size)
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers that it asks."""
+        return self._lm.model
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, list[dict[str, Any]]]:
         """Its logged samples of both tasks, `mc1` and `mc2`, in the order of the questions."""
@@ -45,9 +50,21 @@ class Harness:
         samples = {metric: results["samples"][f"local_{metric}"] for metric in METRICS}
         return {metric: sorted(found, key=lambda sample: sample["doc_id"]) for metric, found in samples.items()}
 
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """What the model writes after each question in the task `truthfulqa_gen`, of which no metric is computed."""
+        from lm_eval.tasks import TaskManager
+
+        with tempfile.TemporaryDirectory() as folder:
+            _write_tasks(questions, Path(folder))
+            manager = TaskManager(include_path=folder, include_defaults=False)
+            task = manager.load(["local_gen"])["tasks"]["local_gen"]
+        task.build_all_requests()
+        requests = sorted(task.instances, key=lambda request: request.doc_id)
+        return self._lm.generate_until(requests, disable_tqdm=True)
+
 
 def _write_tasks(questions: Sequence[Question], folder: Path) -> None:
-    """The two tasks' files with local rows in place of the hub's."""
+    """The tasks' files with local rows in place of the hub's."""
     import lm_eval
 
     data = folder / "questions.jsonl"
@@ -55,7 +72,7 @@ def _write_tasks(questions: Sequence[Question], folder: Path) -> None:
     tasks = Path(lm_eval.__file__).parent / "tasks" / "truthfulqa"
     shutil.copy(tasks / "utils.py", folder / "utils.py")
     source = json.dumps({"data_files": {"validation": str(data)}})
-    for metric in METRICS:
+    for metric in (*METRICS, "gen"):
         lines = (tasks / f"truthfulqa_{metric}.yaml").read_text().splitlines()
         head = [f"task: local_{metric}", "dataset_path: json", f"dataset_kwargs: {source}"]
         if metric == "mc2":
@@ -65,7 +82,8 @@ def _write_tasks(questions: Sequence[Question], folder: Path) -> None:
 
 
 def _row(question: Question) -> dict[str, Any]:
-    row: dict[str, Any] = {"question": question.text}
+    row: dict[str, Any] = {"question": question.text, "correct_answers": list(question.correct)}
+    row["incorrect_answers"] = list(question.incorrect)
     for metric in METRICS:
         # the harness takes the first mc1 choice for the true one
         chosen = sorted(
