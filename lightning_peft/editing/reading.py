@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.editing.capture import Capture, Site
 from lightning_peft.editing.forward import run_trunk
 from lightning_peft.positions import tracked
+from lightning_peft.trial import objection
 from lightning_peft.trie import common_prefix, pack
 
 _TOLERANCE = 1e-3  # of the largest value: packed and plain reading must agree to this
@@ -168,19 +169,18 @@ def _cannot_share(
     bare = [*longest, longest[0][:-1] or longest[0]]
     behind = [[longest[0][0]] * _LONG + tokens for tokens in bare]  # long enough to be cached
     whole = replace(way, batch_size=len(bare), row_tokens=10**6, rank=0, ranks=1)
-    largest = 0.0
-    try:
-        for trial in (bare, behind):
-            wanted = [[len(tokens) - 1] for tokens in trial]
-            expected, found = (
-                _in_order(list(read(backbone, reader, trial, wanted, device, whole))) for read in (_plain, _packed)
-            )
-            largest = max(largest, float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)))
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        return f"packed, it raises {type(error).__name__}"
+
+    def apart(texts: Sequence[Sequence[int]]) -> float:
+        wanted = [[len(tokens) - 1] for tokens in texts]
+        expected, found = (
+            _in_order(list(read(backbone, reader, texts, wanted, device, whole))) for read in (_plain, _packed)
+        )
+        return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
     coarse = way.autocast or _dtype(backbone).itemsize < 4
-    fits = largest <= (0.05 if coarse else _TOLERANCE)
-    return "" if fits else f"packed, they differ by {largest:.1e} of the largest value"
+    allowed = 0.05 if coarse else _TOLERANCE
+    against = objection(lambda: max(apart(bare), apart(behind)), allowed, "of the largest value")
+    return against and f"packed, {against}"
 
 
 def _in_order(found: list[tuple[list[int], Tensor]]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.editing.heads import HeadSite
 from lightning_peft.editing.iti import HeadEdit
 from lightning_peft.editing.row_offsets import RowOffsets, displacements
+from lightning_peft.trial import objection
 from lightning_peft.truthfulqa.scoring import ChoiceScorer
 
 _TOLERANCE = 1e-3  # of the largest logit: rows together and alone must agree to this
@@ -112,23 +113,21 @@ class Grid:
         """Try two rows of one call against each alone, on a few tokens."""
         tokens = torch.arange(1, 9, device=self._device)[None]
         pair = [0, len(self.points) - 1]
-        try:
-            with self._edit(pair):
-                together = self.backbone(input_ids=tokens, use_cache=False).logits
-        except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"it raises {type(error).__name__}"
-        else:
-            alone = []
-            for i in pair:
-                with self._edit([i]):
-                    alone.append(self.backbone(input_ids=tokens, use_cache=False).logits)
-            expected = torch.cat(alone)
-            if together.shape == expected.shape:
-                apart = float((together - expected).abs().max() / expected.abs().max())
-                if apart <= max(_TOLERANCE, 8 * torch.finfo(expected.dtype).eps):
-                    return True
-                reason = f"rows differ by {apart:.1e} of the largest logit"
-            else:
-                reason = f"it gives {len(together)} of 2"
-        warnings.warn(f"{type(self.backbone).__name__} cannot make rows of one call: {reason}.", stacklevel=2)
-        return False
+
+        def logits(points: list[int]) -> Tensor:
+            with self._edit(points):
+                return self.backbone(input_ids=tokens, use_cache=False).logits
+
+        expected = torch.cat([logits([i]) for i in pair])
+        allowed = max(_TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
+
+        def apart() -> float:
+            together = logits(pair)
+            if together.shape != expected.shape:
+                raise ValueError(f"{len(together)} rows came out of 2")
+            return float((together - expected).abs().max() / expected.abs().max())
+
+        against = objection(apart, allowed, "of the largest logit")
+        if against:
+            warnings.warn(f"{type(self.backbone).__name__} cannot make rows of one call: {against}.", stacklevel=2)
+        return not against

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.positions import answering
+from lightning_peft.trial import objection
 from lightning_peft.trie import common_prefix, pack, packed_length
 
 _TOLERANCE = 1e-3  # nats: packed and plain scoring must agree to this
@@ -179,7 +180,7 @@ class ChoiceScorer:
             cache: what stands before the row.
         """
         device = next(self.backbone.parameters()).device
-        dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
+        dtype = _dtype(self.backbone)
         sees = torch.cat([torch.ones(len(sees), cache.get_seq_length(), dtype=torch.bool), sees], dim=1)
         mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
         skips = "logits_to_keep" in self._accepts
@@ -226,23 +227,15 @@ class ChoiceScorer:
         short = [row[cut : start + 1 + _TRIAL] for row, start in zip(rows, starts, strict=True)]
         begin = [start - cut for start in starts]
         plain = self._plain(short, begin)
-        try:
-            packed = [self._packed(short, begin) for _ in range(2)]
-            difference = max(float((p - plain).abs().max()) for p in packed)
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            difference, reason = float("inf"), f"it raises {type(error).__name__}"
-        else:
-            reason = f"it differs by {difference:.1e} nats"
-        finally:
-            self._cache, self._cached = None, []
-        dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
-        allowed = (
-            _TOLERANCE if dtype == torch.float32 else _TOLERANCE + float(torch.finfo(dtype).eps * plain.abs().max())
-        )
-        if difference <= allowed:
-            return True
-        warnings.warn(f"{type(self.backbone).__name__} is scored row by row: packed, {reason}.", stacklevel=2)
-        return False
+
+        def difference() -> float:
+            return max(float((self._packed(short, begin) - plain).abs().max()) for _ in range(2))
+
+        against = objection(difference, _allowed(self.backbone, plain), "nats")
+        self.forget()
+        if against:
+            warnings.warn(f"{type(self.backbone).__name__} is scored row by row: packed, {against}.", stacklevel=2)
+        return not against
 
 
 class AnswerScorer:
@@ -299,12 +292,18 @@ class AnswerScorer:
 
     def _try_sharing(self, *rows: Tensor) -> bool:
         plain = self._plain(*rows)
-        try:
-            difference = float((self._shared(*rows) - plain).abs().max())
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False
-        dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
-        return difference <= _TOLERANCE + torch.finfo(dtype).eps * float(plain.abs().max())
+        allowed = _allowed(self.backbone, plain)
+        return not objection(lambda: float((self._shared(*rows) - plain).abs().max()), allowed, "nats")
+
+
+def _allowed(backbone: nn.Module, scores: Tensor) -> float:
+    """How far scores may be apart by rounding, in nats."""
+    dtype = _dtype(backbone)
+    return _TOLERANCE + (0.0 if dtype == torch.float32 else float(torch.finfo(dtype).eps * scores.abs().max()))
+
+
+def _dtype(backbone: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in backbone.parameters() if p.is_floating_point())
 
 
 def _summed(logits: Tensor, labels: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def test_a_model_that_cannot_be_packed_is_read_text_by_text_or_says_so() -> None
     model = tiny("bert")  # it sees what comes after, too
     read = capture_tokens(model, head_sites(model), TEXTS)
     torch.testing.assert_close(read, torch.stack([x[-1] for x in alone(model, TEXTS)]), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"^BertForMaskedLM cannot read packed texts: packed, they differ by"):
+    with pytest.raises(ValueError, match=r"^BertForMaskedLM cannot read packed texts: packed, it differs by"):
         capture_texts(model, head_sites(model), TEXTS, share=True)
 
 
