@@ -5,9 +5,11 @@
 #   TORCH_ARGS  more arguments for the installation of torch alone. On Linux, pip's default torch is a CUDA build of
 #               several gigabytes; on a machine without a GPU, name the index or folder of the CPU builds here
 #               (the PyTorch installation page has it): make test TORCH_ARGS="--index-url <URL of the CPU builds>"
+#   WORKERS     processes that the tests run in; each takes one core and up to 3 GiB
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -52,7 +54,7 @@ demo: $(INSTALLED) model
 	$(BIN)/lightning-peft compare --config configs/compare/quick.yaml
 
 test: $(INSTALLED_TEST) model
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check
