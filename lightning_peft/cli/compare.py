@@ -13,10 +13,12 @@ def main(args: list[str]) -> dict[str, Any]:
     from rich.console import Console
 
     from lightning_peft.compare.effects import effects_table
+    from lightning_peft.compare.page import write_html
     from lightning_peft.compare.plan import Plan
     from lightning_peft.compare.plots import save_pictures
-    from lightning_peft.compare.report import table, verdict, write_html
     from lightning_peft.compare.run import run
+    from lightning_peft.compare.terminal import table
+    from lightning_peft.compare.verdict import verdict
 
     parser = ArgumentParser(prog="lightning-peft compare", description="Compare adaptations on one question set.")
     parser.add_argument("--config", action="config", help="YAML file with the plan")

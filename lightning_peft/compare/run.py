@@ -41,7 +41,7 @@ def run(plan: Plan, settings: Mapping[str, Any], console: Console) -> dict[str, 
         console: where to report progress.
 
     Returns:
-        The content of `results.json`, whose form `report.py` describes.
+        The content of `results.json`, which `results.py` reads.
     """
     check(plan)
     output = Path(plan.output or f"runs/{plan.name}")

@@ -12,9 +12,11 @@ from rich.console import Console
 
 from lightning_peft.callbacks import LoRA
 from lightning_peft.compare.effects import effect_scores, effects_table, effects_view, forgotten_scores
+from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plan import Data, Plan, Row, check
-from lightning_peft.compare.report import table, verdict, write_html
 from lightning_peft.compare.statistics import mean_interval
+from lightning_peft.compare.terminal import table
+from lightning_peft.compare.verdict import verdict
 from lightning_peft.truthfulqa import SideEffects, forgotten
 
 FOLDS: list[dict[str, Any]] = [

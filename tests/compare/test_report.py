@@ -14,8 +14,10 @@ import pytest
 from matplotlib import pyplot
 from rich.console import Console
 
+from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plots import by_method, head_accuracy_map
-from lightning_peft.compare.report import table, verdict, write_html
+from lightning_peft.compare.terminal import table
+from lightning_peft.compare.verdict import verdict
 
 M = "\N{MINUS SIGN}"
 BASE = {"mc0": 0.55, "mc1": 0.25, "mc2": 0.353, "mc3": 0.18}
