@@ -22,8 +22,8 @@ class Evaluation(nn.Module):
 
     Measured are `mc0` … `mc3` of questions, `capability` of simple ones, `ce`, `ce_base` and `kl` on neutral text, in
     nats per token, and `loss`, the mean of the losses given, per token. Each is there where there was any such batch.
-    On several processes a question or document that a sampler repeats counts once, and each process gets the numbers of
-    all; it is a module so that the metrics follow the LightningModule to its device.
+    On several processes each gets the numbers of all, and a question or document that a sampler repeats counts once;
+    the loss alone counts what is repeated. It is a module so that the metrics follow the LightningModule to its device.
 
     Example:
         >>> class Mine(L.LightningModule):  # doctest: +SKIP

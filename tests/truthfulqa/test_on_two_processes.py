@@ -65,6 +65,8 @@ def evaluate(model: Path, folder: Path, devices: int) -> None:
         data = TruthfulQADataModule("package", limit=20, primer="", **arguments)
         logged = trainer.test(module, data, verbose=False)[0]
         torch.save((logged, counted.count, counted.questions), folder / f"{case}.{trainer.global_rank}")
+        data.questions_per_batch, data.batch_size = 1, 4
+        torch.save(trainer.validate(module, data, verbose=False)[0], folder / f"{case}.val.{trainer.global_rank}")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,20 @@ def test_two_processes_log_what_one_does(folders: tuple[Path, Path], case: str) 
     repeated = sum(count for _, _, count in two) - questions
     assert repeated == {"all": 4, "alone": 10, "apart": 0}[case], "or nothing was there to be removed"
     assert [count for _, _, count in two] == {"all": [6, 8], "alone": [10, 10], "apart": [10, 0]}[case]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_validate_what_one_does(folders: tuple[Path, Path], case: str) -> None:
+    """Two batches of answers, one of each of two questions, and what the case asks for; where that is an odd number,
+    answers are repeated, and the loss alone counts them twice."""
+    one = torch.load(folders[0] / f"{case}.val.0")
+    assert {"val_loss", "val_mc0", "val_mc2"} <= set(one)
+    two = [torch.load(folders[1] / f"{case}.val.{rank}") for rank in range(2)]
+    assert two[0] == two[1] and set(two[0]) == set(one)
+    if case == "apart":
+        assert two[0].pop("val_loss") == pytest.approx(one.pop("val_loss"), rel=0.1)
+    assert two[0] == {name: pytest.approx(value, abs=1e-5) for name, value in one.items() if name in two[0]}
 
 
 @pytest.mark.slow
