@@ -6,13 +6,15 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from lightning_peft import __version__
@@ -25,6 +27,7 @@ from lightning_peft.truthfulqa.protocols import PROTOCOLS
 from lightning_peft.truthfulqa.questions import data_hash, load_questions, subset
 from lightning_peft.truthfulqa.samples import FILES, TASKS, by_category, read_samples, write_samples
 
+Scores = dict[str, dict[int, list[float]]]  # by metric and question, or document, one a draw of demonstrations
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "scikit-learn")
 
 
@@ -91,19 +94,21 @@ def collect(
     accuracies."""
     base = next(row.name for row in plan.rows if row.kind == "base")
     scores = {row.name: _question_scores(plan, row, outcomes) for row in plan.rows}
-    for row in plan.rows:
-        if scores[row.name]:
-            scores[row.name] |= effect_scores([outcomes[row.name, f]["effects"] for f in range(plan.data.num_folds)])
-    if known := scores[base].get("capability"):
-        for values in scores.values():
-            if "capability" in values:
-                values["forgotten"] = forgotten_scores(known, values["capability"])
+    effects = {
+        row.name: effect_scores([outcomes[row.name, fold]["effects"] for fold in range(plan.data.num_folds)])
+        for row in plan.rows
+        if scores[row.name]
+    }
+    for name, found in effects.items():
+        if "capability" in found and (known := effects.get(base, {}).get("capability")):
+            found["forgotten"] = forgotten_scores(known, found["capability"])
+        scores[name] |= {effect: {i: [value] for i, value in of.items()} for effect, of in found.items()}
     rows = [_row(plan, row, outcomes, scores, base) for row in plan.rows]
     contrasts = []
     for a, b in _contrasted(plan):
         if scores[a] and scores[b]:
-            found = _difference(scores[a]["mc2"], scores[b]["mc2"])
-            contrasts.append({"a": a, "b": b, "metric": "mc2", **{k: found[k] for k in ("mean", "low", "high", "p")}})
+            change = _difference(scores[a]["mc2"], scores[b]["mc2"])
+            contrasts.append({"a": a, "b": b, "metric": "mc2", **{k: change[k] for k in ("mean", "low", "high", "p")}})
     own = plan.data.source == "package"
     label = "this package's own question set" if own else "TruthfulQA"
     return {
@@ -159,10 +164,8 @@ def _attempt(
     return result
 
 
-def _question_scores(
-    plan: Plan, row: Row, outcomes: Mapping[tuple[str, int], dict[str, Any]]
-) -> dict[str, dict[int, float]]:
-    """For each metric the score of each question over all folds, its mean over draws; empty if a fold failed."""
+def _question_scores(plan: Plan, row: Row, outcomes: Mapping[tuple[str, int], dict[str, Any]]) -> Scores:
+    """For each metric the scores of each question over all folds, one a draw; empty if a fold failed."""
     folds = [outcomes[row.name, fold] for fold in range(plan.data.num_folds)]
     if any(outcome["failed"] for outcome in folds):
         return {}
@@ -177,13 +180,13 @@ def _question_scores(
         "mc2": mc2,
         "mc3": mc3,
     }
-    scores: dict[str, dict[int, float]] = {name: defaultdict(float) for name in functions}
+    scores: Scores = {name: defaultdict(list) for name in functions}
     for (question, _), choices in asked.items():
         logprobs = torch.tensor([c["logprob"] for c in choices])
         for name, score in functions.items():
             truth = torch.tensor([c["mc2" if name == "mc3" else name] for c in choices])
             if {0, 1} <= set(truth.tolist()):
-                scores[name][question] += score(logprobs, truth) / row.draws
+                scores[name][question].append(score(logprobs, truth))
     return {name: values for name, values in scores.items() if values}
 
 
@@ -191,15 +194,18 @@ def _row(
     plan: Plan,
     row: Row,
     outcomes: Mapping[tuple[str, int], dict[str, Any]],
-    scores: Mapping[str, dict[str, dict[int, float]]],
+    scores: Mapping[str, Scores],
     base: str,
 ) -> dict[str, Any]:
     folds = [outcomes[row.name, fold] for fold in range(plan.data.num_folds)]
     failed = next((outcome["failed"] for outcome in folds if outcome["failed"]), None)
-    metrics, difference = {}, {}
+    metrics, difference, draws = {}, {}, {}
     for name, values in scores[row.name].items():
-        interval = mean_interval(list(values.values()))
+        by_draw = _by_draw(values, values)
+        interval = mean_interval(by_draw)
         metrics[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+        if len(by_draw) > 1:
+            draws[name] = by_draw.mean(1).tolist()
         if row.name != base and name in scores[base]:
             difference[name] = _difference(values, scores[base][name])
     chosen: dict[str, list[Any]] = defaultdict(list)
@@ -212,6 +218,7 @@ def _row(
         "kind": row.kind,
         "metrics": metrics,
         "difference": difference or None,
+        "draws": draws,
         "trainable_parameters": max(outcome["trainable_parameters"] for outcome in folds),
         "edited_parameters": max(outcome["edited_parameters"] for outcome in folds),
         "adapter_bytes": max(outcome["adapter_bytes"] for outcome in folds),
@@ -222,9 +229,14 @@ def _row(
     }
 
 
-def _difference(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, float | None]:
+def _by_draw(values: Mapping[int, list[float]], questions: Iterable[int]) -> NDArray[np.float64]:
+    """`[draws, n]`"""
+    return np.array([values[question] for question in questions]).T
+
+
+def _difference(a: Mapping[int, list[float]], b: Mapping[int, list[float]]) -> dict[str, float | None]:
     shared = sorted(a.keys() & b.keys())
-    x, y = [a[q] for q in shared], [b[q] for q in shared]
+    x, y = _by_draw(a, shared), _by_draw(b, shared)
     found = paired_difference(x, y)
     return {
         "mean": found.mean,
@@ -256,7 +268,7 @@ def _join_samples(plan: Plan, outcomes: Mapping[tuple[str, int], dict[str, Any]]
 
 
 def _categories(
-    plan: Plan, outcomes: Mapping[tuple[str, int], dict[str, Any]], scores: Mapping[str, dict[str, dict[int, float]]]
+    plan: Plan, outcomes: Mapping[tuple[str, int], dict[str, Any]], scores: Mapping[str, Scores]
 ) -> dict[str, dict[str, Any]]:
     """By category and row, MC1 and MC2 with their intervals; `n` is the number of questions."""
     category = {s["question_id"]: s["category"] for o in outcomes.values() for s in o["samples"]}
@@ -264,7 +276,8 @@ def _categories(
     for row in plan.rows:
         for metric in TASKS:
             values = scores[row.name].get(metric, {})
-            for name, score in by_category({"category": category[q], "acc": acc} for q, acc in values.items()).items():
+            samples = [{"category": category[q], "acc": sum(accs) / len(accs)} for q, accs in values.items()]
+            for name, score in by_category(samples).items():
                 found = {"mean": score.mean, "low": score.low, "high": score.high}
                 table[name].setdefault(row.name, {})[metric] = found
     return table

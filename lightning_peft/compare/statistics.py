@@ -3,6 +3,10 @@
 The unit is the question: every method is scored on the same questions, so methods are compared by the mean of the
 per-question differences. Pairing removes what makes a question hard for all methods, which is most of the variance
 (Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640).
+
+Where a method was scored several times, with other demonstrations each, its scores are `[draws, n]`. From 5 draws on an
+interval is that of a two-level bootstrap, which resamples draws and questions. Fewer do not tell how draws vary: then a
+question's score is its mean over draws, and the interval holds for these draws only.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap, norm
 
+MIN_DRAWS = 5  # fewer do not tell how draws vary
 _CHUNK = 1 << 20  # resampled scores held at once: 8 MiB of float64, whatever the number of questions
 
 
@@ -56,8 +61,9 @@ def paired_difference(
     within one table share them.
 
     Args:
-        a: Scores of the first method, shape ``[n]``, one a question.
-        b: Scores of the second method on the same questions in the same order, shape ``[n]``.
+        a: Scores of the first method, shape ``[n]``, one a question, or ``[draws, n]``.
+        b: Scores of the second method on the same questions in the same order, shape ``[n]`` or ``[draws, n]``; as
+            many draws are paired too.
         confidence: Coverage of the interval, in (0, 1).
         resamples: Number of bootstrap resamples, at least 1.
         seed: Seed of the resampling.
@@ -89,7 +95,7 @@ def mean_interval(a: ArrayLike, *, confidence: float = 0.95, resamples: int = 10
     Two of these intervals may overlap although the difference is resolved: compare by :func:`paired_difference`.
 
     Args:
-        a: Scores, shape ``[n]``, one a question.
+        a: Scores, shape ``[n]``, one a question, or ``[draws, n]``.
         confidence: Coverage of the interval, in (0, 1).
         resamples: Number of bootstrap resamples, at least 1.
         seed: Seed of the resampling.
@@ -118,8 +124,8 @@ def minimal_detectable(a: ArrayLike, b: ArrayLike, power: float = 0.8) -> float:
     ``discordance`` is the share of questions on which the methods disagree.
 
     Args:
-        a: Scores of the first method, shape ``[n]``, one a question.
-        b: Scores of the second method on the same questions in the same order, shape ``[n]``.
+        a: Scores of the first method, shape ``[n]``, one a question, or ``[draws, n]``.
+        b: Scores of the second method on the same questions in the same order, shape ``[n]`` or ``[draws, n]``.
         power: Probability of finding the difference, in (0, 1).
 
     Returns:
@@ -138,8 +144,11 @@ def minimal_detectable(a: ArrayLike, b: ArrayLike, power: float = 0.8) -> float:
     if not 0 < power < 1:
         raise ValueError(f"power must lie between 0 and 1, but is {power}.")
     difference = _differences(a, b)
-    standard_error = difference.std(ddof=1) / math.sqrt(difference.size)
-    return float((norm.ppf(0.975) + norm.ppf(power)) * standard_error)
+    by_question = difference.mean(0) if difference.ndim == 2 else difference
+    variance = by_question.var(ddof=1) / by_question.size
+    if difference.ndim == 2:
+        variance += difference.mean(1).var(ddof=1) / len(difference)
+    return float((norm.ppf(0.975) + norm.ppf(power)) * math.sqrt(variance))
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
@@ -172,11 +181,15 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 def _bootstrap(
     scores: NDArray[np.float64], confidence: float, resamples: int, seed: int
 ) -> tuple[float, float, float, NDArray[np.float64]]:
-    """Mean, percentile interval and the resampled means ``[resamples]`` of ``scores [n]``."""
+    """Mean, percentile interval and the resampled means ``[resamples]`` of ``scores [n]`` or ``[draws, n]``."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, but is {confidence}.")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, but is {resamples}.")
+    if scores.ndim == 2:
+        means = _two_level(scores, resamples, np.random.default_rng(seed))
+        low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+        return float(scores.mean()), float(low), float(high), means
     result = bootstrap(
         (scores,),
         np.mean,
@@ -191,26 +204,39 @@ def _bootstrap(
     return float(scores.mean()), float(interval.low), float(interval.high), result.bootstrap_distribution
 
 
+def _two_level(scores: NDArray[np.float64], resamples: int, random: np.random.Generator) -> NDArray[np.float64]:
+    """The mean of ``scores [draws, n]`` after resampling draws and, on their own, questions; ``[resamples]``."""
+    means, step = np.empty(resamples), max(1, _CHUNK // scores.shape[1])
+    for begin in range(0, resamples, step):
+        part = means[begin : begin + step]  # how often each draw and each question was taken
+        draws, questions = (random.multinomial(n, np.full(n, 1 / n), size=part.size) / n for n in scores.shape)
+        part[:] = ((draws @ scores) * questions).sum(1)
+    return means
+
+
 def _differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
-    """``a - b [n]``, after checking that both hold one finite score for the same number of questions."""
+    """``a - b``, ``[n]`` or ``[draws, n]``, after checking that both hold finite scores of as many questions."""
     first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if first.shape != second.shape:
+    if first.ndim == second.ndim == 2 and len(first) != len(second) and 1 not in (len(first), len(second)):
+        first, second = first.mean(0), second.mean(0)  # draws that have no partners
+    if first.shape[-1:] != second.shape[-1:]:
         raise ValueError(
             f"Paired scores must cover the same questions, but the shapes are {first.shape} and {second.shape}."
         )
-    return _scores(first) - _scores(second)
+    return _scores(first - second)
 
 
 def _scores(a: ArrayLike) -> NDArray[np.float64]:
+    """``a [n]`` or ``[draws, n]``, its mean over draws where there are too few; after checking it."""
     scores = np.asarray(a, dtype=float)
-    if scores.ndim != 1:
-        raise ValueError(f"Scores must be one number a question, shape [n], but the shape is {scores.shape}.")
-    if scores.size < 2:
-        raise ValueError(f"An interval needs at least 2 questions, but there is {scores.size}.")
+    if scores.ndim not in (1, 2):
+        raise ValueError(f"Scores must be of shape [n] or [draws, n], but the shape is {scores.shape}.")
+    if scores.shape[-1] < 2:
+        raise ValueError(f"An interval needs at least 2 questions, but there is {scores.shape[-1]}.")
     if not (finite := np.isfinite(scores)).all():
         first_bad = int(np.argmin(finite))
         raise ValueError(
             f"Scores must be finite, but {scores.size - int(finite.sum())} of {scores.size} are not,"
-            f" the first at question {first_bad} ({scores[first_bad]})."
+            f" the first at question {first_bad % scores.shape[-1]} ({scores.flat[first_bad]})."
         )
-    return scores
+    return scores.mean(0) if scores.ndim == 2 and len(scores) < MIN_DRAWS else scores

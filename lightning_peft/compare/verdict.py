@@ -16,12 +16,13 @@ from lightning_peft.compare.results import (
     holm_by_method,
     ranked_rows,
 )
+from lightning_peft.compare.statistics import MIN_DRAWS
 from lightning_peft.compare.writing import SMALLEST_P, p_value, score, with_interval
 
 
 def verdict(results: Results) -> list[str]:
     """What the numbers say about MC2, in sentences: the best method and its side effects, tuned against edited, the
-    control, failures.
+    control, how draws of demonstrations differ, failures.
 
     A difference is called resolved where its 95% interval excludes 0. Nothing is claimed beyond that.
 
@@ -29,7 +30,7 @@ def verdict(results: Results) -> list[str]:
         results: The content of ``results.json``.
 
     Returns:
-        One to six sentences or short groups of sentences, plain text.
+        Sentences or short groups of sentences, plain text.
 
     Raises:
         ValueError: ``results`` lacks a part that every ``results.json`` has.
@@ -43,7 +44,7 @@ def verdict(results: Results) -> list[str]:
     if not ranked:
         return ["No method has an MC2 score, so there is nothing to rank.", *_failures(results)]
     sentences = [_best(results, ranked), *price(ranked[0]), *_tuned_or_edited(results, ranked), *_controls(ranked)]
-    return [*sentences, *_failures(results)]
+    return [*sentences, *_draws(results), *_failures(results)]
 
 
 def _best(results: Results, ranked: list[Row]) -> str:
@@ -92,6 +93,19 @@ def _controls(ranked: list[Row]) -> list[str]:
         for row, difference in controls
         if difference is not None
     ]
+
+
+def _draws(results: Results) -> list[str]:
+    told = []
+    for row in results["rows"]:
+        means = (row.get("draws") or {}).get("mc2", [])
+        if len(means) > 1:
+            few = f": from fewer than {MIN_DRAWS} it cannot be told how draws vary" if len(means) < MIN_DRAWS else ""
+            told.append(
+                f"{row['label']}: MC2 is {score(min(means))} to {score(max(means))} over {len(means)} draws of "
+                f"demonstrations; its interval holds for {'these draws' if few else 'other draws too'}{few}."
+            )
+    return told
 
 
 def _failures(results: Results) -> list[str]:

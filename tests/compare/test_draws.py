@@ -73,7 +73,9 @@ def smaller(tiny: Path, output: Path, rows: list[dict[str, Any]]) -> dict[str, A
     return plan | {"model": str(tiny), "rows": rows, "data": data, "output": str(output), "accelerator": "cpu"}
 
 
-def test_every_row_of_table_1_runs(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_row_of_table_1_runs(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = yaml.safe_load((ROOT / "configs" / "compare" / "table1.yaml").read_text())["rows"]
     for row in rows:
         row["few_shot"] = min(row["few_shot"], 6) if "few_shot" in row else None
@@ -92,13 +94,17 @@ def test_every_row_of_table_1_runs(tiny_folder: Callable[[str], Path], tmp_path:
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     draws = {name: len({s["draw"] for s in samples if s["method"] == name}) for name in found}
     assert {name for name, number in draws.items() if number == 3} == {"few_shot_5", "few_shot_50"}
+    for name in ("few_shot_5", "few_shot_50"):
+        means = found[name]["draws"]["mc2"]
+        assert len(set(means)) == 3 and found[name]["metrics"]["mc2"]["mean"] == pytest.approx(sum(means) / 3)
+    assert "over 3 draws of demonstrations; its interval holds for these draws" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
         (Row("x", "", "prompt", few_shot=-1), r"asks for -1 demonstrations"),
-        (Row("x", "", "prompt", draws=2), r"has 2 draws: at least 1, and more only where few_shot"),
+        (Row("x", "", "prompt", draws=2), r"has 2 draws: at least 1, and more only with few_shot"),
         (Row("x", "", "prompt", few_shot=0, draws=2), r"has 2 draws"),
         (Row("x", "", "prompt", few_shot=5, draws=0), r"has 0 draws"),
     ],

@@ -138,6 +138,42 @@ def test_more_power_needs_a_larger_difference(scores):
     assert minimal_detectable(*scores, power=0.9) > minimal_detectable(*scores)
 
 
+def drawn(rng, draws, questions=60, spread=0.3):
+    """Scores of several draws, each a little better or worse on all questions alike."""
+    return rng.normal(0, spread, (draws, 1)) + rng.normal(0, 0.5, (draws, questions))
+
+
+def test_few_draws_are_averaged_and_one_draw_is_no_draw():
+    a, b = drawn(np.random.default_rng(0), 4), np.zeros(60)
+    assert paired_difference(a, b) == paired_difference(a.mean(0), b)
+    assert minimal_detectable(a, b) == minimal_detectable(a.mean(0), b)
+    assert mean_interval(a[:1]) == mean_interval(a[0])
+
+
+@pytest.mark.parametrize("draws", [5, 8])
+def test_an_interval_of_many_draws_covers_what_other_draws_would_give(draws):
+    rng, hits, blind = np.random.default_rng(0), 0, 0
+    for run in range(200):
+        scores = drawn(rng, draws)
+        interval, held = (mean_interval(x, resamples=400, seed=run) for x in (scores, scores.mean(0)))
+        hits += interval.low <= 0 <= interval.high
+        blind += held.low <= 0 <= held.high
+    # a percentile bootstrap of so few draws is somewhat narrow, but nothing like one that takes them as given
+    assert hits / 200 > 0.82 > 0.7 > blind / 200
+
+
+def test_draws_are_paired_and_where_they_cannot_be_their_means_are():
+    a = drawn(np.random.default_rng(0), 6)
+    assert paired_difference(a + 0.1, a).low == pytest.approx(0.1)
+    assert paired_difference(a, a[:5]) == paired_difference(a.mean(0), a[:5].mean(0))
+    assert paired_difference(a, a[:1]) == paired_difference(a, a[0])
+
+
+def test_other_draws_make_less_detectable():
+    a = drawn(np.random.default_rng(0), 6)
+    assert minimal_detectable(a, np.zeros(60)) > 2 * minimal_detectable(a.mean(0), np.zeros(60))
+
+
 def test_holm_by_hand():
     # Sorted .005 .01 .03 .04 by 4 3 2 1 is .02 .03 .06 .04, and an adjusted value never falls below the one before.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -157,7 +193,8 @@ def test_holm_never_exceeds_one_and_of_one_changes_nothing():
         ([], [], "at least 2 questions, but there is 0"),
         ([1, math.nan, 3], [1, 2, 3], "1 of 3 are not, the first at question 1"),
         ([1, 2, 3], [1, 2, math.inf], "first at question 2"),
-        ([[1, 2]], [[1, 2]], r"shape \[n\]"),
+        ([[[1, 2]]], [[[1, 2]]], r"shape \[n\] or \[draws, n\]"),
+        ([[1, 2], [1, math.nan]], [1, 2], "1 of 4 are not, the first at question 1"),
     ],
 )
 def test_wrong_scores_are_one_sentence(a, b, message):
