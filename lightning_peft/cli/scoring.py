@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lightning_peft.callbacks.backbone import find_backbone
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.cli.verbs import OPTIONS
+from lightning_peft.truthfulqa import TruthfulQADataModule
 from lightning_peft.tuners.folders.compression import restore
 from lightning_peft.tuners.folders.files import COMPRESSED, adapter_folders
 from lightning_peft.tuners.folders.saving import load_adapter
@@ -37,6 +38,8 @@ class Scorer:
             **OPTIONS,
         )
         self.module, self.data, self.trainer, self.monitor = built.model, built.datamodule, built.trainer, monitor
+        if monitor == "val_loss" and isinstance(self.data, TruthfulQADataModule) and self.data.val_metrics is None:
+            self.data.val_metrics = False  # or choices would be scored with every adapter, for nothing
         adapting = [callback for callback in self.trainer.callbacks if isinstance(callback, PEFT)]  # type: ignore[attr-defined]
         self.trainer.callbacks = [c for c in self.trainer.callbacks if c not in adapting]  # type: ignore[attr-defined]
         name = find_backbone(self.module, adapting[0].backbone if adapting else None)

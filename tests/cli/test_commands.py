@@ -232,6 +232,18 @@ def _score(fitted: Path) -> float:
     return Scorer(str(fitted / "lora.yaml"), "val_loss").score(fitted / "start")
 
 
+def test_choices_are_scored_only_where_they_are_the_score(fitted: Path) -> None:
+    from lightning_peft.cli.scoring import Scorer
+
+    for monitor, asked in (
+        ("val_loss", {"val_loss"}),
+        ("val_mc2", {"val_loss", "val_mc0", "val_mc1", "val_mc2", "val_mc3"}),
+    ):
+        scorer = Scorer(str(fitted / "lora.yaml"), monitor)
+        assert scorer.score(fitted / "adapter") == scorer.trainer.callback_metrics[monitor]
+        assert scorer.trainer.callback_metrics.keys() == asked
+
+
 def test_a_start_that_is_not_known_is_said(fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["compress", str(fitted / "adapter"), str(tmp_path / "small")])
     printed = capsys.readouterr().out
