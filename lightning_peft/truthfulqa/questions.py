@@ -160,7 +160,7 @@ def _from_task(path: Path, references: Mapping[str, Question]) -> list[Question]
         raise DataError(f"{path} must hold a list of questions.")
     questions: list[Question] = []
     seen: dict[str, int] = {}
-    empty = 0
+    empty: list[int] = []  # the line of each empty choice's question
     for number, (entry, line) in enumerate(zip(entries, _lines(text), strict=True)):
         where = f"{path}, line {line}, question {number}"
         for key in ("question", "mc1_targets", "mc2_targets"):
@@ -169,7 +169,7 @@ def _from_task(path: Path, references: Mapping[str, Question]) -> list[Question]
         if not isinstance(entry["question"], str) or not entry["question"].strip():
             raise DataError(f"{where}: 'question' must be a text, got {entry['question']!r}.")
         targets = tuple(_labels(entry.get(f"mc{i}_targets", {}), f"{where}, mc{i}_targets") for i in range(3))
-        empty += sum(not text.strip() for labels in targets for text in labels)
+        empty += [line for labels in targets for text in labels if not text.strip()]
         targets = tuple({t: truth for t, truth in labels.items() if t.strip()} for labels in targets)
         for i, labels in enumerate(targets):
             if labels or i:  # only mc0 may be absent
@@ -182,7 +182,7 @@ def _from_task(path: Path, references: Mapping[str, Question]) -> list[Question]
         category = "unknown" if reference is None else reference.category
         questions.append(_question(number, entry["question"], category, targets, best, correct, incorrect))
     if empty:  # as the release of January 2025 has them: without a token there is no log-probability
-        warnings.warn(f"{path}: {empty} empty choices are left out.", stacklevel=3)
+        warnings.warn(f"{path}, from line {empty[0]} on: {len(empty)} empty choices are left out.", stacklevel=3)
     return questions
 
 

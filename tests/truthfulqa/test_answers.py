@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lightning_peft.truthfulqa import MC0, MC1, MC2, MC3, ChoiceScorer, TruthfulQADataModule, load_questions
+from lightning_peft.truthfulqa import (
+    MC0,
+    MC1,
+    MC2,
+    MC3,
+    Choice,
+    ChoiceScorer,
+    Evaluation,
+    Question,
+    TruthfulQADataModule,
+    load_questions,
+)
 from lightning_peft.truthfulqa.metrics import ChoiceMetrics, mc1, mc2, mc3
 
 PRIMER = "Q: Why?\nA: So."
@@ -203,6 +215,46 @@ def test_metrics_do_not_depend_on_order_or_on_what_is_in_a_batch(drawn: Drawn, d
         by_hand["mc3"] += mc3(scores, found["mc2"]) / len(drawn)
     assert {name: alone[name] for name in by_hand} == pytest.approx(by_hand, abs=1e-6)
     assert alone["mc0"] == alone["mc1"]
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data(), st.sampled_from(KINDS), st.integers(1, 5))
+def test_neither_do_a_models_scores(data: Any, kind: str, together: int) -> None:
+    """From questions to metrics, by way of the model: choices and questions in any order, so many in a batch."""
+    named = [
+        Question(
+            i,
+            f"Why {'so ' * i}it{end}",
+            "",
+            tuple(
+                Choice(t, -1, 1 if j == 0 else truth - (truth == 1) * 2, truth)
+                for j, (t, truth) in enumerate(answers.items())
+            ),
+            "",
+            (),
+            (),
+        )
+        for i, (end, answers) in enumerate(zip([*ENDS, "?"], ANSWERS.values(), strict=True))
+    ]
+
+    def measured(asked: Sequence[Question], together: int) -> dict[str, float]:
+        module = TruthfulQADataModule(
+            "package", tokenizer=TOKENIZERS[kind], primer=PRIMER, questions_per_batch=together
+        )
+        module.setup()
+        module.test_questions = list(asked)
+        evaluation = Evaluation()
+        evaluation.begin(MODEL)
+        for batch in module.test_dataloader():
+            evaluation.step(batch)
+        return evaluation.finish()
+
+    shuffled = [
+        replace(question, choices=tuple(data.draw(st.permutations(question.choices))))
+        for question in data.draw(st.permutations(named))
+    ]
+    found = measured(named, 1)
+    assert measured(shuffled, together) == pytest.approx(found, abs=1e-4) and found.keys() == {"mc1", "mc2", "mc3"}
 
 
 @pytest.mark.parametrize(

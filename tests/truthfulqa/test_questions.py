@@ -120,6 +120,23 @@ def test_truncated_json_and_wrong_encoding_are_one_sentence(tmp_path: Path) -> N
         load_questions(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("cut", ['"mc2_targets"', '"Is it 2?"', "Is it 2?", ": 0"])
+def test_a_file_cut_off_anywhere_is_named_by_the_line_where_it_ends(tmp_path: Path, cut: str) -> None:
+    path = task(tmp_path)
+    whole = json.dumps([{**ENTRY, "question": f"Is it {i}?"} for i in range(3)], indent=1)
+    path.write_text(whole[: whole.rindex(cut) + len(cut)])
+    with pytest.raises(DataError, match=rf"mc_task.json, line {len(path.read_text().splitlines())}: not complete JSON"):
+        load_questions(path)
+
+
+def test_empty_choices_are_named_by_the_first_one_s_line(tmp_path: Path) -> None:
+    entries = [{**ENTRY, "question": "Is it so?"}, {**ENTRY, "mc1_targets": {"Yes.": 1, "No.": 0, "": 0}}]
+    path = task(tmp_path)
+    path.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]")
+    with pytest.warns(UserWarning, match=r"mc_task.json, from line 3 on: 1 empty choices are left out\.$"):
+        load_questions(path)
+
+
 def test_a_bad_entry_or_byte_is_named_by_its_line(tmp_path: Path) -> None:
     entries = [{**ENTRY, "question": f"Is it {i}?"} for i in range(3)]
     path = tmp_path / "mc_task.json"

@@ -50,6 +50,18 @@ def test_scores_are_lm_evals_own(answer: str) -> None:
         assert reference_scores(answer, asked) == pytest.approx({k: float(v) for k, v in expected.items()}, abs=1e-6)
 
 
+def test_bleu_and_rouge_by_hand() -> None:
+    """`a b c d e .` is as long as `a b c d f .` and has 5 of 6 words, 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples.
+    ROUGE sees no full stops, so that of `e .` it finds the only word among five."""
+    asked = question(best="a b c d f", correct=("a b c d f",), incorrect=("e",))
+    scores = reference_scores("a b c d e.", asked)
+    assert scores["bleu_max"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    assert scores["rouge1_max"] == scores["rougeL_max"] == pytest.approx(100 * 4 / 5)
+    assert scores["rouge2_max"] == pytest.approx(100 * 3 / 4)
+    assert scores["rouge1_diff"] == pytest.approx(100 * (4 / 5 - 2 * (1 / 5) / (1 + 1 / 5)))
+    assert scores["rouge2_diff"] == pytest.approx(100 * 3 / 4) and scores["rouge2_acc"] == 1.0
+
+
 def test_no_comment_is_a_true_answer_to_every_question_once() -> None:
     assert references(question())[0] == ["Nothing.", "Nothing happens.", "I have no comment."]
     assert references(question(correct=("I have no comment", " ")))[0] == ["I have no comment."]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,36 @@ def test_cross_entropy_is_transformers_own_loss_and_kl_its_definition(kind: str)
     per_token = found[:, 1:] / found[:, :1]
     torch.testing.assert_close(per_token.float(), expected[:, 1:] / expected[:, :1], atol=1e-5, rtol=1e-5)
     assert (found[:, 3] > 0).all() and not torch.allclose(found[:, 1], found[:, 2], atol=1e-3)
+
+
+class Coin(nn.Module):
+    """Says of every next token that it is 3 or 4, the one as likely as the other; adapted, that it is 3 with .8."""
+
+    adapted = True
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        chances = torch.tensor([0.0, 0, 0, 0.8, 0.2] if self.adapted else [1e-30, 1e-30, 1e-30, 0.5, 0.5])
+        logits = chances.clamp(min=1e-30).log().expand(*input_ids.shape, -1)
+        return type("Output", (), {"logits": logits})()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        self.adapted = False
+        yield
+        self.adapted = True
+
+
+def test_cross_entropy_and_kl_by_hand() -> None:
+    """3 4 3 3: the first token is not predicted; KL is .5 log(.5/.8) + .5 log(.5/.2) at each of the others."""
+    coin = Coin()
+    batch = {"input_ids": torch.tensor([[3, 4, 3, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    metric = TextEffects()
+    metric.update(batch_effects(coin, batch, coin.off))
+    assert metric.compute() == {
+        "ce_base": pytest.approx(math.log(2), abs=1e-6),
+        "ce": pytest.approx(-(2 * math.log(0.8) + math.log(0.2)) / 3, abs=1e-6),
+        "kl": pytest.approx(0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), abs=1e-6),
+    }
 
 
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)
