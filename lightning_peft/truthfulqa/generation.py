@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_peft.truthfulqa.questions import Question
 
 _TOLERANCE = 1e-3  # of logits: a shared beginning must leave the first new token's as they are, to this
+_NEVER = torch.iinfo(torch.long).max
 _LEFT = 8  # tokens at least that every prompt keeps of its own
 
 
@@ -73,8 +74,8 @@ class AnswerGenerator:
 
     The prompts' common beginning, the primer, is computed once and its keys and values are kept for all batches.
     Whether a model lets that be is tried on the first batch; where not, each prompt is computed whole. A row stops as
-    soon as its answer has ended. Sampling, penalties and other settings of the model's own `generation_config` do not
-    count.
+    soon as its answer has ended, and where the primer is shared it leaves the batch soon after. Sampling, penalties and
+    other settings of the model's own `generation_config` do not count.
 
     Make a new generator whenever the model or its adapters change.
 
@@ -110,22 +111,44 @@ class AnswerGenerator:
             ending: where an answer ends, and writing stops.
             max_new_tokens: where it stops at the latest.
         """
-        from transformers import StoppingCriteriaList
-
         device = next(self.backbone.parameters()).device
         ids, mask = input_ids.to(device), attention_mask.to(device)
         if self._prefix is None:
             self._prefix = self._share(ids, mask)
-        options: dict[str, Any] = {}
+        cache = None
         if self._prefix and (moved := _move_padding(ids, mask, self._prefix)) is not None:
             ids, mask = moved
-            options["past_key_values"] = self._repeated(len(ids))
-        stop = StoppingCriteriaList([_AnswerEnds(self.tokenizer, ids.shape[1], ending)])
-        with _greedily(self.backbone, self.tokenizer, max_new_tokens):
-            output = self.backbone.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, stopping_criteria=stop, **options
-            )
-        return self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            cache = self._repeated(len(ids))
+        written = self._written(ids, mask, cache, ending, max_new_tokens)
+        return self.tokenizer.batch_decode(written, skip_special_tokens=True)
+
+    def _written(self, ids: Tensor, mask: Tensor, cache: Any, ending: Ending, max_new_tokens: int) -> list[list[int]]:
+        """New tokens of each row. Where the cache is ours, rows that have ended leave the batch."""
+        from transformers import StoppingCriteriaList
+
+        prompt, start = ids.shape[1], mask.sum(-1) - 1
+        rows = torch.arange(len(ids), device=ids.device)
+        found: list[list[int]] = [[] for _ in rows]
+        while True:
+            options = {} if cache is None else {"past_key_values": cache}
+            left = prompt + max_new_tokens - ids.shape[1]
+            with _greedily(self.backbone, self.tokenizer, left) as ends:
+                # rows leave a quarter of the batch at a time: to take any out copies the cache, as a step does too
+                stop = _AnswerEnds(self.tokenizer, prompt, ending, ends, 0 if cache is None else len(rows) * 3 // 4)
+                # the prompt ended where it did, whatever of the answer `generate` is given with it
+                with nullcontext() if cache is None else answering(self.backbone, start=start[rows]):
+                    ids = self.backbone.generate(  # type: ignore[operator]
+                        input_ids=ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([stop]), **options
+                    )
+            ended = stop.ended.clamp(max=prompt + max_new_tokens)
+            for row, tokens, end in zip(rows.tolist(), ids.tolist(), ended.tolist(), strict=True):
+                found[row] = tokens[prompt:end]
+            going = (ended > ids.shape[1]).nonzero().flatten().to(ids.device)
+            if cache is None or not len(going):
+                return found
+            rows, ids = rows[going], ids[going]
+            mask = nn.functional.pad(mask[going], (0, ids.shape[1] - mask.shape[1]), value=1)
+            cache.batch_select_indices(going)
 
     def _share(self, ids: Tensor, mask: Tensor) -> list[int]:
         """The beginning to share, none where the model does not let it be."""
@@ -135,6 +158,9 @@ class AnswerGenerator:
         prefix = low[: max(0, min(same, min(map(len, rows)) - _LEFT))]
         if len(rows) < 2 or len(prefix) < _LEFT:
             return []
+        real = mask.sum(-1)
+        two = torch.stack([real.argmin(), real.argmax()])  # the most and the least padded show what there is to see
+        ids, mask = ids[two], mask[two]
         try:
             self._cache = self._computed(prefix)
             moved = _move_padding(ids, mask, prefix)
@@ -158,7 +184,7 @@ class AnswerGenerator:
         cache = DynamicCache(config=getattr(self.backbone, "config", None))
         ids = torch.tensor([prefix], device=next(self.backbone.parameters()).device)
         # no answer begins in it
-        with answering(self.backbone, start=torch.tensor([torch.iinfo(torch.long).max])):
+        with answering(self.backbone, start=torch.tensor([_NEVER])):
             self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
         return cache
 
@@ -181,23 +207,42 @@ class AnswerGenerator:
 
 
 class _AnswerEnds:
-    """Stops each row at its answer's end; a stopping criterion of transformers."""
+    """Stops each row at its answer's end, and all when few enough go on; a stopping criterion of transformers.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: int, ending: Ending) -> None:
-        self.tokenizer, self.prompt, self.ending = tokenizer, prompt, ending
-        self._done: Tensor | None = None
+    Args:
+        tokenizer: the model's.
+        prompt: columns of the prompt.
+        ending: where an answer ends.
+        ends: tokens that end any text.
+        few: rows that may be left over.
+
+    `ended [B]` says at how many columns, prompt included, each row was found to have ended; `_NEVER` where it has not.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: int, ending: Ending, ends: list[int], few: int = 0
+    ) -> None:
+        self.tokenizer, self.prompt, self.ending, self.ends, self.few = tokenizer, prompt, ending, ends, few
+        self.ended = torch.empty(0, dtype=torch.long)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        done = torch.zeros(len(input_ids), dtype=torch.bool) if self._done is None else self._done
-        for i in (~done).nonzero().flatten().tolist():
-            done[i] = is_finished(self.tokenizer.decode(input_ids[i, self.prompt :]), self.ending)  # type: ignore[arg-type]
-        self._done = done
-        return done.to(input_ids.device)
+        if not len(self.ended):
+            self.ended = torch.full((len(input_ids),), _NEVER)
+        new = input_ids[:, self.prompt :].tolist()
+        for i in (self.ended == _NEVER).nonzero().flatten().tolist():
+            if new[i][-1] in self.ends or is_finished(self.tokenizer.decode(new[i]), self.ending):  # type: ignore[arg-type]
+                self.ended[i] = input_ids.shape[1]
+        done = self.ended != _NEVER
+        return (done | (int((~done).sum()) <= self.few)).to(input_ids.device)
 
 
 @contextmanager
-def _greedily(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
-    """The model's `generation_config` replaced: settings that a call leaves open are taken from there."""
+def _greedily(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[list[int]]:
+    """The model's `generation_config` replaced: settings that a call leaves open are taken from there.
+
+    Yields:
+        The tokens that end a text.
+    """
     from transformers import GenerationConfig
 
     outer: Any = backbone.generation_config
@@ -211,7 +256,7 @@ def _greedily(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_t
     for model in owners:
         model.generation_config = plain  # type: ignore[assignment]
     try:
-        yield
+        yield end if isinstance(end, list) else [end]
     finally:
         for model in owners:
             model.generation_config = outer

@@ -126,6 +126,26 @@ def test_an_edit_acts_with_the_primer_shared_as_without(
     assert shared == whole != AnswerGenerator(tiny("llama").eval(), tiny_tokenizer).answer(batch)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("positions", ["all", "answer", "generated[1:]", "prompt[-2:]"])
+def test_rows_that_have_ended_leave_the_batch_and_the_others_write_on_as_before(
+    kind: str, positions: str, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = encode_prompts(load_questions("package")[:8], SHORT, tiny_tokenizer, 8)[0]
+    model: Any = edited(kind, positions)[0].eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(20 if weight.dim() > 1 else 1)  # so that rows differ in what they write
+    model.generation_config.eos_token_id = list(range(2, model.config.vocab_size, 6))  # and in when they end
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
+    together = AnswerGenerator(model, tiny_tokenizer).answer(batch)
+    assert sizes[-1] < max(sizes) == 8
+    monkeypatch.setattr(AnswerGenerator, "_share", lambda *_: [])
+    assert together == AnswerGenerator(model, tiny_tokenizer).answer(batch)
+    assert sizes[-1] == 8  # whole prompts stay together
+
+
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 def test_a_peft_model_answers_as_the_model_that_it_wraps(
     task: str | None, tiny_tokenizer: PreTrainedTokenizerFast
