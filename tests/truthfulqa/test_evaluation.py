@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from tuning import trainer
 
 from lightning_peft.callbacks import LoRA, Quantize
 from lightning_peft.models import CausalLM, Seq2SeqLM
-from lightning_peft.truthfulqa import Evaluation, SideEffects, TruthfulQADataModule
+from lightning_peft.truthfulqa import Answer, Evaluation, Prompting, SideEffects, TruthfulQADataModule
 from lightning_peft.truthfulqa.evaluation import Batch
 from lightning_peft.tuners.stack import stack_of
 
@@ -30,7 +31,8 @@ Folder = Callable[[str], Path]
 
 
 def questions(**arguments: Any) -> TruthfulQADataModule:
-    return TruthfulQADataModule("package", **({"limit": 20, "primer": "", "questions_per_batch": 1} | arguments))
+    short = {"source": "package", "limit": 20, "primer": "", "questions_per_batch": 1}
+    return TruthfulQADataModule(**(short | {"prompting": Prompting(max_new_tokens=3)} | arguments))  # type: ignore[arg-type]
 
 
 def causal(folder: Folder, kind: str = "llama") -> CausalLM:
@@ -111,6 +113,58 @@ def test_validation_and_test_write_every_metric_to_the_logger(tiny_folder: Folde
         changed = prepare not in (nothing, quantised)
         for prefix in ("", "val_"):
             assert (written[f"{prefix}kl"] > 0) == changed == (written[f"{prefix}ce"] != written[f"{prefix}ce_base"])
+        check_answers(run, module, data)
+
+
+def check_answers(run: L.Trainer, module: CausalLM, data: TruthfulQADataModule) -> None:
+    answers: list[Answer] = [answer for batch in run.predict(module, data) or [] for answer in batch]
+    assert sorted(answer.question_id for answer in answers) == [question.id for question in data.test_questions]
+
+
+PRESETS = [(preset, False) for preset in ("qa", "null", "help", "chat", "long", "harm")]
+PRESETS += [("qa", True), ("null", True)]
+
+
+@pytest.mark.parametrize(("preset", "chat"), PRESETS)
+def test_predict_puts_the_question_as_it_is_asked_to(tiny_folder: Folder, preset: Any, chat: bool) -> None:
+    module = CausalLM(str(tiny_folder("llama")))
+    module.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    prompting = Prompting(preset, chat_template=chat, max_new_tokens=3)
+    data = questions(primer=None, prompting=prompting, limit=12)
+    check_answers(trainer(), module, data)
+    asked = {question.id: question.text for question in data.test_questions}
+    for batch in data.predict_dataloader():
+        for row, mask, number in zip(batch["input_ids"], batch["attention_mask"], batch["question_id"], strict=True):
+            assert row[mask.bool()].tolist() == prompting.encode(module.tokenizer, asked[int(number)])
+
+
+# -- releases ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logprob(module: CausalLM, before: str, answer: str) -> float:
+    ids, begin = module.tokenizer(before + answer)["input_ids"], len(module.tokenizer(before)["input_ids"])
+    logprobs = module.backbone(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return float(sum(logprobs[t - 1, ids[t]] for t in range(begin, len(ids))))
+
+
+@pytest.mark.data
+@pytest.mark.filterwarnings("ignore:.*empty choices")
+def test_mc0_is_that_of_the_release_that_has_it(tiny_folder: Folder, truthfulqa_data: Path) -> None:
+    module = causal(tiny_folder)
+    for release in ("v0", "v1"):
+        data = questions(source=str(truthfulqa_data / release), limit=24)
+        assert trainer().test(module, data, verbose=False)[0].keys() == {"mc1", "mc2", "mc3"}
+    data = questions(source=str(truthfulqa_data), limit=24)
+    found = trainer().test(module, data, verbose=False)[0]["mc0"]
+    entries = json.loads((truthfulqa_data / "mc_task.json").read_text())
+    labels = {entry["question"].strip(): entry["mc0_targets"] for entry in entries}
+    right = []
+    for question in data.test_questions:
+        rival, best = sorted(labels[question.text], key=labels[question.text].__getitem__)
+        before = f"Q: {question.text}\nA:"
+        right.append(float(logprob(module, before, f" {best}") > logprob(module, before, f" {rival}")))
+    assert found == pytest.approx(sum(right) / len(right)) and 0 < found < 1
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
