@@ -7,10 +7,14 @@ prompt, at most as many tokens as lm_eval lets a model write, 256. A side's time
 texts: building prompts, tokenising, the model, cutting. BLEU and ROUGE of the texts, which the task computes too, are
 left out on both sides: they are the same libraries' work.
 
-Where they stop is not the same. lm_eval looks for a blank line, and a batch of its goes on until there has been one in
-every row; then it cuts. Ours ends a row at a blank line or at the next `Q:`, passes over blank lines before the answer,
-and stops computing it. So what is compared are answers: both texts cut as ours are judged. Printed are the ratios of
-wall and of CPU time, the tokens of the answers and all those that went through the model, and peak memory.
+Where they stop is not the same. lm_eval looks for a blank line and cuts there. Ours ends a row at a blank line or at the
+next `Q:`, and passes over blank lines before the answer. So what is compared are answers: both texts cut as ours are
+judged. Of a batch of several, lm_eval's go on until every row has had a blank line, which a row that ended with the
+end token never has, so that others often run to 256 tokens; its own default, a batch of one, is therefore the default
+here too, and `--their_batch 8` shows the other. Ours takes rows that have ended out of the batch.
+
+Printed are the ratios of wall and of CPU time, the tokens of the answers and all those that went through the model, and
+peak memory.
 """
 
 from __future__ import annotations
@@ -111,7 +115,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, default=256, help="that our answers have at most, as lm_eval's do")
     options.add_argument("--batch", type=int, help="questions of a batch of ours; default the data module's")
-    options.add_argument("--their_batch", type=int, default=8, help="lm_eval's batch_size")
+    options.add_argument("--their_batch", type=int, default=1, help="lm_eval's batch_size")
     run(options.parse_args(), {"ours": ours, "lm_eval": lm_eval}, report, ["tokens", "batch", "their_batch"])
 
 

@@ -48,8 +48,8 @@ class TruthfulQADataModule(L.LightningDataModule):
       `strict [B]` whether a tie counts as wrong.
     - Test, where `side_effects` are asked for: then simple questions after a primer of theirs, with `capability [B]`
       in place of these, and batches of neutral text, which have `document [B]` and no labels.
-    - Prediction: prompts for free answers to the questions of the test fold, padded on the left; see
-      `generation.encode_prompts`.
+    - Prediction: prompts for free answers to the questions of the test fold, padded on the left, the shortest first;
+      each answer says which `question_id` it is to. See `generation.encode_prompts`.
 
     For encoder-decoder models `input_ids [B, T]` are prompts and `labels [B, U]` answers, encoded on their own and
     without an end token, as lm-evaluation-harness does; then there is no `answer_start`.
@@ -62,7 +62,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         val_fraction: share of the training questions held out for validation.
         seed: of folds, splits, order and demonstrations.
         limit: take only so many questions, stratified by category.
-        batch_size: rows of a training or validation batch.
+        batch_size: rows of a training, validation or prediction batch.
         tokenizer: a tokenizer, or its name or folder; default the LightningModule's `tokenizer`.
         protocol: how choices are scored: `"lm_eval"`, `"original"` or `"honest_llama"`; see `protocols`.
         primer: what stands before each test question; default the protocol's, the benchmark's 6-shot primer.

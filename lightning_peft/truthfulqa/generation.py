@@ -42,7 +42,7 @@ class Answer(NamedTuple):
 def encode_prompts(
     questions: Sequence[Question], prompting: Prompting, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> list[dict[str, Any]]:
-    """Prompts as batches of like length, padded on the left.
+    """Prompts as batches of like length, padded on the left: the shortest first, whatever order the questions are in.
 
     Returns:
         Dicts with `input_ids [B, T]`, `attention_mask [B, T]`, `question_id [B]`, `answer_start [B]` (the position id
