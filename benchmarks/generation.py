@@ -7,9 +7,9 @@ prompt, at most as many tokens as lm_eval lets a model write, 256. A side's time
 texts: building prompts, tokenising, the model, cutting. BLEU and ROUGE of the texts, which the task computes too, are
 left out on both sides: they are the same libraries' work.
 
-Where they stop is not the same. lm_eval looks for a blank line and cuts there. Ours ends a row at a blank line or at the
-next `Q:`, and passes over blank lines before the answer. So what is compared are answers: both texts cut as ours are
-judged. Of a batch of several, lm_eval's go on until every row has had a blank line, which a row that ended with the
+Where they stop is not the same. lm_eval looks for a blank line and cuts there. Ours ends a row at a blank line or at
+the next `Q:`, and passes over blank lines before the answer. So what is compared are answers: both texts cut as ours
+are judged. Of a batch of several, lm_eval's go on until every row has had a blank line, which a row that ended with the
 end token never has, so that others often run to 256 tokens; its own default, a batch of one, is therefore the default
 here too, and `--their_batch 8` shows the other. Ours takes rows that have ended out of the batch.
 
