@@ -12,7 +12,9 @@ def main(args: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
-    from lightning_peft.compare.effects import effects_table
+    from lightning_peft.compare.answers_view import answers_view
+    from lightning_peft.compare.effects import effects_view
+    from lightning_peft.compare.measured import measured_table
     from lightning_peft.compare.page import write_html
     from lightning_peft.compare.plan import Plan
     from lightning_peft.compare.plots import save_pictures
@@ -34,8 +36,9 @@ def main(args: list[str]) -> dict[str, Any]:
     console = Console(width=None if sys.stdout.isatty() else 120)
     results = run(plan, settings, console)
     console.print(table(results))
-    if (effects := effects_table(results)) is not None:
-        console.print(effects)
+    for view in (effects_view(results), answers_view(results)):
+        if view is not None:
+            console.print(measured_table(view))
     for sentence in verdict(results):
         console.print(sentence, highlight=False)
     output = Path(plan.output or f"runs/{plan.name}")

@@ -41,10 +41,7 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         score; numbers of parameters; `chosen` hyperparameters.
     """
     L.seed_everything(plan.seed, verbose=False)
-    # a dozen Trainers would each say which devices there are and that no data workers were asked for
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`configure_optimizers` returned `None`.*")
+    quiet()
     begin = time.perf_counter()
     chosen: dict[str, Any] = {}
     if row.callback is None:
@@ -64,10 +61,10 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
     effects = plan.data.side_effects if row.callback is not None or (row.kind == "base" and fold == 0) else None
     samples = _Samples()
     for draw in range(row.draws):
-        samples.draw, data = draw, _data(plan, row, fold, draw)
+        samples.draw, data = draw, data_of(plan, row, fold, draw)
         data.side_effects = effects if draw == 0 else None
         writer = SampleWriter(folder if draw == 0 else None)
-        _trainer(plan, [samples, writer]).test(module, datamodule=data, verbose=False)
+        trainer_of(plan, [samples, writer]).test(module, datamodule=data, verbose=False)
     if row.scoring is not None:
         chosen = dict(row.scoring.chosen)
     questions = {question.id: question for question in data.test_questions}
@@ -94,7 +91,7 @@ def _edit(plan: Plan, row: Row, fold: int, earlier: Mapping[str, Path]) -> tuple
         chosen = _choose_alpha(plan, row, fold, earlier)
         callback.alpha = chosen["alpha"]
     module = _module(plan, row, earlier)
-    _trainer(plan, [callback], max_epochs=1, limit_val_batches=0).fit(module, datamodule=_data(plan, row, fold))
+    trainer_of(plan, [callback], max_epochs=1, limit_val_batches=0).fit(module, datamodule=data_of(plan, row, fold))
     return module, chosen
 
 
@@ -102,13 +99,13 @@ def _choose_alpha(plan: Plan, row: Row, fold: int, earlier: Mapping[str, Path]) 
     """Score every strength of the edit that the inner training questions give on the inner validation questions."""
     callback = _callback(row, earlier)
     callback.alpha = 1.0
-    module, data = _module(plan, row, earlier), _data(plan, row, fold)
+    module, data = _module(plan, row, earlier), data_of(plan, row, fold)
     data.tokenizer = module.tokenizer
     data.setup()
     data.val_questions, data.test_questions = [], data.val_questions
     if row.few_shot is not None:
         data.few_shot = min(row.few_shot, len(data.train_questions))
-    _trainer(plan, [callback], max_epochs=1, limit_val_batches=0).fit(module, datamodule=data)
+    trainer_of(plan, [callback], max_epochs=1, limit_val_batches=0).fit(module, datamodule=data)
     module.eval()
     trials = []
     for alpha in row.alphas:
@@ -136,10 +133,10 @@ def _tune(
         keep = _Keep(folder / "trials" / f"lr{rate:g}", monitor="val_loss", save_top_k=1)
         epochs = _Epochs()
         callbacks = [_callback(row, earlier), stop, keep, epochs]
-        trainer = _trainer(
+        trainer = trainer_of(
             plan, callbacks, max_epochs=row.max_epochs, enable_checkpointing=True, val_check_interval=1.0
         )
-        trainer.fit(module, datamodule=_data(plan, row, fold))
+        trainer.fit(module, datamodule=data_of(plan, row, fold))
         losses = epochs.losses
         best = min(epochs.settled, key=losses.__getitem__)
         trials.append({"learning_rate": rate, "epochs": best + 1, "val_losses": losses, "path": keep.best_model_path})
@@ -167,7 +164,15 @@ def _callback(row: Row, earlier: Mapping[str, Path]) -> Any:
     return callback
 
 
-def _data(plan: Plan, row: Row, fold: int, draw: int = 0) -> TruthfulQADataModule:
+def quiet() -> None:
+    """A dozen Trainers would each say which devices there are and that no data workers were asked for."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`configure_optimizers` returned `None`.*")
+
+
+def data_of(plan: Plan, row: Row, fold: int, draw: int = 0) -> TruthfulQADataModule:
+    """A row's questions, the fold's apart from the others, after its demonstrations in this draw."""
     return TruthfulQADataModule(
         source=plan.data.source,
         train="statements" if row.edits else "answers",
@@ -183,7 +188,8 @@ def _data(plan: Plan, row: Row, fold: int, draw: int = 0) -> TruthfulQADataModul
     )
 
 
-def _trainer(plan: Plan, callbacks: list[Any], **options: Any) -> L.Trainer:
+def trainer_of(plan: Plan, callbacks: list[Any], **options: Any) -> L.Trainer:
+    """A Trainer that logs and saves nothing unless options say so."""
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     settings |= {"accelerator": plan.accelerator, "devices": 1, "num_sanity_val_steps": 0}
     return L.Trainer(callbacks=callbacks, **(settings | options))

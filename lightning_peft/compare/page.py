@@ -13,6 +13,7 @@ import matplotlib
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
+from lightning_peft.compare.answers_view import answers_view
 from lightning_peft.compare.effects import effects_view
 from lightning_peft.compare.plots import INK, by_method, head_accuracy_map
 from lightning_peft.compare.results import (
@@ -87,7 +88,7 @@ def _view(results: Results) -> dict[str, Any]:
         "verdict": verdict(results),
         "metrics": {metric: METRICS[metric] for metric in metrics},
         "rows": [_row_view(row, metrics) for row in results["rows"]],
-        "effects": effects_view(results),
+        "measured": [view for view in (effects_view(results), answers_view(results)) if view is not None],
         "contrasts": _contrasts_view(results, labels),
         "detectable": _detectable_view(results, metrics),
         "categories": _categories_view(results, labels),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lightning_peft.callbacks import PEFT, Edit
+from lightning_peft.compare.answers import Answers
+from lightning_peft.compare.files import hashed
 from lightning_peft.compare.scoring import Scoring
 from lightning_peft.truthfulqa import SideEffects
 from lightning_peft.truthfulqa.protocols import ProtocolName, protocol_named
@@ -31,6 +31,7 @@ class Data:
         side_effects: what is measured beside the questions, on the same text for every row.
         protocol: how choices are scored: `"lm_eval"`, `"original"` or `"honest_llama"`. By the first, ties count as
             right, which would favour ways of scoring that tie often.
+        answers: free answers to the questions too; by default none.
     """
 
     source: str = "package"
@@ -40,6 +41,7 @@ class Data:
     seed: int = 0
     side_effects: SideEffects = field(default_factory=SideEffects)
     protocol: ProtocolName = "original"
+    answers: Answers | None = None
 
 
 @dataclass
@@ -163,6 +165,13 @@ def check(plan: Plan) -> None:
             f"either for none, got {effects.tokens} tokens and {effects.capability} questions."
         )
     effects.questions()
+    if (answers := plan.data.answers) is not None:
+        answers.check()
+        shown = [row.name for row in plan.rows if row.few_shot is not None]
+        if shown and answers.preset != "qa":
+            raise ValueError(
+                f"Row {shown[0]!r} has few_shot, which goes with answers of the preset 'qa', not {answers.preset!r}."
+            )
     if plan.data.num_folds < 2:
         raise ValueError(
             f"num_folds must be at least 2, so that tests are on unseen questions, got {plan.data.num_folds}."
@@ -184,5 +193,6 @@ def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, data_hash: str, 
     for name in needed:  # which grows
         needed += by_name[name].earlier
     depends = [rows[name] for name in needed]
-    described = [depends, plan.model, plan.dtype, plan.seed, asdict(plan.data), data_hash, fold]
-    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+    data = asdict(plan.data)
+    del data["answers"]  # which are written after, by what the cell has saved
+    return hashed([depends, plan.model, plan.dtype, plan.seed, data, data_hash, fold])

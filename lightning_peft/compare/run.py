@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -18,8 +17,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lightning_peft import __version__
+from lightning_peft.compare.answering import answer_rates, answer_scores, described, free_answers
 from lightning_peft.compare.cell import run_cell
 from lightning_peft.compare.effects import effect_scores, forgotten_scores
+from lightning_peft.compare.files import write_atomically
 from lightning_peft.compare.plan import Plan, Row, cell_key, check
 from lightning_peft.compare.statistics import mean_interval, minimal_detectable, paired_difference
 from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2, mc3
@@ -33,7 +34,8 @@ _PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "scik
 
 def run(plan: Plan, settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """Run every cell that is not finished yet, then write `results.json`, `samples.jsonl`, and each row's samples in
-    lm-evaluation-harness's form, `samples/<row>/samples_truthfulqa_mc1.jsonl` and `…_mc2.jsonl`.
+    lm-evaluation-harness's form, `samples/<row>/samples_truthfulqa_mc1.jsonl` and `…_mc2.jsonl`; and `answers.jsonl`,
+    where free answers are asked for.
 
     A cell's result is written whole under its own name once it is finished, so a killed run loses at most the cell
     it was in. A failed cell is noted, does not stop the others, and is tried again next time.
@@ -71,12 +73,16 @@ def run(plan: Plan, settings: Mapping[str, Any], console: Console) -> dict[str, 
         else:
             console.print(f"{title}: finished before", highlight=False, markup=False)
         outcomes[row.name, fold] = found
-    results = collect(plan, settings, outcomes, len(questions), hashed, output)
+    answers = free_answers(plan, outcomes, output, console)
+    results = collect(plan, settings, outcomes, answers, len(questions), hashed, output)
     if text is not None:
         described = {"documents": len(text.documents), "source": text.source, "sha256": text.sha256}
         results["data"]["text"] = described | {"tokens": plan.data.side_effects.tokens}
     samples = [s for row, fold in cells for s in outcomes[row.name, fold]["samples"]]
-    write_atomically(output / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    write_samples(output / "samples.jsonl", samples)
+    if answers:
+        written = [{"method": name, "fold": fold} | a for (name, fold), found in answers.items() for a in found]
+        write_samples(output / "answers.jsonl", written)
     _join_samples(plan, outcomes, output)
     write_atomically(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
@@ -86,24 +92,27 @@ def collect(
     plan: Plan,
     settings: Mapping[str, Any],
     outcomes: Mapping[tuple[str, int], dict[str, Any]],
+    answers: Mapping[tuple[str, int], list[dict[str, Any]]],
     questions: int,
     hashed: str,
     output: Path,
 ) -> dict[str, Any]:
-    """Put finished cells together: scores by question, side effects by document, intervals, paired differences, head
-    accuracies."""
-    base = next(row.name for row in plan.rows if row.kind == "base")
+    """Put finished cells together: scores by question, side effects by document, free answers, intervals, paired
+    differences, head accuracies."""
+    base, asked = next(row.name for row in plan.rows if row.kind == "base"), plan.data.answers
     scores = {row.name: _question_scores(plan, row, outcomes) for row in plan.rows}
-    effects = {
-        row.name: effect_scores([outcomes[row.name, fold]["effects"] for fold in range(plan.data.num_folds)])
-        for row in plan.rows
-        if scores[row.name]
-    }
+    cells = {row.name: [(row.name, fold) for fold in range(plan.data.num_folds)] for row in plan.rows}
+    effects = {n: effect_scores([outcomes[c]["effects"] for c in of]) for n, of in cells.items() if scores[n]}
     for name, found in effects.items():
         if "capability" in found and (known := effects.get(base, {}).get("capability")):
             found["forgotten"] = forgotten_scores(known, found["capability"])
-        scores[name] |= {effect: {i: [value] for i, value in of.items()} for effect, of in found.items()}
+        scores[name] |= _once(found)
+    answered = {n: [a for c in of for a in answers[c]] for n, of in cells.items() if all(c in answers for c in of)}
+    for name, written in answered.items():
+        scores[name] |= _once(answer_scores(written))
     rows = [_row(plan, row, outcomes, scores, base) for row in plan.rows]
+    for row in rows:
+        row["rates"] = answer_rates(asked, answered[row["method"]]) if asked and row["method"] in answered else {}
     contrasts = []
     for a, b in _contrasted(plan):
         if scores[a] and scores[b]:
@@ -123,20 +132,13 @@ def collect(
         "model": _model(plan),
         "rows": rows,
         "contrasts": contrasts,
+        "answers": None if asked is None else described(asked),
         "categories": _categories(plan, outcomes, scores),
         "head_accuracy": _head_accuracy(plan, output),
         "settings": dict(settings),
         "versions": {"lightning-peft": __version__} | {package: version(package) for package in _PACKAGES},
         "caveats": _caveats(plan, questions, own),
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that a crash leaves no half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _finished(folder: Path, key: str) -> dict[str, Any] | None:
@@ -227,6 +229,11 @@ def _row(
         "failed": failed,
         "chosen": dict(chosen),
     }
+
+
+def _once(scores: Mapping[str, Mapping[int, float]]) -> Scores:
+    """Scores of what is measured once, whatever the draws."""
+    return {name: {i: [value] for i, value in values.items()} for name, values in scores.items()}
 
 
 def _by_draw(values: Mapping[int, list[float]], questions: Iterable[int]) -> NDArray[np.float64]:

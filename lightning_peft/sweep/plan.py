@@ -93,6 +93,8 @@ def check(plan: Sweep) -> None:
     for name, value, least in (("rows", plan.rows, 1), ("chunk", plan.chunk, 1), ("kl_tokens", plan.kl_tokens, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if plan.data.answers is not None:
+        raise ValueError("A sweep scores choices and writes no answers: leave data.answers out.")
     if (plan.few_shot or 0) < 0:
         raise ValueError(f"few_shot must be at least 0, got {plan.few_shot}.")
     if not 0.0 < plan.val_fraction < 1.0:
@@ -108,4 +110,5 @@ def sweep_key(plan: Sweep, data_hash: str, model: dict[str, Any]) -> str:
         model: fingerprint of the base.
     """
     settings = {name: value for name, value in asdict(plan).items() if name not in _NOT_RESULTS}
+    del settings["data"]["answers"]  # a sweep has none
     return hashlib.sha256(json.dumps([settings, data_hash, model], sort_keys=True).encode()).hexdigest()

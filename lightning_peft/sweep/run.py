@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from lightning_peft.callbacks.iti import install
-from lightning_peft.compare.run import write_atomically
+from lightning_peft.compare.files import write_atomically
 from lightning_peft.editing.heads import HeadSite, head_sites
 from lightning_peft.editing.iti import HeadEdit
 from lightning_peft.models import CausalLM

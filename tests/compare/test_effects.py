@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from lightning_peft.callbacks import LoRA
-from lightning_peft.compare.effects import effect_scores, effects_table, effects_view, forgotten_scores
+from lightning_peft.compare.effects import effect_scores, effects_view, forgotten_scores
+from lightning_peft.compare.measured import measured_table
 from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plan import Data, Plan, Row, check
 from lightning_peft.compare.statistics import mean_interval
@@ -86,7 +87,7 @@ def test_the_terminal_and_the_page_show_them_and_the_main_table_does_not(
     results: dict[str, Any], tmp_path: Path
 ) -> None:
     console = Console(file=io.StringIO(), width=120)
-    console.print(effects_table(results))
+    console.print(measured_table(effects_view(results)))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, shown.splitlines())) <= 120
     assert all(
@@ -108,7 +109,7 @@ def test_the_verdict_names_the_price_of_the_best(results: dict[str, Any]) -> Non
 def test_where_nothing_was_measured_nothing_is_shown(results: dict[str, Any], tmp_path: Path) -> None:
     for row in results["rows"]:
         row["metrics"] = {"mc2": row["metrics"]["mc2"]}
-    assert effects_table(results) is None
+    assert effects_view(results) is None
     assert "Side effects" not in write_html(results, tmp_path / "report.html").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,146 @@
+"""Free answers of every finished cell: written, held against the references, judged, each once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lightning_peft.compare.answers import Answers
+from lightning_peft.compare.cell import data_of, quiet, trainer_of
+from lightning_peft.compare.files import hashed, kept
+from lightning_peft.compare.plan import Plan, Row
+from lightning_peft.models import CausalLM
+from lightning_peft.truthfulqa.judges import LanguageModelJudge, load_quality, true_info
+from lightning_peft.truthfulqa.judges.protocol import Kind
+from lightning_peft.truthfulqa.judges.quality import THRESHOLD
+from lightning_peft.truthfulqa.references import reference_scores
+from lightning_peft.tuners.folders.saving import load_adapter
+
+_REFERENCES = ("bleu_acc", "rouge1_acc")  # of what `reference_scores` gives
+_RATES = {"true": "true", "info": "info", "true_info": "mean_of_products"}  # ours, and of `TrueInfo`
+
+Cell = tuple[str, int]
+
+
+def free_answers(
+    plan: Plan, outcomes: Mapping[Cell, Mapping[str, Any]], output: Path, console: Console
+) -> dict[Cell, list[dict[str, Any]]]:
+    """What the model of every finished cell answers to its test questions; nothing where the plan asks for none.
+
+    The adapter is the one that the cell has saved, and demonstrations are those of the first draw. Answers are kept in
+    the cell's folder, `answers.json`, verdicts in `judged-truth.json` and `judged-info.json`, so that a run that goes
+    on writes and judges what is missing. A judge is loaded when there is something to judge.
+
+    Args:
+        plan: the plan.
+        outcomes: of every row and fold, its cell's result.
+        output: the comparison's folder.
+        console: where to report progress.
+
+    Returns:
+        Of every cell that writes, dicts: `question_id`, `question`, `answer`, `raw`, `bleu_acc`, `rouge1_acc`, and with
+        judges `truth` and `info`, probabilities. Cells that failed, now or before, have none.
+    """
+    asked, found = plan.data.answers, {}
+    if asked is None:
+        return {}
+    quiet()
+    rows = {row.name: row for row in plan.rows if row.kind != "decoded"}  # which says how to score, not how to write
+    for (name, fold), outcome in outcomes.items():
+        if name not in rows or outcome["failed"]:
+            continue
+        console.print(f"Answers: {rows[name].label}, fold {fold}", highlight=False, markup=False)
+        folder = output / "cells" / f"{name}-fold{fold}"
+        key = hashed([outcome["key"], asked.preset, asked.max_new_tokens])
+        write = partial(_write, plan, asked, rows[name], fold, folder)
+        try:
+            found[name, fold] = (folder, key, kept(folder / "answers.json", key, write))
+        except Exception as error:  # as in a cell: the other rows are worth having
+            console.print(f"  failed: {type(error).__name__}: {error}", highlight=False, markup=False)
+    for kind, judge in asked.judges.items():
+        _judge(plan, asked, kind, judge, list(found.values()))
+    return {cell: made for cell, (_, _, made) in found.items()}
+
+
+def answer_scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Of each measure the score by question: 0 or 1.
+
+    Args:
+        answers: a row's, of all folds.
+
+    Example:
+        >>> judged = {"bleu_acc": 1.0, "rouge1_acc": 0.0, "truth": 0.9, "info": 0.2}
+        >>> answer_scores([{"question_id": 7, **judged}])
+        {'bleu_acc': {7: 1.0}, 'rouge1_acc': {7: 0.0}, 'true': {7: 1.0}, 'info': {7: 0.0}, 'true_info': {7: 0.0}}
+    """
+    scores = {name: {a["question_id"]: a[name] for a in answers} for name in _REFERENCES}
+    if all("truth" in answer and "info" in answer for answer in answers):
+        for name, kinds in (("true", ["truth"]), ("info", ["info"]), ("true_info", ["truth", "info"])):
+            scores[name] = {a["question_id"]: float(all(a[kind] >= THRESHOLD for kind in kinds)) for a in answers}
+    return scores
+
+
+def answer_rates(asked: Answers, answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """`true`, `info`, `true_info` and the original's `product_of_means`: what the judges say of a row's answers, and
+    what it means, their errors taken out; none without judges. See `true_info`."""
+    if not asked.judges or not answers:
+        return {}
+    truth, info = (torch.tensor([answer[kind] for answer in answers]) for kind in asked.judges)
+    truth_confusion, info_confusion = (load_quality(judge).confusion for judge in asked.judges.values())
+    rates = asdict(true_info(truth, info, truth_confusion, info_confusion))
+    return {name: rates[theirs] for name, theirs in (_RATES | {"product_of_means": "product_of_means"}).items()}
+
+
+def described(asked: Answers) -> dict[str, Any]:
+    """How answers were asked for, and how far their judges are to be trusted, for `results.json`."""
+    judges = {}
+    for kind, folder in asked.judges.items():
+        quality = asdict(load_quality(folder))
+        del quality["confusion"]
+        judges[kind] = {"folder": folder.name, **quality}
+    return {"preset": asked.preset, "max_new_tokens": asked.max_new_tokens, "judges": judges}
+
+
+def _write(plan: Plan, asked: Answers, row: Row, fold: int, folder: Path) -> list[dict[str, Any]]:
+    module = CausalLM(plan.model, dtype=plan.dtype)
+    if row.callback is not None or row.after is not None:
+        load_adapter(module.backbone, folder / "adapter")
+    data = data_of(plan, row, fold)
+    data.batch_size, data.prompting = asked.batch_size, asked.prompting(data.protocol.instruction)
+    batches: Any = trainer_of(plan, []).predict(module, datamodule=data)
+    answers = {answer.question_id: answer for batch in batches for answer in batch}
+    made = []
+    for question in data.test_questions:
+        answer, scores = answers[question.id], reference_scores(answers[question.id].text, question)
+        written = {"question_id": question.id, "question": question.text, "answer": answer.text, "raw": answer.raw}
+        made.append(written | {name: scores[name] for name in _REFERENCES})
+    return made
+
+
+def _judge(
+    plan: Plan, asked: Answers, kind: Kind, judge: Path, cells: Sequence[tuple[Path, str, list[dict[str, Any]]]]
+) -> None:
+    """Add this judge's probabilities to all answers."""
+
+    @cache
+    def loaded() -> LanguageModelJudge:
+        made = LanguageModelJudge.from_adapter(judge, kind, asked.judge_base, batch_size=asked.batch_size)
+        made.model.to(trainer_of(plan, []).strategy.root_device)
+        return made
+
+    def scores(answers: Sequence[Mapping[str, Any]]) -> list[float]:
+        questions, texts = ([answer[part] for answer in answers] for part in ("question", "answer"))
+        return loaded().score(questions, texts).tolist()
+
+    weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(judge.glob("adapter_*"))]
+    for folder, key, answers in cells:
+        path, judged_key = folder / f"judged-{kind}.json", hashed([key, weights, asked.judge_base])
+        for answer, score in zip(answers, kept(path, judged_key, partial(scores, answers)), strict=True):
+            answer[kind] = score
