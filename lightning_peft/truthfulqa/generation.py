@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.positions import answering
+from lightning_peft.trial import objection
 from lightning_peft.truthfulqa.arguments import accepted_arguments
 from lightning_peft.truthfulqa.presets import Ending, Prompting, cut_answer, is_finished
 
@@ -161,21 +162,22 @@ class AnswerGenerator:
         real = mask.sum(-1)
         two = torch.stack([real.argmin(), real.argmax()])  # the most and the least padded show what there is to see
         ids, mask = ids[two], mask[two]
-        try:
+        whole = self._first_logits(ids, mask)
+
+        def difference() -> float:
             self._cache = self._computed(prefix)
             moved = _move_padding(ids, mask, prefix)
             assert moved is not None
-            shared = self._first_logits(*moved, self._repeated(len(ids)), len(prefix))
-            difference = float((shared - self._first_logits(ids, mask)).abs().max())
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            difference, reason = float("inf"), f"sharing the primer raises {type(error).__name__}"
-        else:
-            reason = f"sharing the primer changes logits by {difference:.1e}"
+            return float((self._first_logits(*moved, self._repeated(2), len(prefix)) - whole).abs().max())
+
         dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
-        if difference <= (_TOLERANCE if dtype == torch.float32 else 64 * torch.finfo(dtype).eps):
+        allowed = _TOLERANCE if dtype == torch.float32 else 64 * torch.finfo(dtype).eps
+        against = objection(difference, allowed, "in a logit")
+        if not against:
             return prefix
         self._cache = None
-        warnings.warn(f"{type(self.backbone).__name__} answers from whole prompts: {reason}.", stacklevel=2)
+        name = type(self.backbone).__name__
+        warnings.warn(f"{name} answers from whole prompts: with the primer shared, {against}.", stacklevel=2)
         return []
 
     def _computed(self, prefix: list[int]) -> Any:
