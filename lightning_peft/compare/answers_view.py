@@ -26,14 +26,16 @@ def answers_view(results: Mapping[str, Any]) -> dict[str, Any] | None:
     if silent:
         notes.append(f"Without answers: {', '.join(silent)}.")
     if asked["judges"]:
-        notes.append("Corrected: the judges' errors taken out; the interval holds these too.")
+        notes.append(
+            "Differences are of what the judges say; corrected: their errors taken out, which its interval holds."
+        )
     notes += [_quality(kind, judge) for kind, judge in asked["judges"].items()]
     view = measured_view(results, "Free answers", MEASURES, notes)
     for row in view["rows"] if view else []:
         rates = next(found.get("rates") or {} for found in results["rows"] if found["label"] == row["label"])
         for column, cell in zip(view["columns"] if view else [], row["cells"], strict=True):
             if rate := rates.get(column["name"]):
-                cell["below"] = f"corrected {rate['corrected']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+                cell["below"] = f"corrected {rate['corrected']:.3f}\n[{rate['low']:.3f}, {rate['high']:.3f}]"
     return view
 
 

@@ -1,35 +1,22 @@
-"""Run a plan cell by cell, resumably, and put the results together."""
+"""Run a plan cell by cell, resumably."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
 
-from lightning_peft import __version__
-from lightning_peft.compare.answering import answer_rates, answer_scores, described, free_answers
+from lightning_peft.compare.answering import free_answers
 from lightning_peft.compare.cell import run_cell
-from lightning_peft.compare.effects import effect_scores, forgotten_scores
+from lightning_peft.compare.collecting import collect
 from lightning_peft.compare.files import write_atomically
 from lightning_peft.compare.plan import Plan, Row, cell_key, check
-from lightning_peft.compare.statistics import mean_interval, minimal_detectable, paired_difference
-from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2, mc3
-from lightning_peft.truthfulqa.protocols import PROTOCOLS
 from lightning_peft.truthfulqa.questions import data_hash, load_questions, subset
-from lightning_peft.truthfulqa.samples import FILES, TASKS, by_category, read_samples, write_samples
-
-Scores = dict[str, dict[int, list[float]]]  # by metric and question, or document, one a draw of demonstrations
-_PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "scikit-learn")
+from lightning_peft.truthfulqa.samples import FILES, read_samples, write_samples
 
 
 def run(plan: Plan, settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
@@ -88,59 +75,6 @@ def run(plan: Plan, settings: Mapping[str, Any], console: Console) -> dict[str, 
     return results
 
 
-def collect(
-    plan: Plan,
-    settings: Mapping[str, Any],
-    outcomes: Mapping[tuple[str, int], dict[str, Any]],
-    answers: Mapping[tuple[str, int], list[dict[str, Any]]],
-    questions: int,
-    hashed: str,
-    output: Path,
-) -> dict[str, Any]:
-    """Put finished cells together: scores by question, side effects by document, free answers, intervals, paired
-    differences, head accuracies."""
-    base, asked = next(row.name for row in plan.rows if row.kind == "base"), plan.data.answers
-    scores = {row.name: _question_scores(plan, row, outcomes) for row in plan.rows}
-    cells = {row.name: [(row.name, fold) for fold in range(plan.data.num_folds)] for row in plan.rows}
-    effects = {n: effect_scores([outcomes[c]["effects"] for c in of]) for n, of in cells.items() if scores[n]}
-    for name, found in effects.items():
-        if "capability" in found and (known := effects.get(base, {}).get("capability")):
-            found["forgotten"] = forgotten_scores(known, found["capability"])
-        scores[name] |= _once(found)
-    answered = {n: [a for c in of for a in answers[c]] for n, of in cells.items() if all(c in answers for c in of)}
-    for name, written in answered.items():
-        scores[name] |= _once(answer_scores(written))
-    rows = [_row(plan, row, outcomes, scores, base) for row in plan.rows]
-    for row in rows:
-        row["rates"] = answer_rates(asked, answered[row["method"]]) if asked and row["method"] in answered else {}
-    contrasts = []
-    for a, b in _contrasted(plan):
-        if scores[a] and scores[b]:
-            change = _difference(scores[a]["mc2"], scores[b]["mc2"])
-            contrasts.append({"a": a, "b": b, "metric": "mc2", **{k: change[k] for k in ("mean", "low", "high", "p")}})
-    own = plan.data.source == "package"
-    label = "this package's own question set" if own else "TruthfulQA"
-    return {
-        "name": plan.name,
-        "data": {
-            "source": plan.data.source,
-            "label": f"{label}, {questions} questions",
-            "questions": questions,
-            "hash": hashed,
-            "folds": plan.data.num_folds,
-        },
-        "model": _model(plan),
-        "rows": rows,
-        "contrasts": contrasts,
-        "answers": None if asked is None else described(asked),
-        "categories": _categories(plan, outcomes, scores),
-        "head_accuracy": _head_accuracy(plan, output),
-        "settings": dict(settings),
-        "versions": {"lightning-peft": __version__} | {package: version(package) for package in _PACKAGES},
-        "caveats": _caveats(plan, questions, own),
-    }
-
-
 def _finished(folder: Path, key: str) -> dict[str, Any] | None:
     path = folder / "result.json"
     if not path.exists():
@@ -166,103 +100,6 @@ def _attempt(
     return result
 
 
-def _question_scores(plan: Plan, row: Row, outcomes: Mapping[tuple[str, int], dict[str, Any]]) -> Scores:
-    """For each metric the scores of each question over all folds, one a draw; empty if a fold failed."""
-    folds = [outcomes[row.name, fold] for fold in range(plan.data.num_folds)]
-    if any(outcome["failed"] for outcome in folds):
-        return {}
-    asked: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    for outcome in folds:
-        for sample in outcome["samples"]:
-            asked[sample["question_id"], sample["draw"]].append(sample)
-    ties = PROTOCOLS[plan.data.protocol].ties
-    functions: dict[str, Callable[..., float]] = {
-        "mc0": partial(mc0, ties=ties),
-        "mc1": partial(mc1, ties=ties),
-        "mc2": mc2,
-        "mc3": mc3,
-    }
-    scores: Scores = {name: defaultdict(list) for name in functions}
-    for (question, _), choices in asked.items():
-        logprobs = torch.tensor([c["logprob"] for c in choices])
-        for name, score in functions.items():
-            truth = torch.tensor([c["mc2" if name == "mc3" else name] for c in choices])
-            if {0, 1} <= set(truth.tolist()):
-                scores[name][question].append(score(logprobs, truth))
-    return {name: values for name, values in scores.items() if values}
-
-
-def _row(
-    plan: Plan,
-    row: Row,
-    outcomes: Mapping[tuple[str, int], dict[str, Any]],
-    scores: Mapping[str, Scores],
-    base: str,
-) -> dict[str, Any]:
-    folds = [outcomes[row.name, fold] for fold in range(plan.data.num_folds)]
-    failed = next((outcome["failed"] for outcome in folds if outcome["failed"]), None)
-    metrics, difference, draws = {}, {}, {}
-    for name, values in scores[row.name].items():
-        by_draw = _by_draw(values, values)
-        interval = mean_interval(by_draw)
-        metrics[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-        if len(by_draw) > 1:
-            draws[name] = by_draw.mean(1).tolist()
-        if row.name != base and name in scores[base]:
-            difference[name] = _difference(values, scores[base][name])
-    chosen: dict[str, list[Any]] = defaultdict(list)
-    for outcome in folds:
-        for name, value in outcome["chosen"].items():
-            chosen[name].append(value)
-    return {
-        "method": row.name,
-        "label": row.label,
-        "kind": row.kind,
-        "metrics": metrics,
-        "difference": difference or None,
-        "draws": draws,
-        "trainable_parameters": max(outcome["trainable_parameters"] for outcome in folds),
-        "edited_parameters": max(outcome["edited_parameters"] for outcome in folds),
-        "adapter_bytes": max(outcome["adapter_bytes"] for outcome in folds),
-        "seconds": sum(outcome["seconds"] for outcome in folds),
-        "scoring_seconds": sum(outcome["scoring_seconds"] for outcome in folds),
-        "failed": failed,
-        "chosen": dict(chosen),
-    }
-
-
-def _once(scores: Mapping[str, Mapping[int, float]]) -> Scores:
-    """Scores of what is measured once, whatever the draws."""
-    return {name: {i: [value] for i, value in values.items()} for name, values in scores.items()}
-
-
-def _by_draw(values: Mapping[int, list[float]], questions: Iterable[int]) -> NDArray[np.float64]:
-    """`[draws, n]`"""
-    return np.array([values[question] for question in questions]).T
-
-
-def _difference(a: Mapping[int, list[float]], b: Mapping[int, list[float]]) -> dict[str, float | None]:
-    shared = sorted(a.keys() & b.keys())
-    x, y = _by_draw(a, shared), _by_draw(b, shared)
-    found = paired_difference(x, y)
-    return {
-        "mean": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "p": found.p,
-        "mde": minimal_detectable(x, y),
-    }
-
-
-def _contrasted(plan: Plan) -> list[tuple[str, str]]:
-    """The pairs worth a line of their own: edited against tuned and control rows, a stack against what it is on."""
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for row in plan.rows:
-        kinds[row.kind].append(row.name)
-    pairs = [(a, b) for a in kinds["edited"] for b in [*kinds["tuned"], *kinds["control"]]]
-    return pairs + [(row.name, row.after) for row in plan.rows if row.kind == "stack" and row.after is not None]
-
-
 def _join_samples(plan: Plan, outcomes: Mapping[tuple[str, int], dict[str, Any]], output: Path) -> None:
     """Of each row that did not fail all folds' samples in one file a task, in the release's order."""
     for row in plan.rows:
@@ -272,70 +109,3 @@ def _join_samples(plan: Plan, outcomes: Mapping[tuple[str, int], dict[str, Any]]
         for file in FILES.values():
             found = [s for fold in folds for s in read_samples(output / "cells" / f"{row.name}-fold{fold}" / file)]
             write_samples(output / "samples" / row.name / file, sorted(found, key=lambda sample: sample["doc_id"]))
-
-
-def _categories(
-    plan: Plan, outcomes: Mapping[tuple[str, int], dict[str, Any]], scores: Mapping[str, Scores]
-) -> dict[str, dict[str, Any]]:
-    """By category and row, MC1 and MC2 with their intervals; `n` is the number of questions."""
-    category = {s["question_id"]: s["category"] for o in outcomes.values() for s in o["samples"]}
-    table: dict[str, dict[str, Any]] = {name: {"n": n} for name, n in sorted(Counter(category.values()).items())}
-    for row in plan.rows:
-        for metric in TASKS:
-            values = scores[row.name].get(metric, {})
-            samples = [{"category": category[q], "acc": sum(accs) / len(accs)} for q, accs in values.items()]
-            for name, score in by_category(samples).items():
-                found = {"mean": score.mean, "low": score.low, "high": score.high}
-                table[name].setdefault(row.name, {})[metric] = found
-    return table
-
-
-def _head_accuracy(plan: Plan, output: Path) -> dict[str, Any] | None:
-    """Probe accuracy by layer and head, mean over folds, from the notes of the first edited row's adapters."""
-    edited = next((row for row in plan.rows if row.kind == "edited"), None)
-    if edited is None:
-        return None
-    notes = [
-        output / "cells" / f"{edited.name}-fold{f}" / "adapter" / "lightning_peft.json"
-        for f in range(plan.data.num_folds)
-    ]
-    records = [json.loads(path.read_text(encoding="utf-8"))["record"] for path in notes if path.exists()]
-    if not records or "accuracy" not in records[0]:
-        return None
-    accuracy = torch.tensor([record["accuracy"] for record in records]).mean(0)
-    return {"accuracy": accuracy.tolist(), "selected": records[0]["heads"]}
-
-
-def _model(plan: Plan) -> dict[str, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lightning_peft.tuners.backbone.fingerprint import fingerprint
-
-    config = AutoConfig.from_pretrained(plan.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {
-        "pretrained": plan.model,
-        "fingerprint": fingerprint(model)["names"],
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-    }
-
-
-def _caveats(plan: Plan, questions: int, own: bool) -> list[str]:
-    caveats = []
-    if own:
-        caveats.append(
-            "These are the package's own questions, not TruthfulQA: the numbers cannot be compared with published ones."
-        )
-    if questions < 400:
-        caveats.append(f"With {questions} questions only large differences can be detected; see the last column.")
-    caveats.append(
-        "Tuned rows choose learning rate and epochs on held-out training questions; edited rows use their settings as "
-        "given, and choose heads on held-out training questions."
-    )
-    source = Path(plan.model) / "source.txt"
-    if source.is_file():
-        caveats.append(f"Weights: {source.read_text(encoding='utf-8').strip()}")
-    return caveats
