@@ -24,7 +24,8 @@ from lightning_peft.truthfulqa.references import reference_scores
 from lightning_peft.tuners.folders.saving import load_adapter
 
 _REFERENCES = ("bleu_acc", "rouge1_acc")  # of what `reference_scores` gives
-_RATES = {"true": "true", "info": "info", "true_info": "mean_of_products"}  # ours, and of `TrueInfo`
+# ours, and the names in `TrueInfo`
+_RATES = {"true": "true", "info": "info", "true_info": "mean_of_products", "product_of_means": "product_of_means"}
 
 Cell = tuple[str, int]
 
@@ -95,7 +96,7 @@ def answer_rates(asked: Answers, answers: Sequence[Mapping[str, Any]]) -> dict[s
     truth, info = (torch.tensor([answer[kind] for answer in answers]) for kind in asked.judges)
     truth_confusion, info_confusion = (load_quality(judge).confusion for judge in asked.judges.values())
     rates = asdict(true_info(truth, info, truth_confusion, info_confusion))
-    return {name: rates[theirs] for name, theirs in (_RATES | {"product_of_means": "product_of_means"}).items()}
+    return {name: rates[theirs] for name, theirs in _RATES.items()}
 
 
 def described(asked: Answers) -> dict[str, Any]:

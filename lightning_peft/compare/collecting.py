@@ -235,8 +235,8 @@ def _caveats(plan: Plan, questions: int, own: bool) -> list[str]:
     if questions < 400:
         caveats.append(f"With {questions} questions only large differences can be detected; see the last column.")
     caveats.append(
-        "Tuned rows choose learning rate and epochs on held-out training questions; edited rows use their settings as "
-        "given, and choose heads on held-out training questions."
+        "Tuned rows choose learning rate and epochs on held-out training questions; edited rows choose heads, and "
+        "a strength where several are given, on held-out training questions."
     )
     source = Path(plan.model) / "source.txt"
     if source.is_file():

@@ -25,6 +25,8 @@ from lightning_peft.compare.plan import Data, Plan, Row, check
 from lightning_peft.compare.run import run
 from lightning_peft.compare.scoring import DoLaScoring
 from lightning_peft.models import CausalLM
+from lightning_peft.sweep.plan import Sweep
+from lightning_peft.sweep.plan import check as check_sweep
 from lightning_peft.truthfulqa import SideEffects
 from lightning_peft.truthfulqa.judges import Confusion, JudgeQuality, save_quality
 from lightning_peft.truthfulqa.references import reference_scores
@@ -207,6 +209,11 @@ def test_answers_that_cannot_be_had_are_refused_before_anything_runs(
     peft.LoraConfig(r=2).save_pretrained("nameless")
     with pytest.raises(ValueError, match=sentence):
         check(Plan("x", "m", [Row("base", "", "base")], Data("package", answers=Answers(**change))))
+
+
+def test_a_sweep_writes_no_answers() -> None:
+    with pytest.raises(ValueError, match="A sweep scores choices and writes no answers"):
+        check_sweep(Sweep("x", "m", [3], [5.0], Data("package", answers=Answers())))
 
 
 def test_demonstrations_stand_in_the_six_questions_of_qa_only() -> None:
