@@ -18,7 +18,7 @@ from lightning_peft.trial import objection
 from lightning_peft.trie import common_prefix, pack, packed_length
 
 _TOLERANCE = 1e-3  # nats: packed and plain scoring must agree to this
-_TRIAL = 8  # tokens that the trial of packing keeps of a prompt, and of an answer
+_TRIAL = 8  # tokens that the trial of packing keeps of what prompts share, of a prompt's end, and of an answer
 _TOGETHER = 768  # tokens of one call, where it holds several questions
 
 
@@ -223,13 +223,15 @@ class ChoiceScorer:
 
     def _try_packing(self, rows: list[list[int]], starts: list[int]) -> bool:
         """Score shortened copies of questions both ways, twice, so that the cache is tried as well."""
-        cut = max(0, min(starts) + 1 - _TRIAL)
-        short = [row[cut : start + 1 + _TRIAL] for row, start in zip(rows, starts, strict=True)]
-        begin = [start - cut for start in starts]
+        head = rows[0][: min(common_prefix(rows), *starts, _TRIAL)]  # for the cache to hold
+        cuts = [max(len(head), start + 1 - _TRIAL) for start in starts]
+        short = [head + row[cut : start + 1 + _TRIAL] for row, cut, start in zip(rows, cuts, starts, strict=True)]
+        begin = [len(head) + start - cut for start, cut in zip(starts, cuts, strict=True)]
         plain = self._plain(short, begin)
 
         def difference() -> float:
-            return max(float((self._packed(short, begin) - plain).abs().max()) for _ in range(2))
+            packed = torch.stack([self._packed(short, begin) for _ in range(2)])
+            return float((packed - plain).abs().max())
 
         against = objection(difference, _allowed(self.backbone, plain), "nats")
         self.forget()

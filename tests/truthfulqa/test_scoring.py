@@ -182,6 +182,25 @@ def test_a_model_that_cannot_be_packed_is_scored_row_by_row_with_a_warning() -> 
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("own", [0, 6, 30])
+def test_a_model_that_ignores_its_cache_is_scored_row_by_row_with_a_warning(own: int) -> None:
+    def without_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        length = kwargs["input_ids"].shape[1]
+        mask = kwargs["attention_mask"]
+        return args, kwargs | {"past_key_values": None, "attention_mask": mask[..., -length:]}
+
+    model = tiny("llama")
+    rows = [PRIMER + [number] * own + [5, number] for number in (20, 30)]
+    prompts = [len(row) for row in rows]
+    answered = [[*row, number] for row in rows for number in (7, 8)]
+    ids, mask, labels = batch(answered, prompts[0])
+    expected = torch.tensor([definition(model, row, prompts[0]) for row in answered])
+    model.register_forward_pre_hook(without_cache, with_kwargs=True)
+    with pytest.warns(UserWarning, match="scored row by row: packed, it differs"):
+        scores = ChoiceScorer(model).score(ids, mask, labels)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+
+
 def test_a_row_without_answer_or_prompt_is_one_sentence() -> None:
     rows, prompt = question(0)
     ids, mask, labels = batch(rows, prompt)
