@@ -96,12 +96,15 @@ class _LanguageModel(_Pretrained):
 
     def _begin(self) -> None:
         off: Off | None = None
-        base = True
+        configs: list[Any] = []
         if find_stacks(self.backbone):
             stack = adapters(self.backbone)
-            base = not any(changes_base(part.config) for part in stack.parts)
-            off = stack.disabled if base else None
-        self.evaluation.begin(self.backbone, self._scorer, off, base)
+            off, configs = stack.disabled, [part.config for part in stack.parts]
+        elif hasattr(self.backbone, "disable_adapter"):  # wrapped by peft itself
+            wrapper: Any = self.backbone
+            off, configs = wrapper.disable_adapter, list(wrapper.peft_config.values())
+        base = not any(map(changes_base, configs))
+        self.evaluation.begin(self.backbone, self._scorer, off if base else None, base)
 
     def _evaluate(self, batch: Batch) -> Tensor | None:
         found = self.evaluation.step(batch)

@@ -66,7 +66,10 @@ def free_answers(
         except Exception as error:  # as in a cell: the other rows are worth having
             console.print(f"  failed: {type(error).__name__}: {error}", highlight=False, markup=False)
     for kind, judge in asked.judges.items():
-        _judge(plan, asked, kind, judge, list(found.values()))
+        try:
+            _judge(plan, asked, kind, judge, list(found.values()))
+        except Exception as error:  # what was scored and written is worth having without it
+            console.print(f"The {kind} judge failed: {type(error).__name__}: {error}", highlight=False, markup=False)
     return {cell: made for cell, (_, _, made) in found.items()}
 
 
@@ -91,7 +94,7 @@ def answer_scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, f
 def answer_rates(asked: Answers, answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """`true`, `info`, `true_info` and the original's `product_of_means`: what the judges say of a row's answers, and
     what it means, their errors taken out; none without judges. See `true_info`."""
-    if not asked.judges or not answers:
+    if not asked.judges or not answers or any(kind not in answer for answer in answers for kind in asked.judges):
         return {}
     truth, info = (torch.tensor([answer[kind] for answer in answers]) for kind in asked.judges)
     truth_confusion, info_confusion = (load_quality(judge).confusion for judge in asked.judges.values())

@@ -31,10 +31,12 @@ def answers_view(results: Mapping[str, Any]) -> dict[str, Any] | None:
         )
     notes += [_quality(kind, judge) for kind, judge in asked["judges"].items()]
     view = measured_view(results, "Free answers", MEASURES, notes)
-    for row in view["rows"] if view else []:
-        rates = next(found.get("rates") or {} for found in results["rows"] if found["label"] == row["label"])
-        for column, cell in zip(view["columns"] if view else [], row["cells"], strict=True):
-            if rate := rates.get(column["name"]):
+    if view is None:
+        return None
+    rates = {row["method"]: row.get("rates") or {} for row in results["rows"]}
+    for row in view["rows"]:
+        for column, cell in zip(view["columns"], row["cells"], strict=True):
+            if rate := rates[row["method"]].get(column["name"]):
                 cell["below"] = f"corrected {rate['corrected']:.3f}\n[{rate['low']:.3f}, {rate['high']:.3f}]"
     return view
 

@@ -43,7 +43,7 @@ def collect(
     cells = {row.name: [(row.name, fold) for fold in range(plan.data.num_folds)] for row in plan.rows}
     effects = {n: effect_scores([outcomes[c]["effects"] for c in of]) for n, of in cells.items() if scores[n]}
     for name, found in effects.items():
-        if "capability" in found and (known := effects.get(base, {}).get("capability")):
+        if "capability" in found and any((known := effects.get(base, {}).get("capability", {})).values()):
             found["forgotten"] = forgotten_scores(known, found["capability"])
         scores[name] |= _once(found)
     answered = {n: [a for c in of for a in answers[c]] for n, of in cells.items() if all(c in answers for c in of)}
@@ -233,7 +233,7 @@ def _caveats(plan: Plan, questions: int, own: bool) -> list[str]:
             "These are the package's own questions, not TruthfulQA: the numbers cannot be compared with published ones."
         )
     if questions < 400:
-        caveats.append(f"With {questions} questions only large differences can be detected; see the last column.")
+        caveats.append(f"With {questions} questions only large differences can be detected.")
     caveats.append(
         "Tuned rows choose learning rate and epochs on held-out training questions; edited rows choose heads, and "
         "a strength where several are given, on held-out training questions."

@@ -14,8 +14,11 @@ def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name and rename, so that a crash leaves no half-written file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def hashed(described: Any) -> str:

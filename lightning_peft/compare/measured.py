@@ -38,9 +38,9 @@ def measured_view(
         notes: what to say below.
 
     Returns:
-        `title`; `columns`, label and meaning of each; `rows`, each with its `label` and `cells` (`value`, `difference`,
-        `interval` and `change`: `"up"` for the better, `"down"` for the worse, nothing where the interval includes 0;
-        and `below`, a line about the value, for whoever has one); `notes`.
+        `title`; `columns`, label and meaning of each; `rows`, each with its `method`, `label` and `cells` (`value`,
+        `difference`, `interval` and `change`: `"up"` for the better, `"down"` for the worse, nothing where the interval
+        includes 0; and `below`, a line about the value, for whoever has one); `notes`.
     """
     rows = [row for row in results["rows"] if not row.get("failed")]
     names = [name for name in measures if any(name in (row.get("metrics") or {}) for row in rows)]
@@ -51,7 +51,11 @@ def measured_view(
         "title": title,
         "columns": [{"name": name, "label": measures[name].label, "meaning": measures[name].meaning} for name in names],
         "rows": [
-            {"label": row["label"], "cells": [_cell(row, name, measures[name].better) for name in names]}
+            {
+                "method": row["method"],
+                "label": row["label"],
+                "cells": [_cell(row, name, measures[name].better) for name in names],
+            }
             for row in shown
         ],
         "notes": notes,

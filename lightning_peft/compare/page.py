@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from lightning_peft.compare.answers_view import answers_view
 from lightning_peft.compare.effects import effects_view
+from lightning_peft.compare.files import write_atomically
 from lightning_peft.compare.plots import INK, by_method, head_accuracy_map
 from lightning_peft.compare.results import (
     METRICS,
@@ -60,13 +61,7 @@ def write_html(results: Results, path: str | os.PathLike[str]) -> Path:
     check_results(results)
     html = _environment().from_string(_TEMPLATE.read_text(encoding="utf-8")).render(_view(results))
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(target, html)
     return target
 
 

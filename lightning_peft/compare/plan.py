@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +11,8 @@ from lightning_peft.callbacks import PEFT, Edit
 from lightning_peft.compare.answers import Answers
 from lightning_peft.compare.files import hashed
 from lightning_peft.compare.scoring import Scoring
-from lightning_peft.truthfulqa import SideEffects
+from lightning_peft.truthfulqa import Question, SideEffects
+from lightning_peft.truthfulqa.folds import assign_folds
 from lightning_peft.truthfulqa.protocols import ProtocolName, protocol_named
 
 Kind = Literal["base", "prompt", "decoded", "tuned", "edited", "control", "stack"]
@@ -176,6 +178,18 @@ def check(plan: Plan) -> None:
         raise ValueError(
             f"num_folds must be at least 2, so that tests are on unseen questions, got {plan.data.num_folds}."
         )
+
+
+def check_questions(plan: Plan, questions: Sequence[Question]) -> None:
+    """Raise `ValueError` where a fold leaves too few questions to draw a row's demonstrations from."""
+    tested = Counter(assign_folds(questions, plan.data.num_folds, plan.data.seed))
+    left = len(questions) - max(tested.values())
+    for row in plan.rows:
+        if (row.few_shot or 0) > left:
+            raise ValueError(
+                f"Row {row.name!r} asks for {row.few_shot} demonstrations, but a fold leaves {left} questions to draw "
+                "them from."
+            )
 
 
 def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, data_hash: str, fold: int) -> str:

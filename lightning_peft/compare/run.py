@@ -14,7 +14,7 @@ from lightning_peft.compare.answering import free_answers
 from lightning_peft.compare.cell import run_cell
 from lightning_peft.compare.collecting import collect
 from lightning_peft.compare.files import write_atomically
-from lightning_peft.compare.plan import Plan, Row, cell_key, check
+from lightning_peft.compare.plan import Plan, Row, cell_key, check, check_questions
 from lightning_peft.truthfulqa.questions import data_hash, load_questions, subset
 from lightning_peft.truthfulqa.samples import FILES, read_samples, write_samples
 
@@ -41,6 +41,7 @@ def run(plan: Plan, settings: Mapping[str, Any], console: Console) -> dict[str, 
     questions = load_questions(plan.data.source)
     if plan.data.limit is not None:
         questions = subset(questions, plan.data.limit, plan.data.seed)
+    check_questions(plan, questions)
     hashed = data_hash(questions)
     cells = [(row, fold) for row in plan.rows for fold in range(plan.data.num_folds)]
     outcomes: dict[tuple[str, int], dict[str, Any]] = {}

@@ -29,7 +29,9 @@ class Scoring(ABC):
 
     @abstractmethod
     def __call__(self, module: CausalLM) -> Callable[[Batch], Tensor]:
-        """What scores batches of choices, `[B]`, the higher the truer; asked for at the beginning of a test.
+        """What scores batches of choices, `[B]`, the higher the truer.
+
+        It is asked for before the first choices of a test or validation.
 
         Args:
             module: under test by a Trainer with a `TruthfulQADataModule`, which is set up.

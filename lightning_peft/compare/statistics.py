@@ -57,13 +57,13 @@ def paired_difference(
     Questions are resampled, so both scores of a question stay together. ``p = (1 + #) / (1 + resamples)``, where ``#``
     counts resampled means that lie at least as far from the observed mean as the observed mean lies from 0: the
     bootstrap distribution moved to the null hypothesis (Hall & Wilson 1991, *Biometrics* 47). The interval and ``p``
-    agree except close to the border. The same seed and number of questions give the same resamples, so differences
-    within one table share them.
+    agree except close to the border. The same seed and numbers of questions and draws give the same resamples, so
+    differences within one table share them.
 
     Args:
         a: Scores of the first method, shape ``[n]``, one a question, or ``[draws, n]``.
         b: Scores of the second method on the same questions in the same order, shape ``[n]`` or ``[draws, n]``; as
-            many draws are paired too.
+            many draws are paired too, of unlike numbers the means count.
         confidence: Coverage of the interval, in (0, 1).
         resamples: Number of bootstrap resamples, at least 1.
         seed: Seed of the resampling.

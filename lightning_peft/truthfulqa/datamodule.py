@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
@@ -217,10 +218,15 @@ class TruthfulQADataModule(L.LightningDataModule):
         if self.val_metrics is not None:
             return self.val_metrics
         trainer = self.trainer
-        if trainer is None or trainer.state.fn != TrainerFn.VALIDATING:
+        if trainer is None or trainer.state.fn != TrainerFn.VALIDATING or self._in_parts():
             return False
         # another's validation_step would take choices, false ones among them, for answers
         return any(isinstance(part, Evaluation) for part in trainer.lightning_module.modules())
+
+    def _in_parts(self) -> bool:
+        """Whether several processes each hold a part of the model, so that all must call it equally often."""
+        sharding = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+        return self.trainer is not None and self.trainer.world_size > 1 and isinstance(self.trainer.strategy, sharding)
 
     def _ready(self, batches: list[Batch]) -> DataLoader:
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers)  # type: ignore[arg-type]
@@ -254,6 +260,11 @@ class TruthfulQADataModule(L.LightningDataModule):
 
     def _tested(self, questions: Sequence[Question], contexts: Mapping[int, str]) -> list[list[Batch]]:
         """Batches of the questions' choices, of simple questions and of text, where these are asked for."""
+        if self._in_parts():
+            raise ValueError(
+                "Questions take different numbers of calls, but processes that each hold a part of the model must call "
+                "it equally often: score choices on one process, or on several with DDP."
+            )
         together = self.questions_per_batch
         # questions are whole: their rows share a prompt, which the scorer computes once
         parts = [questions[i : i + together] for i in range(0, len(questions), together)]

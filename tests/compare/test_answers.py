@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -84,8 +86,10 @@ def made(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answering, "LanguageModelJudge", Judge)
         after = run(plan, settings, Console(file=io.StringIO()))
+    calls = Judge.loaded, Judge.asked
     written = [json.loads(line) for line in (folder / "run" / "answers.jsonl").read_text().splitlines()]
-    return {"plan": plan, "settings": settings, "before": before, "after": after, "cells": cells, "written": written}
+    found = {"before": before, "after": after, "cells": cells, "written": written, "calls": calls}
+    return {"plan": plan, "settings": settings} | found
 
 
 def rows_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -147,7 +151,7 @@ def test_shares_are_means_over_questions_and_differences_are_paired(made: dict[s
 def test_a_judge_is_loaded_once_and_nothing_is_judged_or_written_twice(
     made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Judge.loaded == 2 and Judge.asked == 2 * 2 * len(ROWS)
+    assert made["calls"] == (2, 2 * 2 * len(ROWS))
     monkeypatch.setattr(answering, "LanguageModelJudge", None)
     monkeypatch.setattr(answering, "_write", pytest.fail)
     again = run(made["plan"], made["settings"], Console(file=io.StringIO()))
@@ -155,7 +159,7 @@ def test_a_judge_is_loaded_once_and_nothing_is_judged_or_written_twice(
 
 
 def test_a_row_that_cannot_answer_is_left_out_and_stops_no_other(
-    made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, console = answering._write, Console(file=io.StringIO(), width=200)
 
@@ -169,9 +173,28 @@ def test_a_row_that_cannot_answer_is_left_out_and_stops_no_other(
     plan: Plan = made["plan"]
     assert plan.data.answers is not None
     monkeypatch.setattr(plan.data.answers, "max_new_tokens", 2)
+    shutil.copytree(plan.output or "", tmp_path / "run")
+    monkeypatch.setattr(plan, "output", str(tmp_path / "run"))
     rows = rows_of(run(plan, made["settings"], console))
     assert {name for name, row in rows.items() if "true" in row["metrics"]} == set(ROWS) - {"iti"}
     assert "failed: RuntimeError: no answer" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_judge_that_cannot_be_loaded_leaves_the_rest(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(folder: Path, kind: str, base: str | None, batch_size: int) -> Judge:
+        raise OSError("no such base")
+
+    plan, console = made["plan"], Console(file=io.StringIO(), width=200)
+    shutil.copytree(plan.output, tmp_path / "run")
+    for verdicts in (tmp_path / "run").glob("cells/*/judged-info.json"):
+        verdicts.unlink()
+    monkeypatch.setattr(plan, "output", str(tmp_path / "run"))
+    monkeypatch.setattr(answering, "LanguageModelJudge", SimpleNamespace(from_adapter=fails))
+    rows = rows_of(run(plan, made["settings"], console))
+    assert "The info judge failed: OSError: no such base" in console.file.getvalue()
+    assert all("bleu_acc" in rows[name]["metrics"] and "true_info" not in rows[name]["metrics"] for name in ROWS)
 
 
 def test_terminal_and_page_show_shares_corrections_and_the_judges(made: dict[str, Any], tmp_path: Path) -> None:

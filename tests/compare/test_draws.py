@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import lightning as L
 import pytest
 import yaml
+from rich.console import Console
 from tuning import ROOT
 
 from lightning_peft.callbacks import ITI
 from lightning_peft.cli import main
 from lightning_peft.compare import cell
 from lightning_peft.compare.plan import Data, Plan, Row, check
+from lightning_peft.compare.run import run as run_plan
 from lightning_peft.models import CausalLM
 from lightning_peft.sweep.plan import Sweep
 from lightning_peft.sweep.plan import check as check_sweep
@@ -63,6 +66,7 @@ def test_an_edit_is_computed_once_and_scored_under_each_draw(
     found = run(Row("both", "", "edited", ITI(num_heads=3, alpha=5.0), few_shot=3, draws=3))
     assert len(computed) == 1 and len({tuple(logprobs(found, draw)) for draw in range(3)}) == 3
     written = read_samples(tmp_path / "both" / "samples_truthfulqa_mc2.jsonl")
+    assert written
     assert {float(r[0]) for sample in written for r in sample["filtered_resps"]} <= set(logprobs(found, 0))
 
 
@@ -98,6 +102,14 @@ def test_every_row_of_table_1_runs(
         means = found[name]["draws"]["mc2"]
         assert len(set(means)) == 3 and found[name]["metrics"]["mc2"]["mean"] == pytest.approx(sum(means) / 3)
     assert "over 3 draws of demonstrations; its interval holds for these draws" in capsys.readouterr().out
+
+
+def test_more_demonstrations_than_a_fold_leaves_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    row = Row("many", "", "prompt", few_shot=7)
+    plan = Plan("x", "no model", [Row("base", "", "base"), row], Data("package", limit=12), output=str(tmp_path))
+    with pytest.raises(ValueError, match=r"^Row 'many' asks for 7 demonstrations, but a fold leaves 6 questions to"):
+        run_plan(plan, {"rows": {"base": {}, "many": {}}}, Console(file=io.StringIO()))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

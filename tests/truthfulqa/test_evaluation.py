@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import peft
 import pytest
 import torch
 from edits import add_lora, add_offsets, fill
@@ -75,6 +76,11 @@ def quantised_and_tuned(module: Any) -> None:
     fill(stack_of(module.backbone), "lora")
 
 
+def wrapped(module: Any) -> None:
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
+    module.backbone = peft.get_peft_model(module.backbone, config)
+
+
 def nothing(module: Any) -> None:
     pass
 
@@ -86,6 +92,7 @@ MODELS: dict[str, tuple[str, Callable[[Any], None]]] = {
     "gpt2 steered": ("gpt2", steered),
     "llama in four bits": ("llama", quantised),
     "llama in four bits with LoRA": ("llama", quantised_and_tuned),
+    "llama wrapped by peft": ("llama", wrapped),
     "t5 with LoRA": ("t5", tuned_encoder_decoder),
 }
 
