@@ -70,8 +70,9 @@ def tokens() -> Tensor:
 
 @pytest.fixture
 def all_threads() -> Iterator[None]:
-    """As many threads as there are cores, for the real model."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    """This process's share of the cores, for the real model."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     yield
     torch.set_num_threads(1)
 

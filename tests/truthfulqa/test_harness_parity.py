@@ -54,8 +54,8 @@ def test_on_the_packages_own_questions(smollm2: Path) -> None:
 
 
 @pytest.mark.data
-def test_on_forty_questions_of_truthfulqa(smollm2: Path, truthfulqa_data: Path) -> None:
-    compare(load_questions(truthfulqa_data / "v0")[:40], smollm2)
+def test_on_questions_of_truthfulqa(smollm2: Path, truthfulqa_data: Path) -> None:
+    compare(load_questions(truthfulqa_data / "v0")[:12], smollm2)
 
 
 @pytest.mark.data
