@@ -18,7 +18,8 @@ from lightning_peft.trial import objection
 from lightning_peft.trie import common_prefix, pack, packed_length
 
 _TOLERANCE = 1e-3  # nats: packed and plain scoring must agree to this
-_TRIAL = 8  # tokens that the trial of packing keeps of what prompts share, of a prompt's end, and of an answer
+_TRIAL = 4  # tokens that the trial of packing keeps of what prompts share, of a prompt's end, and of an answer
+_ROWS = 32  # tokens whose probabilities over the vocabulary are held at once
 _TOGETHER = 768  # tokens of one call, where it holds several questions
 
 
@@ -160,7 +161,7 @@ class ChoiceScorer:
             kept,
             _read_only(self._cache) if edited else self._cache,
         )
-        logprobs = self._logprobs(logits)[:, index.to(logits.device), targets.to(logits.device)].cpu()
+        logprobs = self._logprobs(logits, index.to(logits.device), targets.to(logits.device)).cpu()
         scores = torch.zeros(len(logprobs), len(rows)).index_add(1, torch.tensor([i for i, _ in answered]), logprobs)
         if edited:
             return scores
@@ -213,13 +214,18 @@ class ChoiceScorer:
             logits = self.backbone(input_ids=ids, attention_mask=mask, **arguments).logits
         scores = []
         for i, row in enumerate(rows):
-            predicted = self._logprobs(logits[i, starts[i] : len(row) - 1])
             targets = torch.tensor(row[starts[i] + 1 :], device=device)
-            scores.append(predicted.gather(1, targets[:, None]).sum().cpu())
+            places = torch.arange(len(targets), device=device)
+            scores.append(self._logprobs(logits[i : i + 1, starts[i] : len(row) - 1], places, targets).sum().cpu())
         return torch.stack(scores)
 
-    def _logprobs(self, logits: Tensor) -> Tensor:
-        return logits.float().log_softmax(-1) if self.normalise else logits.float()
+    def _logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """`[R, N]`, of each target at its row of `logits [R, kept, V]`, over the vocabulary a few rows at a time."""
+        chosen = logits[:, rows, targets].float()
+        if not self.normalise:
+            return chosen
+        totals = [part.float().logsumexp(-1) for part in logits.flatten(0, 1).split(_ROWS)]
+        return chosen - torch.cat(totals).view(logits.shape[:2])[:, rows]
 
     def _try_packing(self, rows: list[list[int]], starts: list[int]) -> bool:
         """Score shortened copies of questions both ways, twice, so that the cache is tried as well."""
