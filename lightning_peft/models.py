@@ -8,6 +8,7 @@ them, so that padding does not change a row's result.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
         return inputs
 
 
-class _LanguageModel(_Pretrained):
+class _LanguageModel(_Pretrained, ABC):
     """What the two language models share: they are trained on answers, and evaluated on choices and text too."""
 
     def __init__(self, pretrained: str, auto: str, learning_rate: float, weight_decay: float, dtype: str) -> None:
@@ -116,9 +117,9 @@ class _LanguageModel(_Pretrained):
         """What scores choices."""
         return by_logprob(self.backbone)
 
+    @abstractmethod
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Mean cross-entropy over answer tokens, and their number."""
-        raise NotImplementedError
 
 
 class CausalLM(_LanguageModel):

@@ -188,15 +188,12 @@ def test_another_edit_cannot_share_the_fit(tiny_tokenizer) -> None:
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_on_a_real_model_rome_makes_the_new_object_the_likelier_one() -> None:
+def test_on_a_real_model_rome_makes_the_new_object_the_likelier_one(smollm2: Path) -> None:
     from lightning_peft.editing.facts import key_moments, read_facts, score_facts
     from lightning_peft.models import CausalLM
     from lightning_peft.truthfulqa.text import text_slice
 
-    folder = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
-    if not folder.is_dir():
-        pytest.skip("the SmolLM2 weights are not here (make model)")
-    module, fact = CausalLM(str(folder)), read_facts(numbers=[0])
+    module, fact = CausalLM(str(smollm2)), read_facts(numbers=[0])
     model, tokenizer = module.backbone, module.tokenizer
     assert score_facts(model, tokenizer, fact)["efficacy"].success == 0
     moments = key_moments(model, tokenizer, text_slice().documents, [5], tokens=500)
