@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.positions import answering
 from lightning_peft.trial import objection
+from lightning_peft.trie import common_prefix
 from lightning_peft.truthfulqa.arguments import accepted_arguments
 from lightning_peft.truthfulqa.presets import Ending, Prompting, cut_answer, is_finished
 
@@ -154,9 +155,7 @@ class AnswerGenerator:
     def _share(self, ids: Tensor, mask: Tensor) -> list[int]:
         """The beginning to share, none where the model does not let it be."""
         rows = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
-        low, high = min(rows), max(rows)
-        same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(map(len, rows)))
-        prefix = low[: max(0, min(same, min(map(len, rows)) - _LEFT))]
+        prefix = rows[0][: max(0, min(common_prefix(rows), min(map(len, rows)) - _LEFT))]
         if len(rows) < 2 or len(prefix) < _LEFT:
             return []
         real = mask.sum(-1)
