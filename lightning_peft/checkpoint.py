@@ -28,6 +28,7 @@ from lightning_peft.tuners.stack import (
     find_stacks,
     stack_of,
 )
+from lightning_peft.tuners.ways.head_training import saved_heads, without_heads
 
 META = "lightning_peft"
 # the entries of a Lightning checkpoint that hold module weights; the second is written by weight-averaging callbacks
@@ -64,7 +65,13 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     checkpoint[META] = {"version": 1, "backbones": described}
 
 
-def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str, complete: bool = False) -> None:
+def restore_adapters(
+    module: nn.Module,
+    checkpoint: dict[str, Any],
+    source: str,
+    complete: bool = False,
+    strict_base: bool | None = None,
+) -> None:
     """Make the module's adapters those of the checkpoint, check everything, and rename its keys to the module's own.
 
     Afterwards `module.load_state_dict(checkpoint["state_dict"], strict=False)` restores every adapter.
@@ -74,6 +81,8 @@ def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str,
         checkpoint: a loaded Lightning checkpoint, changed in place.
         source: what to call the checkpoint in messages.
         complete: also add the module's own backbone weights, so that a strict load passes.
+        strict_base: refuse an adapter made for another base model, instead of warning once; default: as the callback
+            that adapted the module was told.
 
     Raises:
         AdapterError: not a checkpoint of adapters, another base, other settings, other keys or shapes, or values that
@@ -86,7 +95,9 @@ def restore_adapters(module: nn.Module, checkpoint: dict[str, Any], source: str,
         except AttributeError:
             raise AdapterError(f"{source} adapts {name!r}, which {type(module).__name__} does not have.") from None
         stack = stack_of(uncompiled(backbone))
-        stack.check_base(described["fingerprint"], source)
+        stack.strict_base = stack.strict_base if strict_base is None else strict_base
+        heads = saved_heads(config_from_json(part["config"]) for part in described["parts"])
+        stack.check_base(described["fingerprint"], source, heads)
         _rebuild(stack, described["parts"], source)
     names = checkpoint_names(module, find_stacks(module))
     live_state = module.state_dict()
@@ -124,13 +135,16 @@ def restore_sharded(module: nn.Module, path: str | Path) -> None:
         write(state[name], value)
 
 
-def load_from_checkpoint(cls: type[M], path: str | Path, map_location: Any = None, **kwargs: Any) -> M:
+def load_from_checkpoint(
+    cls: type[M], path: str | Path, map_location: Any = None, strict_base: bool = True, **kwargs: Any
+) -> M:
     """Load a LightningModule and its adapters from an adapter-only checkpoint, without a Trainer.
 
     Args:
         cls: the LightningModule class; its backbone is built as usual and is not in the checkpoint.
         path: the checkpoint, a file or the folder that FSDP2 writes.
         map_location: as in `torch.load`.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
         **kwargs: arguments of `cls`, over those saved in the checkpoint.
 
     Returns:
@@ -149,7 +163,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path, map_location: Any = Non
         # Lightning builds the module without adapters, so every adapter key is a stranger to it at first
         warnings.filterwarnings("ignore", message="Found keys that are")
         module = cls.load_from_checkpoint(file, map_location=map_location, strict=False, **kwargs)  # type: ignore[attr-defined]
-    restore_adapters(module, checkpoint, str(path))
+    restore_adapters(module, checkpoint, str(path), strict_base=strict_base)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     return module
 
@@ -274,8 +288,10 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
     for part in stack.parts:
         if part.name not in saved:
             raise AdapterError(f"{source} has no adapter {part.name!r}; it has {', '.join(map(repr, saved))}.")
-        differences = different_fields(saved[part.name], part.config, part.computed)
-        if differences:
+        asked, kept = part.config, saved[part.name]
+        if not saved_heads([kept]):  # as before heads were trained with the adapter: it is continued as it was made
+            asked, kept = (without_heads(config, saved_heads([asked])) for config in (asked, kept))
+        if differences := different_fields(kept, asked, part.computed):
             raise AdapterError(f"{source} and adapter {part.name!r} have other settings: {'; '.join(differences)}.")
     same = [p.name for p in stack.parts] == list(saved) and all(
         not different_fields(saved[p.name], p.config) for p in stack.parts

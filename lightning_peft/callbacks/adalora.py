@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.backbone.targets import Layers, Within, choose_targets
 
@@ -47,6 +48,7 @@ class AdaLoRA(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: ranks or weights out of range; at fit start, a training without an end, or too short for the
@@ -79,6 +81,7 @@ class AdaLoRA(PEFT):
         name: str = "adalora",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if not 1 <= target_r <= init_r:
             raise ValueError(f"target_r must be in [1, init_r], got {target_r} with init_r={init_r}.")
@@ -91,7 +94,7 @@ class AdaLoRA(PEFT):
             )
         if min(tinit, tfinal) < 0 or delta_t < 1:
             raise ValueError(f"tinit and tfinal must be at least 0 and delta_t 1, got {tinit}, {tfinal} and {delta_t}.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.init_r, self.target_r, self.alpha, self.dropout = init_r, target_r, alpha, dropout
         self.tinit, self.tfinal, self.delta_t, self.total_steps = tinit, tfinal, delta_t, total_steps
         self.beta1, self.beta2, self.orth_reg_weight = beta1, beta2, orth_reg_weight

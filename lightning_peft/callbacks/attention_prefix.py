@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.backbone.places import attentions
 from lightning_peft.tuners.backbone.projections import projections
@@ -33,6 +34,7 @@ class AttentionPrefix(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: at `setup`, in one sentence: the backbone is no transformers model with such an attention.
@@ -55,12 +57,13 @@ class AttentionPrefix(PEFT):
         name: str = "attention_prefix",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if length < 1:
             raise ValueError(f"The length of a prefix must be at least 1, got {length}.")
         if init == "paper":
             self.lacks = {**self.lacks, "identity": "a random prefix takes attention away from the tokens"}  # type: ignore[misc]
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.length, self.init, self.gate, self.layers = length, init, gate, layers
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.backbone.targets import Layers, Within
 
@@ -30,6 +31,7 @@ class BitFit(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: at `setup`, besides what `PEFT` raises: the backbone has no such biases.
@@ -51,10 +53,11 @@ class BitFit(PEFT):
         name: str = "bitfit",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if parts not in ("all", "query_and_second_mlp"):
             raise ValueError(f'parts must be "all" or "query_and_second_mlp", got {parts!r}.')
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.parts: Literal["all", "query_and_second_mlp"] = parts
         self.add_missing, self.layers, self.within = add_missing, layers, within
 

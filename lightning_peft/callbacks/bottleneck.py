@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.backbone.places import part_ends
 from lightning_peft.tuners.backbone.targets import Layers, choose_targets
@@ -22,7 +23,7 @@ class Bottleneck(PEFT):
     """What the bottleneck methods share: where their adapters go. Use one of its subclasses.
 
     Args:
-        options: of `BottleneckConfig`.
+        settings: of `BottleneckConfig`.
         attention: adapt attention parts as well as feed-forward parts.
         target_modules: names of the matrices to add to, in place of the parts' last.
         layers: see `LoRA`.
@@ -30,13 +31,14 @@ class Bottleneck(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
     """
 
     lacks: ClassVar = {"merge": "a non-linearity cannot be written into the weights"}
 
     def __init__(
         self,
-        options: dict[str, Any],
+        settings: dict[str, Any],
         attention: bool,
         target_modules: list[str] | str | None,
         layers: Layers | list[int] | None,
@@ -44,18 +46,19 @@ class Bottleneck(PEFT):
         name: str,
         backbone_dropout: bool,
         gradient_checkpointing: bool,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
-        scaling = options.pop("scaling", 1.0)
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        scaling = settings.pop("scaling", 1.0)
         fixed = isinstance(scaling, int | float)
-        options |= {"alpha": float(scaling), "scaling": "fixed"} if fixed else {"scaling": scaling}
-        if options.get("size") is not None:
-            options["reduction"] = None
-        if options.get("init", "lora") not in ("lora", "mam"):
-            self.lacks = {**self.lacks, "identity": f"init={options['init']!r} does not begin at zero"}  # type: ignore[misc]
-        if options.get("dropout") or options.get("drop_path"):
+        settings |= {"alpha": float(scaling), "scaling": "fixed"} if fixed else {"scaling": scaling}
+        if settings.get("size") is not None:
+            settings["reduction"] = None
+        if settings.get("init", "lora") not in ("lora", "mam"):
+            self.lacks = {**self.lacks, "identity": f"init={settings['init']!r} does not begin at zero"}  # type: ignore[misc]
+        if settings.get("dropout") or settings.get("drop_path"):
             self.lacks = {**self.lacks, "resume": "what is dropped is drawn anew: checkpoints hold no random state"}  # type: ignore[misc]
-        self.options, self.attention = options, attention
+        self.options, self.attention = settings, attention
         self.target_modules, self.layers = target_modules, layers
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
@@ -92,6 +95,7 @@ class Houlsby(Bottleneck):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: at `setup`, in one sentence: no part is found, or a number is out of its range.
@@ -116,10 +120,11 @@ class Houlsby(Bottleneck):
         name: str = "houlsby",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        options = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
+        settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
         super().__init__(
-            {**options, "init": init, "dropout": dropout},
+            {**settings, "init": init, "dropout": dropout},
             True,
             target_modules,
             layers,
@@ -127,6 +132,7 @@ class Houlsby(Bottleneck):
             name,
             backbone_dropout,
             gradient_checkpointing,
+            **options,
         )
 
 
@@ -148,6 +154,7 @@ class Pfeiffer(Bottleneck):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
     """
 
     def __init__(
@@ -164,10 +171,11 @@ class Pfeiffer(Bottleneck):
         name: str = "pfeiffer",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        options = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
+        settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
         super().__init__(
-            {**options, "init": init, "dropout": dropout},
+            {**settings, "init": init, "dropout": dropout},
             False,
             target_modules,
             layers,
@@ -175,6 +183,7 @@ class Pfeiffer(Bottleneck):
             name,
             backbone_dropout,
             gradient_checkpointing,
+            **options,
         )
 
 
@@ -195,6 +204,7 @@ class ParallelAdapter(Bottleneck):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
     """
 
     def __init__(
@@ -210,10 +220,11 @@ class ParallelAdapter(Bottleneck):
         name: str = "parallel",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        options = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
+        settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
         super().__init__(
-            {**options, "init": init, "dropout": dropout, "placement": "parallel"},
+            {**settings, "init": init, "dropout": dropout, "placement": "parallel"},
             False,
             None,
             layers,
@@ -221,6 +232,7 @@ class ParallelAdapter(Bottleneck):
             name,
             backbone_dropout,
             gradient_checkpointing,
+            **options,
         )
 
 
@@ -240,6 +252,7 @@ class ScaledParallelAdapter(ParallelAdapter):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
     """
 
     def __init__(
@@ -254,6 +267,7 @@ class ScaledParallelAdapter(ParallelAdapter):
         name: str = "scaled_parallel",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         super().__init__(
             size=size,
@@ -266,6 +280,7 @@ class ScaledParallelAdapter(ParallelAdapter):
             name=name,
             backbone_dropout=backbone_dropout,
             gradient_checkpointing=gradient_checkpointing,
+            **options,
         )
 
 
@@ -287,6 +302,7 @@ class AdapterPlus(Bottleneck):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
     """
 
     def __init__(
@@ -303,10 +319,16 @@ class AdapterPlus(Bottleneck):
         name: str = "adapter_plus",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        options = {"reduction": reduction, "size": size, "activation": activation, "scaling": "channel"}
+        settings = {
+            "reduction": reduction,
+            "size": size,
+            "activation": activation,
+            "scaling": "channel",
+        }
         super().__init__(
-            {**options, "init": init, "dropout": dropout, "drop_path": drop_path},
+            {**settings, "init": init, "dropout": dropout, "drop_path": drop_path},
             False,
             target_modules,
             layers,
@@ -314,4 +336,5 @@ class AdapterPlus(Bottleneck):
             name,
             backbone_dropout,
             gradient_checkpointing,
+            **options,
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from lightning_peft.callbacks.bottleneck import Activation, Bottleneck, Init, Scaling
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.tuners.backbone.targets import Layers
 
 
@@ -27,6 +30,7 @@ class Compacter(Bottleneck):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: at `setup`, in one sentence: n does not divide a width.
@@ -54,12 +58,13 @@ class Compacter(Bottleneck):
         name: str = "compacter",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if n < 1:
             raise ValueError(f"The number n of Kronecker products must be at least 1, got {n}.")
-        options = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
+        settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
         super().__init__(
-            {**options, "init": init, "dropout": dropout, "kronecker": n},
+            {**settings, "init": init, "dropout": dropout, "kronecker": n},
             self.attention_too,
             target_modules,
             layers,
@@ -67,6 +72,7 @@ class Compacter(Bottleneck):
             name,
             backbone_dropout,
             gradient_checkpointing,
+            **options,
         )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Composite(PEFT):
         name: the beginning of the adapters' names.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: there is no method, or one of them computes an edit instead of training.
@@ -40,12 +42,13 @@ class Composite(PEFT):
         name: str = "composite",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if not methods:
             raise ValueError(f"{type(self).__name__} needs at least one method.")
         if edits := [type(method).__name__ for method in methods.values() if method.computed]:
             raise ValueError(f"{type(self).__name__} trains its methods together, and {edits[0]} is not trained.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.methods = dict(methods)
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.backbone.targets import Layers, Within
 
@@ -29,6 +30,7 @@ class FullFineTuning(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`; plain fine-tuning of a model with dropout keeps it.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Example:
         >>> import lightning as L
@@ -45,8 +47,9 @@ class FullFineTuning(PEFT):
         name: str = "full",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.layers, self.within = layers, within
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
@@ -69,6 +72,7 @@ class TopLayers(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Example:
         >>> from lightning_peft.callbacks import TopLayers
@@ -85,10 +89,11 @@ class TopLayers(PEFT):
         name: str = "top",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if k < 1:
             raise ValueError(f"TopLayers trains at least one block, got k={k}.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.k, self.final_norm, self.head = k, final_norm, head
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 from torch import nn
 
 from lightning_peft.callbacks.head_offsets import check_heads, head_config, read_edit
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.folders.sharded import write
 
@@ -38,6 +39,7 @@ class HeadGains(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Example:
         >>> import lightning as L
@@ -58,9 +60,10 @@ class HeadGains(PEFT):
         name: str = "head_gains",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         check_heads(heads, positions, init_from)
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.init_from, self.heads, self.positions, self.seed = init_from, heads, positions, seed
         self.pattern, self.num_heads = pattern, num_heads
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from torch import Tensor, nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.backbone.structure import blocks
 
@@ -38,6 +39,7 @@ class HeadOffsets(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Example:
         >>> import lightning as L
@@ -58,9 +60,10 @@ class HeadOffsets(PEFT):
         name: str = "head_offsets",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         check_heads(heads, positions, init_from)
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.init_from, self.heads, self.alpha, self.positions = init_from, heads, alpha, positions
         self.pattern, self.num_heads = pattern, num_heads
         if positions != "all":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.backbone.structure import blocks
 from lightning_peft.tuners.backbone.targets import Layers, choose_targets, every_matrix, matching
@@ -31,6 +32,7 @@ class IA3(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: feed-forward modules without target modules; at `setup`, one that is no target.
@@ -50,10 +52,11 @@ class IA3(PEFT):
         name: str = "ia3",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if feedforward_modules is not None and target_modules is None:
             raise ValueError("feedforward_modules are some of the target_modules: name those too.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.target_modules, self.feedforward_modules, self.layers = target_modules, feedforward_modules, layers
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class LayerOffsets(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Example:
         >>> import lightning as L
@@ -45,10 +47,11 @@ class LayerOffsets(PEFT):
         name: str = "layer_offsets",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if positions not in ("all", "answer", "generated"):
             raise ValueError(f'positions must be "all", "answer" or "generated", got {positions!r}.')
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.sites, self.layers, self.alpha, self.positions = sites, layers, alpha, positions
         if positions != "all":
             self.lacks = {"merge": "a bias acts at every position"}  # type: ignore[misc]

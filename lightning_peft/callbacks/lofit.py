@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import lightning as L
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.head_offsets import check_heads, head_config
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.phases import Phased
 from lightning_peft.tuners.folders.sharded import whole, write
 
@@ -42,6 +43,7 @@ class LoFiT(Phased):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: at once for wrong arguments; when training starts, if it would end before the second phase.
@@ -67,6 +69,7 @@ class LoFiT(Phased):
         name: str = "lofit",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if not 0.0 < share <= 1.0:
             raise ValueError(f"share must be in (0, 1], got {share}.")
@@ -75,7 +78,7 @@ class LoFiT(Phased):
                 f"LoFiT needs an l1 of at least 0 and at least one step to select, got {l1}, {select_steps}."
             )
         check_heads(heads, positions)
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.share, self.select_steps, self.l1 = share, select_steps, l1
         self.heads, self.alpha, self.positions = heads, alpha, positions
         self.pattern, self.num_heads = pattern, num_heads

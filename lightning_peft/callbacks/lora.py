@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import lightning as L
 import torch
 from torch import nn
 
 from lightning_peft.callbacks.data_init import look
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.backbone.targets import Layers, Within, choose_targets
 from lightning_peft.tuners.ways.eva import Inputs
@@ -46,6 +47,7 @@ class LoRA(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
         invocation_tokens: for `variant="alora"`: token ids.
         init_batches: for `init="eva"`: how many training batches to look at.
 
@@ -77,6 +79,7 @@ class LoRA(PEFT):
         gradient_checkpointing: bool = False,
         invocation_tokens: list[int] | None = None,
         init_batches: int = 16,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if r < 1:
             raise ValueError(f"The rank r must be at least 1, got {r}.")
@@ -90,7 +93,7 @@ class LoRA(PEFT):
             raise ValueError(f"init must be one of {', '.join(map(repr, _INITS))}, got {init!r}.")
         if init_batches < 1:
             raise ValueError(f"init_batches must be at least 1, got {init_batches}.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.target_modules, self.layers, self.within = target_modules, layers, within
         self.variant, self.init, self.bias = variant, init, bias

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.phases import PhasedDeltas, assign, mask_of, trained
 from lightning_peft.tuners.folders.sharded import whole
 
@@ -43,6 +44,7 @@ class LotteryTicket(PhasedDeltas):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: at once for wrong arguments; when training starts, if it would end before the last pruning.
@@ -68,6 +70,7 @@ class LotteryTicket(PhasedDeltas):
         name: str = "ticket",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if rounds < 1 or rewind_steps < 0 or (round_steps is not None and round_steps <= rewind_steps):
             raise ValueError("LotteryTicket needs at least one round, and rewind_steps from 0 to below round_steps.")
@@ -75,7 +78,7 @@ class LotteryTicket(PhasedDeltas):
             raise ValueError(f"prune must be in (0, 1) and output_rate in [0, 1], got {prune} and {output_rate}.")
         if criterion not in ("magnitude", "random"):
             raise ValueError(f'criterion must be "magnitude" or "random", got {criterion!r}.')
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.rounds, self.prune, self.rewind_steps, self.round_steps = rounds, prune, rewind_steps, round_steps
         self.output_layer, self.output_rate, self.criterion, self.seed = output_layer, output_rate, criterion, seed
         self.steps, self.turn = [], 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 
 from lightning_peft.callbacks.attention_prefix import AttentionPrefix
 from lightning_peft.callbacks.bottleneck import ScaledParallelAdapter, Scaling
 from lightning_peft.callbacks.composite import Composite
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.tuners.backbone.targets import Layers
 
 
@@ -26,6 +27,7 @@ class MAM(Composite):
         name: the beginning of the adapters' names.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Example:
         >>> from lightning_peft.callbacks import MAM
@@ -47,10 +49,16 @@ class MAM(Composite):
         name: str = "mam",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         prefix = AttentionPrefix(prefix_length, init, layers=layers)
         parallel = ScaledParallelAdapter(size, scaling, dropout=dropout, layers=layers)
         super().__init__(
-            {"parallel": parallel, "prefix": prefix}, backbone, name, backbone_dropout, gradient_checkpointing
+            {"parallel": parallel, "prefix": prefix},
+            backbone,
+            name,
+            backbone_dropout,
+            gradient_checkpointing,
+            **options,
         )
         self.lacks = prefix.lacks  # type: ignore[misc]

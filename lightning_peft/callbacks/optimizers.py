@@ -50,3 +50,8 @@ def check(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         )
     if twice := [names.get(p, "?") for p, count in held.items() if count > 1]:
         raise ValueError(f"{len(twice)} parameters are in more than one optimizer group, the first is {min(twice)}.")
+
+
+def held(optimizers: Sequence[Optimizer]) -> int:
+    """Return how many parameters the optimizers hold."""
+    return sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)

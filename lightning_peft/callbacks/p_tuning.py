@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.callbacks.prompt_tuning import PromptTuning
 
@@ -30,6 +31,7 @@ class PTuning(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: no virtual token is asked for, an unknown network, or a dropout outside [0, 1).
@@ -54,6 +56,7 @@ class PTuning(PEFT):
         name: str = "p_tuning",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens must be at least 1, got {num_virtual_tokens}.")
@@ -61,7 +64,7 @@ class PTuning(PEFT):
             raise ValueError(f'encoder must be "mlp" or "lstm", got {encoder!r}.')
         if not 0.0 <= encoder_dropout < 1.0:
             raise ValueError(f"encoder_dropout must be in [0, 1), got {encoder_dropout}.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.num_virtual_tokens, self.encoder = num_virtual_tokens, encoder
         self.encoder_hidden_size = encoder_hidden_size
         self.encoder_num_layers, self.encoder_dropout = encoder_num_layers, encoder_dropout

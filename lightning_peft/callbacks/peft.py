@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelSummary, StochasticWeightAveraging, WeightAveraging
-from torch import nn
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor, nn
 
 from lightning_peft.callbacks import optimizers, strategies
+from lightning_peft.callbacks.alive import PATIENCE, Reached
 from lightning_peft.callbacks.backbone import building_hooks, find_backbone, forget, when_built
 from lightning_peft.callbacks.checkpointing import checkpoint_blocks, stop_checkpointing
+from lightning_peft.callbacks.finite import FiniteLoss, check_finite_tensors, finite_arguments
+from lightning_peft.callbacks.frozen import check_frozen
 from lightning_peft.callbacks.modes import set_modes, stop_input_gradients
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.precision import forget_precise, keep_precise
 from lightning_peft.callbacks.report import print_table, summary
 from lightning_peft.checkpoint import keep_adapters, restore_adapters
@@ -20,6 +25,7 @@ from lightning_peft.positions import Positions, tracked
 from lightning_peft.tuners.backbone.modules import uncompiled
 from lightning_peft.tuners.configs import different_fields
 from lightning_peft.tuners.stack import AdapterStack, Part, find_stacks, stack_of
+from lightning_peft.tuners.ways.head_training import saved_heads, with_heads
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -44,11 +50,13 @@ class PEFT(Callback):
         gradient_checkpointing: keep only the input of each block that backward passes (those from the first adapter
             on) and compute the rest again in backward: less memory, one more forward of these blocks. Gradients are
             the same, and backward does not enter the blocks below.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: at `setup` or fit start, in one sentence: unknown target module or backbone, a weight-averaging
             callback placed before this one, a launcher that would lose the adapter, nothing trainable, optimizers
-            that do not hold every trainable parameter exactly once.
+            that do not hold every trainable parameter exactly once. While training, with the step: weights of the
+            backbone that are trained beside the adapter, a loss or an adapter that is not finite.
 
     Example:
         >>> import lightning as L
@@ -69,6 +77,7 @@ class PEFT(Callback):
         name: str = "default",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         self.config: PeftConfig | None = config
         self.backbone = backbone
@@ -78,7 +87,18 @@ class PEFT(Callback):
         self._checkpointed: list[nn.Module] = []
         self._noted: list[Positions] = []
         self.stack: AdapterStack | None = None
+        self.train_head = options.get("train_head", not self.computed)
+        self.strict_base = options.get("strict_base", True)
+        self.check_finite = options.get("check_finite", True)
         self._trained: set[str] = set()  # names of what is trained, when fit starts
+        self._optimized = 0  # how many parameters the optimizers hold
+        self._parameters: dict[str, nn.Parameter] = {}  # what is trained of the adapters, when training starts
+        self._loss, self._reached = FiniteLoss(), Reached({})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = finite_arguments(cls.__init__)  # type: ignore[method-assign]
 
     @property
     def state_key(self) -> str:
@@ -144,13 +164,32 @@ class PEFT(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_in_place(pl_module)
         self._set_modes(trainer)
+        if self.computed:
+            return
+        assert self.stack is not None
+        own = [self.stack.parameters(self.stack[name]) for name in self.names]
+        self._parameters = {n: p for parameters in own for n, p in parameters.items() if p.requires_grad}
+        self._loss = FiniteLoss()
+        # strategies that keep gradients in a form of their own leave the parameters' own empty
+        hidden = isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy)
+        self._reached = Reached({} if hidden else self._parameters)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategies.check_unchanged(trainer, pl_module, self._trained)
         self._check_in_place(pl_module)
         if not self.computed:
             optimizers.check(pl_module, trainer.optimizers)
+            self._check_frozen(trainer, pl_module)
         self._set_modes(trainer)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._reached.look()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.computed:
+            self._check_frozen(trainer, pl_module)
+            self._reached.report(repr(self.name))
+            self._check_finite()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         forget(pl_module)
@@ -167,11 +206,22 @@ class PEFT(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._note_answers(batch)
+        if not self.computed and self._optimized != optimizers.held(trainer.optimizers):
+            self._check_frozen(trainer, pl_module)  # a callback that unfreezes gives the optimizer a group
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._note_answers(None)
+        if self.computed:
+            return
+        if self.check_finite and isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+            self._loss.note(outputs["loss"], trainer.global_step)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            self._check_finite()  # where metrics are read, the device is waited for anyway
+        if trainer.global_step == PATIENCE:
+            self._reached.report(repr(self.name))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         keep_out_of_averages(trainer, pl_module)
@@ -195,12 +245,19 @@ class PEFT(Callback):
         # the hook that ran in between may have wrapped the backbone, in a way of the user's own
         there = [stack for stack in find_stacks(backbone).values() if any(name in stack for name in self.names)]
         stack = self.stack = there[0] if there else stack_of(backbone)
+        stack.strict_base = self.strict_base
         if not all(name in stack for name in self.names):
             strategies.check_whole(module, stack.backbone, type(self).__name__)
         with strategies.same_on_every_rank(module, stack):
-            parts = [self._place(stack, name, config) for name, config in self.make_configs(stack.backbone).items()]
-        hook_checkpoints(module)
+            parts = [self._place(stack, name, config) for name, config in self._configs(stack).items()]
+        hook_checkpoints(module).finite = self.check_finite
         return parts
+
+    def _configs(self, stack: AdapterStack) -> dict[str, PeftConfig]:
+        """Every adapter's configuration, a task head inside the backbone being trained with the first."""
+        others = saved_heads([part.config for part in stack.parts if part.name not in self.names])
+        named = getattr(self if self.config is None else self.config, "target_modules", None)
+        return with_heads(self.make_configs(stack.backbone), stack.backbone, self.train_head, named, others)
 
     def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Part:
         if name not in stack:
@@ -237,6 +294,16 @@ class PEFT(Callback):
         if trainer.optimizers:
             optimizers.repair(pl_module, trainer.optimizers)
         optimizers.check(pl_module, trainer.optimizers)
+        self._check_frozen(trainer, pl_module)
+
+    def _check_frozen(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        check_frozen(module)
+        self._optimized = optimizers.held(trainer.optimizers)
+
+    def _check_finite(self) -> None:
+        if self.check_finite:
+            self._loss.check()
+            check_finite_tensors(self._parameters, f"Adapter {self.name!r}")
 
     def _note_answers(self, batch: Any) -> None:
         """Let edits know where the answers of this batch begin; `None` forgets it."""
@@ -304,7 +371,7 @@ def keep_out_of_averages(trainer: L.Trainer, module: nn.Module) -> None:
                     average.data.copy_(current.data)
 
 
-def hook_checkpoints(module: L.LightningModule) -> None:
+def hook_checkpoints(module: L.LightningModule) -> _CheckpointHooks:
     """Let the module's own checkpoint hooks keep and restore adapters; they run for weights-only files as well.
 
     Loading is no longer strict, since the backbone is not in the file; the wrapped hook checks every key instead.
@@ -314,17 +381,22 @@ def hook_checkpoints(module: L.LightningModule) -> None:
         hooks = module.__dict__[_HOOKS] = _CheckpointHooks(module)
         module.__dict__["on_save_checkpoint"] = hooks.on_save_checkpoint
         module.__dict__["on_load_checkpoint"] = hooks.on_load_checkpoint
+    return module.__dict__[_HOOKS]
 
 
 class _CheckpointHooks:
     """Stands in for a module's `on_save_checkpoint` and `on_load_checkpoint`; copied and pickled with the module."""
 
     def __init__(self, module: L.LightningModule) -> None:
-        self.module = module
+        self.module, self.finite = module, True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         type(self.module).on_save_checkpoint(self.module, checkpoint)
         keep_adapters(self.module, checkpoint)
+        if self.finite:
+            for stack in find_stacks(self.module).values():
+                for part in stack.parts:
+                    check_finite_tensors(stack.parameters(part), f"Adapter {part.name!r}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:

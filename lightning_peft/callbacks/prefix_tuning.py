@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.callbacks.prompt_tuning import PromptTuning
 
@@ -27,6 +28,7 @@ class PrefixTuning(PEFT):
         backbone: see `PEFT`; it must be a transformers model that generates.
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: no virtual token is asked for.
@@ -48,10 +50,11 @@ class PrefixTuning(PEFT):
         backbone: str | None = None,
         name: str = "prefix_tuning",
         backbone_dropout: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens must be at least 1, got {num_virtual_tokens}.")
-        super().__init__(None, backbone, name, backbone_dropout)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, **options)  # type: ignore[arg-type]
         self.num_virtual_tokens = num_virtual_tokens
         self.prefix_projection, self.encoder_hidden_size = prefix_projection, encoder_hidden_size
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class PromptTuning(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: no virtual token is asked for, or a text without its tokenizer.
@@ -53,6 +55,7 @@ class PromptTuning(PEFT):
         name: str = "prompt_tuning",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens must be at least 1, got {num_virtual_tokens}.")
@@ -60,7 +63,7 @@ class PromptTuning(PEFT):
             raise ValueError(f'init must be "vocab", "text" or "random", got {init!r}.')
         if (init == "text") != (text is not None and tokenizer is not None):
             raise ValueError('init="text" goes with a text and the tokenizer to read it by, and they with it.')
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.num_virtual_tokens, self.init, self.text, self.tokenizer = num_virtual_tokens, init, text, tokenizer
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
 
 import lightning as L
 from torch import nn
 
 from lightning_peft.callbacks.lora import LoRA
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.paging import PAGED, PagedOptimizer, page_optimizers
 from lightning_peft.callbacks.quantize import Quantize, check_strategy
 from lightning_peft.tuners.backbone.targets import Layers, Within, every_matrix
@@ -45,6 +46,7 @@ class QLoRA(LoRA):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Example:
         >>> import lightning as L
@@ -73,6 +75,7 @@ class QLoRA(LoRA):
         name: str = "qlora",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if paged_optimizer is not None and paged_optimizer not in PAGED:
             raise ValueError(f"paged_optimizer must be one of {', '.join(PAGED)}, got {paged_optimizer!r}.")
@@ -88,6 +91,7 @@ class QLoRA(LoRA):
             name=name,
             backbone_dropout=backbone_dropout,
             gradient_checkpointing=gradient_checkpointing,
+            **options,
         )
         self.paged_optimizer = paged_optimizer
         self.quantization = Quantize(quant_type, double_quant, compute_dtype, skip_modules=skip_modules)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.phases import PhasedDeltas, assign, mask_of, trained
 from lightning_peft.tuners.backbone.targets import Layers, Within
 
@@ -42,6 +43,7 @@ class LTSFT(PhasedDeltas):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: at once for wrong arguments; when training starts, if it would end before the last phase.
@@ -66,6 +68,7 @@ class LTSFT(PhasedDeltas):
         name: str = "lt-sft",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if not 0.0 < density < 1.0:
             raise ValueError(f"density must be in (0, 1), got {density}.")
@@ -73,7 +76,7 @@ class LTSFT(PhasedDeltas):
             raise ValueError("LTSFT takes full_steps or full_epochs, not both.")
         if min(full_steps or 1, full_epochs or 1, iterations) < 1 or 0 in (full_steps, full_epochs) or l1 < 0:
             raise ValueError("LTSFT needs at least one full step or epoch, one iteration, and an l1 of at least 0.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing)  # type: ignore[arg-type]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.density, self.full_steps, self.full_epochs = density, full_steps, full_epochs
         self.iterations, self.l1, self.layers, self.within = iterations, l1, layers, within
         self.steps, self.turn = [], 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.ssb import SSB
 from lightning_peft.tuners.backbone.targets import Layers, Within
 
@@ -20,6 +23,7 @@ class SSL(SSB):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Example:
         >>> import lightning as L
@@ -39,5 +43,8 @@ class SSL(SSB):
         name: str = "ssl",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        super().__init__(target_modules, layers, within, backbone, name, backbone_dropout, gradient_checkpointing)
+        super().__init__(
+            target_modules, layers, within, backbone, name, backbone_dropout, gradient_checkpointing, **options
+        )

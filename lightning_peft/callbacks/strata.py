@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
 from lightning_peft.callbacks.bitfit import BitFit
 from lightning_peft.callbacks.composite import Composite
 from lightning_peft.callbacks.lora import LoRA
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.tuners.backbone.structure import blocks
 
@@ -38,6 +39,7 @@ class Strata(Composite):
         name: the beginning of the adapters' names; the stratum's number and the method's name follow.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: at once for wrong arguments; at `setup` where the backbone has fewer blocks.
@@ -59,6 +61,7 @@ class Strata(Composite):
         name: str = "strata",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if methods is None:
             biases = BitFit(add_missing=add_missing)
@@ -74,7 +77,7 @@ class Strata(Composite):
         named = {f"{number}-{method.name}": method for number, stratum in enumerate(methods, 1) for method in stratum}
         if len(named) < sum(map(len, methods)):
             raise ValueError("Two methods of one stratum have the same name: give one of them another.")
-        super().__init__(named, backbone, name, backbone_dropout, gradient_checkpointing)
+        super().__init__(named, backbone, name, backbone_dropout, gradient_checkpointing, **options)
         self.boundaries = None if boundaries is None else tuple(boundaries)
         self.count = len(methods)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
 
 from torch import nn
 
 from lightning_peft.callbacks.attention_prefix import AttentionPrefix
 from lightning_peft.callbacks.bottleneck import Bottleneck
 from lightning_peft.callbacks.composite import Composite
+from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.tuners.backbone.places import attentions
 from lightning_peft.tuners.backbone.projections import projections
 from lightning_peft.tuners.backbone.targets import Layers
@@ -77,6 +78,7 @@ class UniPELT(Composite):
         name: the beginning of the adapters' names.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
 
     Example:
         >>> from lightning_peft.callbacks import UniPELT
@@ -100,10 +102,11 @@ class UniPELT(Composite):
         name: str = "unipelt",
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
         prefix = AttentionPrefix(prefix_length, init, gate=True, layers=layers)
-        options = {"reduction": reduction, "size": size, "activation": "relu", "dropout": dropout, "gate": True}
-        adapter = Bottleneck(options, False, None, layers, None, "adapter", False, False)
+        settings = {"reduction": reduction, "size": size, "activation": "relu", "dropout": dropout, "gate": True}
+        adapter = Bottleneck(settings, False, None, layers, None, "adapter", False, False)
         methods = {"low_rank": GatedLowRank(r, alpha, dropout, layers), "adapter": adapter, "prefix": prefix}
-        super().__init__(methods, backbone, name, backbone_dropout, gradient_checkpointing)
+        super().__init__(methods, backbone, name, backbone_dropout, gradient_checkpointing, **options)
         self.lacks = prefix.lacks  # type: ignore[misc]

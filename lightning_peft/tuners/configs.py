@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import enum
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,15 @@ def different_fields(a: PeftConfig, b: PeftConfig, computed: bool = False) -> li
         ignored |= {"heads", "target_modules", "tokens"}
     keys = sorted((left.keys() | right.keys()) - ignored)
     return [f"{k}: {left.get(k)!r} != {right.get(k)!r}" for k in keys if left.get(k) != right.get(k)]
+
+
+def check_numbers(config: PeftConfig) -> None:
+    """Raise `ValueError` naming a setting that is NaN or infinite."""
+    for field, value in config_to_json(config).items():
+        numbers = value.values() if isinstance(value, Mapping) else [value]
+        for number in numbers:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{type(config).__name__} has {field}={number}, which must be a finite number.")
 
 
 def with_strength(config: PeftConfig, strength: float) -> PeftConfig:

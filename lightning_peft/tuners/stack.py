@@ -8,7 +8,9 @@ backbone in place (`injection.py`, `prompts.py`, `adaption.py`), and its keys ar
 from __future__ import annotations
 
 import copy
+import math
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.fingerprint import fingerprint, mismatch
+from lightning_peft.tuners.backbone.fingerprint import fingerprint, mismatch, without
 from lightning_peft.tuners.backbone.fused import check_called, unfuse
 from lightning_peft.tuners.backbone.modules import standalone_key
-from lightning_peft.tuners.configs import config_to_json, nearest_names
+from lightning_peft.tuners.backbone.task_heads import task_heads
+from lightning_peft.tuners.configs import check_numbers, config_to_json, nearest_names
 from lightning_peft.tuners.folders.files import AdapterError, check_finite
 from lightning_peft.tuners.folders.sharded import whole, write
+from lightning_peft.tuners.ways.head_training import saved_heads
 from lightning_peft.tuners.ways.initialisation import check_repeatable, check_undoable
 from lightning_peft.tuners.ways.injection import Injection
 from lightning_peft.tuners.ways.kinds import kind_of
@@ -72,6 +76,7 @@ class AdapterStack:
         self.backbone = backbone
         self.parts: list[Part] = []
         self.base: dict[str, Any] = {}  # fingerprint of the backbone before the first adapter
+        self.strict_base = True  # whether what was made for another base is refused, or loaded with a warning
 
     def add(
         self, config: PeftConfig, name: str = "default", computed: bool = False, record: dict[str, Any] | None = None
@@ -85,7 +90,8 @@ class AdapterStack:
             record: how they were computed.
 
         Raises:
-            ValueError: the name is taken or a module's, no module matches its targets, the backbone has nothing this
+            ValueError: the name is taken or a module's, a number of the configuration is not finite, no module matches
+                its targets, the backbone has nothing this
                 method could act on, it cannot go with what is there, or a tuned adapter would come on top of an edit.
                 The backbone is then as it was.
         """
@@ -94,6 +100,7 @@ class AdapterStack:
         if not computed and any(part.computed for part in self.parts):
             edits = ", ".join(repr(part.name) for part in self.parts if part.computed)
             raise ValueError(f"Adapter {name!r} is tuned and belongs below the edit {edits}: tune first, then edit.")
+        check_numbers(config)
         check_repeatable(config)
         _check_strangers(self)
         _check_name(name, self.backbone)
@@ -158,6 +165,8 @@ class AdapterStack:
             ValueError: the method has no scaling, or began by changing the base's weights, as PiSSA does.
         """
         parts = self.parts if name is None else [self[name]]
+        if not math.isfinite(strength):
+            raise ValueError(f"The strength must be a finite number, got {strength}.")
         for part in parts:
             check_undoable(part.config, part.name, "scaled")
             if not part.scaling:
@@ -285,6 +294,11 @@ class AdapterStack:
         state = self.backbone.state_dict()
         return {key: whole(state[name]) for key, name in self.keys(part).items()}
 
+    def parameters(self, part: Part) -> dict[str, nn.Parameter]:
+        """The part's parameters by their names in the backbone; of a sharded module, this process's handles on them."""
+        every = dict(self.backbone.named_parameters(remove_duplicate=False))
+        return {name: every[name] for name in self.keys(part).values() if name in every}
+
     def load_tensors(self, part: Part, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy saved tensors into a part, after checking every key, shape and value.
 
@@ -305,7 +319,7 @@ class AdapterStack:
     def describe(self) -> dict[str, Any]:
         """The base's fingerprint and every part, JSON-able: what is needed to build the stack again."""
         return {
-            "fingerprint": self.base,
+            "fingerprint": without(self.base, saved_heads(part.config for part in self.parts)),
             "parts": [
                 {
                     "name": part.name,
@@ -320,11 +334,37 @@ class AdapterStack:
             ],
         }
 
-    def check_base(self, expected: Mapping[str, Any], source: str) -> None:
-        """Raise `AdapterError` unless the backbone is the one whose fingerprint is given."""
+    def check_base(self, expected: Mapping[str, Any], source: str, heads: Collection[str] = ()) -> None:
+        """See that the backbone is the one that a saved adapter was made for.
+
+        Args:
+            expected: the fingerprint that was saved; empty where none was.
+            source: what to call the saved adapter in messages.
+            heads: what of the backbone the saved adapter replaces whole.
+
+        Raises:
+            AdapterError: it is another base, and `strict_base` holds.
+        """
+        if not expected:
+            return
         found = self.base if self.parts else fingerprint(self.backbone)
-        if expected and (difference := mismatch(dict(expected), found)):
-            raise AdapterError(f"{source} was made for another base model: {difference}.")
+        if difference := mismatch(dict(expected), without(found, heads)):
+            problem = f"{source} was made for another base model: {difference}"
+            if self.strict_base:
+                raise AdapterError(f"{problem}; strict_base=False loads it all the same.")
+            warnings.warn(f"{problem}; it is loaded all the same.", stacklevel=2)
+        held = {*without(dict(expected), heads)["samples"]} if expected.get("samples") else set()
+        lost = [
+            head
+            for head in task_heads(self.backbone)
+            if held and head not in heads and not any(name.startswith(f"{head}.") for name in held)
+        ]
+        if lost:
+            warnings.warn(
+                f"{source} knows nothing of the head {', '.join(lost)}, which stays as it was built: if it was built "
+                "anew, so will be its predictions.",
+                stacklevel=2,
+            )
 
 
 def check_same_keys(expected: set[str], found: set[str], what: str) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import eager_key, standalone_key
+from lightning_peft.tuners.backbone.modules import base_modules, eager_key, standalone_key
 from lightning_peft.tuners.quantization import was_conv1d
 
-_SAMPLES = 8  # values read from each sampled tensor
-_TENSORS = 4  # tensors sampled, spread over the model
+_SAMPLES = 8  # values read from each tensor
 _SUBNORMAL = 1e-7  # values this small are rounded to a fixed grid in float16
 
 
@@ -21,8 +21,8 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
 
     Returns:
         `{"names": sha256 of all parameter names and shapes, "model_type": str | None,
-        "samples": {parameter name: {"dtype": str, "values": [...]}}}`. Matrices are sampled, since norms and biases
-        are often alike in different models. Quantised weights are named but not sampled.
+        "samples": {name: {"dtype": str, "values": [...]}}}`, with a few values of every parameter and every saved
+        buffer of floating point. Quantised weights are named but not sampled.
     """
     parameters = _base_parameters(backbone)
     turned = {id(module.weight) for module in backbone.modules() if was_conv1d(module)}
@@ -30,47 +30,64 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
     for name, parameter in parameters.items():
         shape = tuple(_shape(parameter))
         digest.update(f"{name} {shape[::-1] if id(parameter) in turned else shape}\n".encode())
-    floats = {n: p for n, p in parameters.items() if p.is_floating_point() and p.numel() and p.device.type != "meta"}
-    names = [n for n, p in floats.items() if p.dim() > 1] or list(floats)
-    chosen = sorted(
-        {names[round(i * (len(names) - 1) / max(1, _TENSORS - 1))] for i in range(_TENSORS)} if names else ()
-    )
+    tensors = parameters | _saved_buffers(backbone)
     return {
         "names": digest.hexdigest(),
         "model_type": getattr(getattr(backbone, "config", None), "model_type", None),
-        "samples": {name: _sample(floats[name]) for name in chosen},
+        "samples": {
+            name: _sample(tensor)
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta"
+        },
     }
 
 
 def mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """Say in a few words how two fingerprints differ, or None where they fit: the precision may differ."""
+    """Say in a few words how two fingerprints differ, or None where they fit: the precision may differ.
+
+    What only one of the two has sampled (a quantised weight, or what is on the meta device) is not compared.
+    """
     if expected["names"] != found["names"]:
         kinds = f"{expected.get('model_type')} and {found.get('model_type')}"
         return f"their parameters have other names or shapes (model types {kinds})"
-    for name, sample in expected["samples"].items():
-        other = found["samples"].get(name)
-        if other is None:  # quantised, or on the meta device: names and shapes are all that can be compared
-            continue
-        # values agree to the coarser of the two precisions, exactly where both are the same
-        coarse = max(torch.finfo(getattr(torch, s["dtype"])).eps for s in (sample, other))
-        relative = coarse if sample["dtype"] != other["dtype"] else 0.0
-        a, b = torch.tensor(sample["values"]), torch.tensor(other["values"])
-        if not torch.allclose(a, b, rtol=relative, atol=_SUBNORMAL):
-            return f"{name} holds other values"
-    return None
+    both = [name for name in expected["samples"] if name in found["samples"]]
+    if not (other := [name for name in both if not _alike(expected["samples"][name], found["samples"][name])]):
+        return None
+    named = ", ".join(other[:3]) + (", …" if len(other) > 3 else "")
+    return f"{len(other)} of {len(both)} tensors hold other values: {named}"
+
+
+def without(identity: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """Return a fingerprint without the values in these modules, which an adapter replaces whole."""
+    inside = tuple(f".{module}." for module in modules)
+    samples = identity.get("samples", {})
+    # peft, too, finds a module by the end of its name
+    kept = {name: sample for name, sample in samples.items() if not any(end in f".{name}" for end in inside)}
+    return identity | {"samples": kept} if identity else identity
+
+
+def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether values agree to the coarser of the two precisions, exactly where both are the same."""
+    coarse = max(torch.finfo(getattr(torch, sample["dtype"])).eps for sample in (a, b))
+    relative = coarse if a["dtype"] != b["dtype"] else 0.0
+    return torch.allclose(torch.tensor(a["values"]), torch.tensor(b["values"]), rtol=relative, atol=_SUBNORMAL)
 
 
 def _base_parameters(backbone: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are not an adapter's, under the names they have in the bare model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapter: set[int] = set()
-    for module in backbone.modules():
-        if isinstance(module, BaseTunerLayer):
-            base = {id(p) for p in module.get_base_layer().parameters()}
-            adapter |= {id(p) for p in module.parameters()} - base
-    named = {eager_key(standalone_key(n)): p for n, p in backbone.named_parameters() if id(p) not in adapter}
+    """Parameters that are not an adapter's, under the names they have in the bare model, each once."""
+    own = {id(p) for _, module in base_modules(backbone) for p in module.parameters(recurse=False)}
+    named = {eager_key(standalone_key(n)): p for n, p in backbone.named_parameters() if id(p) in own}
     return dict(sorted(named.items()))
+
+
+def _saved_buffers(backbone: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are part of the state, such as BatchNorm's statistics, by the names they have without adapters."""
+    return {
+        eager_key(f"{name}.{key}".lstrip(".")): buffer
+        for name, module in base_modules(backbone)
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set
+    }
 
 
 def _shape(parameter: Tensor) -> torch.Size:

@@ -18,11 +18,14 @@ class AdapterState(nn.ModuleDict):
 def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The backbone's own modules under the names they have without adapters, adapters' modules left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     inside: set[nn.Module] = set()
     for name, module in backbone.named_modules():
         if isinstance(module, BaseTunerLayer):
             inside |= set(module.modules()) - set(module.get_base_layer().modules())  # type: ignore[attr-defined]
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # a head that is trained whole keeps its original beside it
+            inside |= set(module.modules()) - set(module.original_module.modules())  # type: ignore[operator, union-attr]
         elif isinstance(module, AdapterState):
             inside |= set(module.modules())
         if module not in inside:
@@ -31,7 +34,7 @@ def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def standalone_key(key: str) -> str:
     """A key as it would be if no other adapter wrapped the same module."""
-    return re.sub(r"\.base_layer(?=\.)", "", key)
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", key)
 
 
 def eager_key(key: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.tuners.configs import config_from_json, with_strength
 from lightning_peft.tuners.folders.files import adapter_folders, read_folder, write_folders
 from lightning_peft.tuners.stack import Part, adapters, stack_of
+from lightning_peft.tuners.ways.head_training import saved_heads
 from lightning_peft.tuners.ways.prompts import is_prompt_alone
 
 
@@ -50,13 +51,16 @@ def write_described(
     return folder
 
 
-def load_adapter(backbone: nn.Module, folder: str | Path, name: str | None = None) -> list[Part]:
+def load_adapter(
+    backbone: nn.Module, folder: str | Path, name: str | None = None, strict_base: bool = True
+) -> list[Part]:
     """Put a saved adapter, or a saved stack of them, on `backbone`; folders of plain peft serve as well as ours.
 
     Args:
         backbone: the model to adapt; frozen by this.
         folder: a peft folder, or a folder of them with `stack.json`.
         name: the name to give a single adapter; default `"default"`, or the subfolder's.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
 
     Returns:
         The parts added, innermost first.
@@ -67,9 +71,11 @@ def load_adapter(backbone: nn.Module, folder: str | Path, name: str | None = Non
     folder = Path(folder)
     folders = adapter_folders(folder)
     stack, added = stack_of(backbone), []
+    stack.strict_base = strict_base
     read = [read_folder(path) for path in folders]
+    heads = saved_heads(config for config, _, _ in read)
     for path, (_, _, notes) in zip(folders, read, strict=True):
-        stack.check_base(notes.get("fingerprint", {}), str(path))
+        stack.check_base(notes.get("fingerprint", {}), str(path), heads)
     try:
         for path, (config, tensors, notes) in zip(folders, read, strict=True):
             own = path.name if len(folders) > 1 else name or "default"

@@ -20,6 +20,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; nothing is sent."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def write(target: Tensor, value: Tensor) -> None:
     """Copy into a tensor, of which each process keeps its own part; `value` is whole and the same everywhere."""

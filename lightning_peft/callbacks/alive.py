@@ -1,0 +1,63 @@
+"""Notice adapters that training never reaches: their layers are not called, or not for the loss."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+PATIENCE = 50  # steps after which a parameter that backward has never reached is named
+
+
+class Reached:
+    """Keeps those of an adapter's parameters that have been on no backward graph yet; zero gradients count as reached.
+
+    What may rest, since its kind is drawn or routed to, is not named while one like it was reached: the parameter of
+    the same name in another module of a numbered list inside a block, such as another expert.
+
+    Args:
+        parameters: the trained parameters by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._waiting = dict(parameters)
+        self._reached: set[str] = set()
+        self._steps = 0
+
+    def look(self) -> None:
+        """Let go of what has a gradient now; to be called after backward. Costs nothing once all have had one."""
+        if self._waiting:
+            self._steps += 1
+            reached = {name for name, parameter in self._waiting.items() if parameter.grad is not None}
+            self._reached |= reached
+            self._waiting = {name: p for name, p in self._waiting.items() if name not in reached}
+
+    def report(self, adapter: str) -> None:
+        """Name what was never reached, once; nothing is said where backward never ran.
+
+        Args:
+            adapter: what to call the adapter.
+
+        Raises:
+            ValueError: nothing was reached at all.
+        """
+        if not self._steps:
+            return
+        waiting, self._waiting = self._waiting, {}
+        liked = {like for name in self._reached for like in _alike(name)}
+        unreached = [name for name in waiting if not liked & set(_alike(name))]
+        if not unreached:
+            return
+        what = f"of the {len(unreached)} parameters of {adapter} that backward has not reached in {self._steps} steps"
+        advice = "the layers that hold them are not called, or the loss does not depend on them"
+        if not self._reached:
+            raise ValueError(f"Adapter {adapter} trains to nothing: the first {what} is {unreached[0]}; {advice}.")
+        rank_zero_warn(f"The first {what} is {unreached[0]}; {advice}: leave them out of the target modules.")
+
+
+def _alike(name: str) -> Iterable[str]:
+    """The name with each number but the first, the block's, left open in turn."""
+    numbers = list(re.finditer(r"(?<=\.)\d+(?=\.)", name))[1:]
+    return [f"{name[: found.start()]}*{name[found.end() :]}" for found in numbers]
