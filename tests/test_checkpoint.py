@@ -440,7 +440,7 @@ def test_a_callback_with_other_settings_is_one_sentence(
 @pytest.mark.parametrize("load", ["trainer", "load_from_checkpoint", "mixin"])
 def test_another_base_is_one_sentence(tmp_path: Path, load: str) -> None:
     path = saved(tmp_path, MixedClassifier())
-    with pytest.raises(AdapterError, match=r"made for another base model: .* holds other values\.$") as error:
+    with pytest.raises(AdapterError, match=r"made for another base model: .* hold other values: ") as error:
         if load == "trainer":
             trainer(lora()).test(MixedClassifier(seed=1), points(), ckpt_path=path)
         elif load == "mixin":

@@ -34,6 +34,11 @@ class Reached:
             self._reached |= reached
             self._waiting = {name: p for name, p in self._waiting.items() if name not in reached}
 
+    def unreached(self) -> list[str]:
+        """Return the names of what no backward has reached, but for what may rest."""
+        liked = {like for name in self._reached for like in _alike(name)}
+        return [name for name in self._waiting if not liked & set(_alike(name))]
+
     def report(self, adapter: str) -> None:
         """Name what was never reached, once; nothing is said where backward never ran.
 
@@ -45,9 +50,7 @@ class Reached:
         """
         if not self._steps:
             return
-        waiting, self._waiting = self._waiting, {}
-        liked = {like for name in self._reached for like in _alike(name)}
-        unreached = [name for name in waiting if not liked & set(_alike(name))]
+        unreached, self._waiting = self.unreached(), {}
         if not unreached:
             return
         what = f"of the {len(unreached)} parameters of {adapter} that backward has not reached in {self._steps} steps"

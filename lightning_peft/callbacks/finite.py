@@ -45,7 +45,7 @@ def check_finite_tensors(tensors: Mapping[str, Tensor], what: str) -> None:
     """
     local = ((name, local_part(value.detach())) for name, value in tensors.items())
     floats = {name: value for name, value in local if value.is_floating_point() and value.numel()}
-    norms = torch._foreach_norm(list(floats.values()), math.inf)
+    norms = torch._foreach_norm(list(floats.values()), math.inf) if floats else []
     if norms and not torch.stack([norm.float() for norm in norms]).isfinite().all():
         name = next(name for name, norm in zip(floats, norms, strict=True) if not torch.isfinite(norm))
         raise ValueError(f"{what} is no longer finite, the first tensor is {name}: nothing of it is saved.")

@@ -169,6 +169,8 @@ class PEFT(Callback):
         assert self.stack is not None
         own = [self.stack.parameters(self.stack[name]) for name in self.names]
         self._parameters = {n: p for parameters in own for n, p in parameters.items() if p.requires_grad}
+        if not self._parameters:
+            raise ValueError(f"Nothing of adapter {self.name!r} is trainable any more: something froze it before fit.")
         self._loss = FiniteLoss()
         # strategies that keep gradients in a form of their own leave the parameters' own empty
         hidden = isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy)

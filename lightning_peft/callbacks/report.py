@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_peft.tuners.backbone.modules import base_modules, is_matrix
 from lightning_peft.tuners.stack import AdapterStack
+from lightning_peft.tuners.ways.head_training import saved_heads
 
 
 def summary(module: nn.Module, stack: AdapterStack) -> dict[str, float]:
@@ -36,6 +38,16 @@ def print_table(module: nn.Module, stack: AdapterStack) -> None:
         table.add_row(part.name, method, f"{len(modules)} × {', '.join(sorted(places))}", f"{count:,}")
     table.caption = (
         f"{numbers['trainable_parameters']:,.0f} trainable parameters ({numbers['trainable_percent']:.3f} %), "
-        f"{numbers['adapter_bytes']:,.0f} bytes"
+        f"{numbers['adapter_bytes']:,.0f} bytes{_about_head(stack)}"
     )
     Console().print(table)
+
+
+def _about_head(stack: AdapterStack) -> str:
+    """Which heads inside the backbone are trained whole; where there are none, which layer comes last and is not."""
+    if heads := sorted(saved_heads(part.config for part in stack.parts)):
+        return f"; trained whole: {', '.join(heads)}"
+    layers = [name for name, module in base_modules(stack.backbone) if is_matrix(module)]
+    if not layers or hasattr(stack.backbone, "config"):
+        return ""
+    return f"; no head is trained whole (if {layers[-1]} was built anew, train_head={layers[-1]!r} does)"

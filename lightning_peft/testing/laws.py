@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.callbacks.alive import Reached
 from lightning_peft.testing.cell import Cell, adapter_tensors, rows, take, trainable
 from lightning_peft.tuners.folders.saving import load_adapter, save_adapter
 from lightning_peft.tuners.stack import adapters
@@ -155,6 +156,18 @@ def cache(cell: Cell) -> None:
         raise LawBroken("other tokens are generated with the key-value cache than without.")
 
 
+def alive(cell: Cell) -> None:
+    """Backward from the training loss reaches every trained parameter of the adapter; a gradient of zero counts."""
+    module, stack, _ = cell.adapted()
+    reached = Reached(trainable(stack.backbone))
+    for number, batch in enumerate(cell.batches):
+        output: Any = module.training_step(batch, number)
+        (output["loss"] if isinstance(output, Mapping) else output).backward()
+        reached.look()
+    if unreached := reached.unreached():
+        raise LawBroken(f"backward never reaches {len(unreached)} trained parameters, the first is {unreached[0]}.")
+
+
 def count(cell: Cell) -> None:
     """The number of trainable parameters is the closed formula's."""
     if cell.count is None:
@@ -192,6 +205,7 @@ LAWS: dict[str, Callable[[Cell], None]] = {
     "padding": padding,
     "causality": causality,
     "cache": cache,
+    "alive": alive,
     "count": count,
     "resume": resume,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from lightning_peft.testing.counts import (
 )
 from lightning_peft.tuners.backbone.structure import width
 from lightning_peft.tuners.backbone.targets import Layers
+from lightning_peft.tuners.backbone.task_heads import task_heads
 
 Count = Callable[[Any], int]  # of the bare backbone
 
@@ -49,9 +51,13 @@ class Method:
     prepare: Callable[[L.LightningModule], object] | None = None
 
     def count(self, module: L.LightningModule) -> int:
-        """The formula for a module of `Architecture`."""
+        """The formula for a module of `Architecture`, and the whole of a task head inside its backbone."""
         assert self.formula is not None
-        return self.formula(module.get_submodule("backbone"))
+        backbone = copy.deepcopy(module.get_submodule("backbone"))
+        heads = {name: backbone.get_submodule(name) for name in task_heads(backbone)}
+        for name in heads:
+            backbone.set_submodule(name, nn.Identity())
+        return self.formula(backbone) + sum(p.numel() for head in heads.values() for p in head.parameters())
 
 
 def _in_four_bits(module: L.LightningModule) -> None:

@@ -351,7 +351,10 @@ class AdapterStack:
         if difference := mismatch(dict(expected), without(found, heads)):
             problem = f"{source} was made for another base model: {difference}"
             if self.strict_base:
-                raise AdapterError(f"{problem}; strict_base=False loads it all the same.")
+                raise AdapterError(
+                    f"{problem}; a head that is built anew each time belongs in train_head, and strict_base=False "
+                    "loads it all the same."
+                )
             warnings.warn(f"{problem}; it is loaded all the same.", stacklevel=2)
         held = {*without(dict(expected), heads)["samples"]} if expected.get("samples") else set()
         lost = [

@@ -23,10 +23,11 @@ COMMON = {"backbone", "name", "backbone_dropout", "gradient_checkpointing"}
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_method_takes_what_every_method_takes(name: str) -> None:
-    parameters = inspect.signature(getattr(callbacks, name)).parameters
+    parameters = dict(inspect.signature(getattr(callbacks, name)).parameters)
     missing = COMMON - set(parameters)
     # transformers' layers forget a given past when they are checkpointed, and the prefix is one
     assert missing == ({"gradient_checkpointing"} if name == "PrefixTuning" else set())
+    assert parameters.pop("options").kind is inspect.Parameter.VAR_KEYWORD
     assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
 
 

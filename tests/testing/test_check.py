@@ -18,22 +18,24 @@ LLAMA = ARCHITECTURES["llama"]
 
 
 class Leaky(LoRA):
-    """Lets a norm of the base be trained along."""
+    """Moves a norm of the base while it trains."""
 
-    def apply(self, module: L.LightningModule) -> Any:
-        parts = super().apply(module)
-        self._unfreeze(module)
-        return parts
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
+        pl_module.backbone.model.norm.weight.data.mul_(1.001)  # type: ignore[union-attr, operator]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._unfreeze(pl_module)
-        super().on_fit_start(trainer, pl_module)
 
-    @staticmethod
-    def _unfreeze(module: L.LightningModule) -> None:
-        for name, parameter in module.named_parameters():
-            if name.endswith("model.norm.weight"):
-                parameter.requires_grad_(True)
+class Bypassed(TinyModule):
+    """Reads a matrix without calling the layer that holds it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        attention = self.backbone.model.layers[-1].self_attn
+
+        def bypass(*_: Any) -> None:
+            attention.v_proj.forward = lambda x: nn.functional.linear(x, attention.v_proj.weight)
+
+        attention.register_forward_pre_hook(bypass)
 
 
 class Scratching(LoRA):
@@ -97,6 +99,11 @@ def test_lora_obeys_every_law() -> None:
     [
         ("identity", lambda: check(lora(init=False)), "untrained and base outputs differ by"),
         ("frozen", lambda: check(lora(Leaky)), "training moved 1 frozen tensors, the first is backbone.model.norm"),
+        (
+            "alive",
+            lambda: check(lora(), lambda: Bypassed("llama")),
+            "never reaches 2 trained parameters, the first is ",
+        ),
         ("off", lambda: check(lora(Scratching)), "disabled and base outputs differ by"),
         ("merge", lambda: check(lora(Shy)), "merging it raised nothing"),
         ("round trip", lambda: check(lora(Scratching)), "loaded and saved outputs differ by"),

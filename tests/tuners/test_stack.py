@@ -361,7 +361,7 @@ def test_another_base_is_refused_and_left_alone(tokens: Tensor, tmp_path: Path) 
         for parameter in other.parameters():
             parameter.mul_(1.02)
     base, before = logits(other, tokens), weights(other)
-    with pytest.raises(AdapterError, match=r"lora was made for another base model: .* holds other values\.$"):
+    with pytest.raises(AdapterError, match=r"lora was made for another base model: .* hold other values: "):
         load_adapter(other, tmp_path)
     with pytest.raises(
         AdapterError, match=r"was made for another base model: their parameters have other names or sha"

@@ -40,7 +40,8 @@ def with_heads(
         saved: heads that adapters on the backbone train already.
 
     Raises:
-        ValueError: a head that was named does not exist, or has weights that cannot be trained.
+        ValueError: a head that was named does not exist, or has weights that cannot be trained; a module to adapt
+            ends in the name of a head, by which peft would train it whole.
     """
     made = {name: copy.copy(config) for name, config in configs.items()}
     able = [config for config in made.values() if hasattr(config, "modules_to_save")]
@@ -48,6 +49,7 @@ def with_heads(
     if heads and able:
         for config in made.values():
             _leave_out(config, heads)
+            _check_apart(config, heads, backbone)
         first: Any = able[0]
         first.modules_to_save = list(dict.fromkeys([*(first.modules_to_save or ()), *heads]))
     return made
@@ -113,3 +115,16 @@ def _leave_out(config: Any, heads: Collection[str]) -> None:
         if isinstance(value, list | set | tuple):
             kept = [name for name in value if not _inside(name, heads)]
             setattr(config, field, set(kept) if isinstance(value, set) else kept)
+
+
+def _check_apart(config: Any, heads: Collection[str], backbone: nn.Module) -> None:
+    targets = getattr(config, "target_modules", None)
+    if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return
+    adapted = matching(backbone, targets if isinstance(targets, str) else sorted(targets))[1]
+    for head in heads:
+        if both := [name for name in adapted if name.endswith(head) and not _inside(name, heads)]:
+            raise ValueError(
+                f"{both[0]} is to be adapted, and peft, which finds what to train whole by the end of its name, would "
+                f"take it for the head {head}: leave it out of the targets, or set train_head=False."
+            )

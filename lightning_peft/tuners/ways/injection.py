@@ -140,7 +140,7 @@ class Injection:
 
     def places(self) -> list[str]:
         """The modules the adapter is on, by the names they have without adapters."""
-        live = (name for name in self.keys().values() if not name.startswith(f"{STATE}."))
+        live = (n for n in self.keys().values() if not n.startswith(f"{STATE}.") and ".modules_to_save." not in n)
         mark = getattr(self.tuner, "child", self.tuner.prefix)
         return list(dict.fromkeys(standalone_key(name + ".").split(f".{mark}")[0] for name in live))
 
