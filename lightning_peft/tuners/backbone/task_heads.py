@@ -122,7 +122,15 @@ def _classifiers(model: Any) -> list[str]:
     classifiers = model.get_classifier()
     classifiers = classifiers if isinstance(classifiers, list | tuple) else [classifiers]
     named = {module: name for name, module in base_modules(model) if name}
-    return [named[c] for c in classifiers if c in named and any(True for _ in c.parameters())]
+    own = [_without_adapters(classifier) for classifier in classifiers]
+    return [named[c] for c in own if c in named and any(True for _ in c.parameters())]
+
+
+def _without_adapters(module: Any) -> nn.Module:
+    for inner in ("original_module", "base_layer"):
+        while isinstance(getattr(module, inner, None), nn.Module):
+            module = getattr(module, inner)
+    return module
 
 
 def _last_child(model: nn.Module) -> list[str]:
