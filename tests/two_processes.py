@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import peft
+import test_whole_fit
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -28,6 +29,7 @@ SEED = 5
 ROWS = 16
 GLOBAL_BATCH = 8
 EPOCHS = 2
+WHOLE = test_whole_fit.Run("three callbacks", True, True, accumulate=2, batches=3, epochs=2, schedule=True, clip=0.1)
 
 
 def lora(r: int = 2) -> LoRA:
@@ -146,6 +148,11 @@ def ddp(runs: Runs) -> None:
     unseeded(runs, "unseeded-applied", Classifier(), applied=True)
     runs.through_and_on("ddp", Classifier, lambda: [lora(), AdapterEMA(0.7)])
     runs.through_and_on("stack", Classifier, stacked)
+    options = {"strategy": runs.strategy(), "devices": runs.devices, "use_distributed_sampler": False}
+    test_whole_fit.fit(WHOLE, runs.folder / "whole", **options)
+    for step in range(1, WHOLE.steps):
+        options["strategy"] = runs.strategy()
+        test_whole_fit.fit(WHOLE, runs.folder / f"from {step}", runs.folder / "whole" / f"step={step}.ckpt", **options)
 
 
 def fsdp2(runs: Runs) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 
 import lightning as L
 import pytest
+import test_whole_fit
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from tiny_models import tiny
 from torch import Tensor, nn
 from tuning import QUIET, ROOT, Classifier, classifier, fit, one_sentence, same, trainer
-from two_processes import EPOCHS, Runs, lora, one_process, stacked
+from two_processes import EPOCHS, WHOLE, Runs, lora, one_process, stacked
 
 from lightning_peft import adapters, export_checkpoint, load_adapter, load_from_checkpoint
 from lightning_peft.callbacks import AdapterEMA
@@ -103,6 +104,16 @@ def test_a_resumed_run_goes_on_exactly(folders: dict[str, Path], strategy: str, 
         through, on = (adapter(folders[strategy] / f"{run}-{way}-epoch={epoch}.ckpt") for way in ("through", "on"))
         assert same(through, on)
     assert not (folders[strategy] / f"{run}-on-epoch=0.ckpt").exists()  # it did not begin again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, WHOLE.steps))
+def test_a_fit_with_everything_goes_on_exactly_from_any_step(folders: dict[str, Path], step: int) -> None:
+    whole, resumed = (
+        torch.load(folders["ddp"] / part / "last.ckpt", weights_only=True) for part in ("whole", f"from {step}")
+    )
+    test_whole_fit.same(whole, resumed)
+    assert any("modules_to_save" in name for name in whole["state_dict"])
 
 
 @pytest.mark.slow

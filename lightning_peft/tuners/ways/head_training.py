@@ -45,11 +45,11 @@ def with_heads(
     """
     made = {name: copy.copy(config) for name, config in configs.items()}
     able = [config for config in made.values() if hasattr(config, "modules_to_save")]
-    heads = [head for head in _heads(backbone, train_head, able, named) if head not in saved]
-    if heads and able:
-        for config in made.values():
-            _leave_out(config, heads)
-            _check_apart(config, heads, backbone)
+    heads = [head for head in _heads(backbone, train_head, able, named) if head not in saved] if able else []
+    for config in made.values() if heads or saved else ():
+        _leave_out(config, [*heads, *saved])
+        _check_apart(config, heads, backbone)
+    if heads:
         first: Any = able[0]
         first.modules_to_save = list(dict.fromkeys([*(first.modules_to_save or ()), *heads]))
     return made
