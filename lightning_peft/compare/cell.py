@@ -80,6 +80,7 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         "seconds": seconds,
         "scoring_seconds": time.perf_counter() - begin,
         "chosen": chosen,
+        "texts": {},
         **counts,
     }
 

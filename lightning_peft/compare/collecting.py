@@ -202,8 +202,8 @@ def _head_accuracy(plan: Plan, output: Path) -> dict[str, Any] | None:
         output / "cells" / f"{edited.name}-fold{f}" / "adapter" / "lightning_peft.json"
         for f in range(plan.data.num_folds)
     ]
-    records = [json.loads(path.read_text(encoding="utf-8"))["record"] for path in notes if path.exists()]
-    if not records or "accuracy" not in records[0]:
+    records = [json.loads(path.read_text(encoding="utf-8")).get("record") for path in notes if path.exists()]
+    if not records or any("accuracy" not in (record or {}) for record in records):
         return None
     accuracy = torch.tensor([record["accuracy"] for record in records]).mean(0)
     return {"accuracy": accuracy.tolist(), "selected": records[0]["heads"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 from rich.console import Console
 
 from lightning_peft.callbacks.iti import install
-from lightning_peft.compare.files import write_atomically
+from lightning_peft.compare.files import kept
 from lightning_peft.editing.heads import HeadSite, head_sites
 from lightning_peft.editing.iti import HeadEdit
+from lightning_peft.locking import only_writer
 from lightning_peft.models import CausalLM
 from lightning_peft.sweep.fit import Statements, best_heads, fit
 from lightning_peft.sweep.grid import Grid
@@ -29,22 +29,29 @@ from lightning_peft.tuners.folders.saving import save_adapter
 from lightning_peft.tuners.stack import stack_of
 
 
-def run(plan: Sweep, settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
+def run(plan: Sweep, settings: Mapping[str, Any], console: Console, wait: bool = False) -> dict[str, Any]:
     """Measure every point, or take up where a killed run stopped; write `results.json`, `table.csv` and the choice.
 
-    Every finished chunk of questions is written whole under its own name, so a killed run loses at most a chunk.
+    Every finished chunk of questions is written whole under its own name, so a killed run loses at most a chunk. A part
+    that is not as it was written is named and computed again.
 
     Args:
         plan: the sweep.
         settings: the plan as it was written, for the record.
         console: where to report progress.
+        wait: where another run writes to the same folder, wait for its end.
 
     Returns:
         The content of `results.json`: `points` (one entry a point, the base first), `chosen` and `confirmed` (by
         fold), and what was measured.
+
+    Raises:
+        ValueError: the sweep could not be run to its end.
+        FolderInUseError: another run writes to the same folder.
     """
     check(plan)
-    return _Run(plan, console).results(settings)
+    with only_writer(Path(plan.output or f"runs/{plan.name}"), wait, console.print):
+        return _Run(plan, console).results(settings)
 
 
 class _Run:
@@ -107,7 +114,7 @@ class _Run:
                 of = {"validation": data.train_questions, "chosen": data.fold_questions}
             for name, questions in of.items():
                 said = f"{name}-fold{fold}: probes of {len(questions)} questions"
-                part = self._part(f"{name}-fold{fold}-edit", said, {}, partial(fitted, questions))
+                part = self._part(f"{name}-fold{fold}-edit", said, {}, partial(fitted, questions), _is_edit)
                 directions, sigma, accuracy = (torch.tensor(part[of]) for of in ("directions", "sigma", "accuracy"))
                 heads = [(layer, head) for layer, head in part["record"]["heads"]]
                 found[f"{name}-fold{fold}"] = HeadEdit(heads, directions, sigma, accuracy, part["record"])
@@ -131,9 +138,12 @@ class _Run:
             some = asked[first : first + self.plan.chunk]
             said = f"{name}: questions {first + 1} to {first + len(some)} of {len(asked)}"
             make = partial(self._scored, grid, data, learnt, some)
-            found = self._part(f"{name}-{first:04d}", said, of_point, make)
+            found = self._part(
+                f"{name}-{first:04d}", said, of_point, make, partial(_are_rows, len(some), 1 + len(points))
+            )
             scores |= {question.id: row for question, row in zip(some, found, strict=True)}
-        found = self._part(f"{name}-text", f"{name}: neutral text", of_point, partial(self._diverged, grid))
+        said, make = f"{name}: neutral text", partial(self._diverged, grid)
+        found = self._part(f"{name}-text", said, of_point, make, partial(_are_sums, 1 + len(points)))
         return scores, found["sums"], found["tokens"]
 
     def _scored(
@@ -157,17 +167,18 @@ class _Run:
             "tokens": [len(tokens) - 1 for tokens in ids],
         }
 
-    def _part(self, name: str, said: str, depends: dict[str, Any], make: Callable[[], Any]) -> Any:
+    def _part(
+        self, name: str, said: str, depends: dict[str, Any], make: Callable[[], Any], fits: Callable[[Any], bool]
+    ) -> Any:
         """What `make()` gave in an earlier run or gives now."""
-        path, key = self.output / "parts" / f"{name}.json", {"key": self.key, **depends}
-        if path.exists():
-            part = json.loads(path.read_text(encoding="utf-8"))
-            if part["of"] == key:
-                return part["found"]
-        self.console.print(said, highlight=False, markup=False)
-        found = make()
-        write_atomically(path, json.dumps({"of": key, "found": found}) + "\n")
-        return found
+        say = partial(self.console.print, highlight=False, markup=False, soft_wrap=True)
+
+        def made() -> Any:
+            say(said)
+            return make()
+
+        path = self.output / "parts" / f"{name}.json"
+        return kept(path, {"key": self.key, **depends}, made, fits, say, names=("of", "found"))
 
     def _save(self, edit: HeadEdit, point: tuple[int, float], fold: int) -> None:
         """The chosen point as an adapter folder."""
@@ -191,3 +202,36 @@ class _Run:
         )
         data.setup()
         return data
+
+
+def _is_edit(found: Any) -> bool:
+    """Whether a part's content can be an intervention."""
+    names = {"record", "directions", "sigma", "accuracy"}
+    return (
+        isinstance(found, dict)
+        and found.keys() == names
+        and isinstance(found["record"], dict)
+        and all(isinstance(found[name], list) for name in names - {"record"})
+        and len(found["record"].get("heads", ())) == len(found["directions"]) == len(found["sigma"])
+    )
+
+
+def _are_rows(questions: int, points: int, found: Any) -> bool:
+    """Whether a part's content can be every point's metrics of that many questions."""
+    return (
+        isinstance(found, list)
+        and len(found) == questions
+        and all(isinstance(rows, list) and len(rows) == points for rows in found)
+        and all(isinstance(row, dict) for rows in found for row in rows)
+    )
+
+
+def _are_sums(points: int, found: Any) -> bool:
+    """Whether a part's content can be every point's divergence on some texts."""
+    return (
+        isinstance(found, dict)
+        and found.keys() == {"sums", "tokens"}
+        and all(isinstance(column, list) for column in found.values())
+        and len(found["sums"]) == len(found["tokens"])
+        and all(isinstance(row, list) and len(row) == points for row in found["sums"])
+    )
