@@ -61,7 +61,7 @@ def free_answers(
         console.print(f"Answers: {rows[name].label}, fold {fold}", highlight=False, markup=False)
         folder = output / "cells" / f"{name}-fold{fold}"
         key = hashed([outcome["key"], asked.preset, asked.max_new_tokens])
-        write = partial(_write, plan, asked, rows[name], fold, folder)
+        write = partial(_write, plan, asked, rows[name], fold, folder, say)
         fits = partial(_are_answers, questions={sample["question_id"] for sample in outcome["samples"]})
         try:
             found[name, fold] = (folder, key, kept(folder / "answers.json", key, write, fits, say))
@@ -114,13 +114,17 @@ def described(asked: Answers) -> dict[str, Any]:
     return {"preset": asked.preset, "max_new_tokens": asked.max_new_tokens, "judges": judges}
 
 
-def _write(plan: Plan, asked: Answers, row: Row, fold: int, folder: Path) -> list[dict[str, Any]]:
+def _write(
+    plan: Plan, asked: Answers, row: Row, fold: int, folder: Path, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     module = CausalLM(plan.model, dtype=plan.dtype)
     if row.callback is not None or row.after is not None:
         load_adapter(module.backbone, folder / "adapter")
     data = data_of(plan, row, fold)
     data.batch_size, data.prompting = asked.batch_size, asked.prompting(data.protocol.instruction)
     batches: Any = trainer_of(plan, []).predict(module, datamodule=data)
+    if data.demonstrations and data.demonstrations[0] < data.demonstrations[1]:
+        say("  {} of {} demonstrations, for more do not fit the context window".format(*data.demonstrations))
     answers = {answer.question_id: answer for batch in batches for answer in batch}
     made = []
     for question in data.test_questions:

@@ -16,6 +16,7 @@ from lightning_peft.compare.cell import run_cell
 from lightning_peft.compare.collecting import collect
 from lightning_peft.compare.finished import finished, write_result
 from lightning_peft.compare.plan import Plan, Row, cell_key, check, check_questions
+from lightning_peft.compare.texts import check_texts
 from lightning_peft.locking import only_writer
 from lightning_peft.records import DamagedError, write_atomically
 from lightning_peft.truthfulqa.questions import data_hash, load_questions, subset
@@ -63,6 +64,7 @@ def _run(plan: Plan, settings: Mapping[str, Any], console: Console, output: Path
     of_text = hashed + (text.sha256 if text else "")
     keys = {(row.name, fold): cell_key(plan, settings, row, of_text, fold) for row, fold in cells}
     before = _finished_before(keys, output, console)
+    check_texts(plan, [(row, fold) for row, fold in cells if (row.name, fold) not in before], output)
     outcomes: dict[Cell, dict[str, Any]] = {}
     begin = time.perf_counter()
     for number, (row, fold) in enumerate(cells, start=1):

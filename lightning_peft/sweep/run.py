@@ -27,6 +27,7 @@ from lightning_peft.truthfulqa.text import text_batches, text_slice
 from lightning_peft.tuners.backbone.fingerprint import fingerprint
 from lightning_peft.tuners.folders.saving import save_adapter
 from lightning_peft.tuners.stack import stack_of
+from lightning_peft.window import check_loaded, context_window
 
 
 def run(plan: Sweep, settings: Mapping[str, Any], console: Console, wait: bool = False) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class _Run:
         if max(plan.num_heads) > available:
             raise ValueError(f"num_heads is {max(plan.num_heads)}, but the model has {available} heads.")
         self.folds = [self._data(fold) for fold in range(plan.data.num_folds)]
+        self.demonstrations = self._check()
         self.key = sweep_key(plan, self.hashed, fingerprint(self.backbone))
 
     def results(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +94,11 @@ class _Run:
                 confirmed.add(*self._measure(f"chosen-fold{fold}", edit, [best], data, learnt, asked))
                 self._save(edit, best, fold)
         results = collect(plan, settings, measured, chosen, confirmed if chosen else None, self.questions, self.hashed)
+        if self.demonstrations:
+            results["demonstrations"] = self.demonstrations
+            kept, shots = min(self.demonstrations)
+            if kept < shots:
+                results["measured"] += f" {kept} of {shots} demonstrations fit the context window."
         write_results(results, self.output)
         return results
 
@@ -130,6 +137,7 @@ class _Run:
         asked: Sequence[Question],
     ) -> tuple[dict[int, list[dict[str, float]]], list[list[float]], list[int]]:
         """For each question each row's metrics; for each text each row's summed divergence; each text's tokens."""
+        view = self._view(data, learnt, asked)
         edits = [(best_heads(edit, k), alpha) for k, alpha in points]
         grid = Grid(self.backbone, self.sites, edits, self.plan.positions, self.plan.rows)
         of_point = {"points": [list(point) for point in points]}
@@ -137,21 +145,47 @@ class _Run:
         for first in range(0, len(asked), self.plan.chunk):
             some = asked[first : first + self.plan.chunk]
             said = f"{name}: questions {first + 1} to {first + len(some)} of {len(asked)}"
-            make = partial(self._scored, grid, data, learnt, some)
+            make = partial(self._scored, grid, view, some)
             found = self._part(
                 f"{name}-{first:04d}", said, of_point, make, partial(_are_rows, len(some), 1 + len(points))
             )
             scores |= {question.id: row for question, row in zip(some, found, strict=True)}
-        said, make = f"{name}: neutral text", partial(self._diverged, grid)
-        found = self._part(f"{name}-text", said, of_point, make, partial(_are_sums, 1 + len(points)))
+        said, fits = f"{name}: neutral text", partial(_are_sums, 1 + len(points))
+        found = self._part(f"{name}-text", said, of_point, partial(self._diverged, grid), fits)
         return scores, found["sums"], found["tokens"]
 
-    def _scored(
-        self, grid: Grid, data: TruthfulQADataModule, learnt: Sequence[Question], asked: Sequence[Question]
-    ) -> list[list[dict[str, float]]]:
-        view = copy.copy(data)  # demonstrations are drawn from what is learnt from
+    def _view(
+        self, data: TruthfulQADataModule, learnt: Sequence[Question], asked: Sequence[Question]
+    ) -> TruthfulQADataModule:
+        """The questions asked, behind demonstrations that are drawn from what is learnt from."""
+        view = copy.copy(data)
         view.train_questions, view.val_questions, view.test_questions = list(learnt), [], list(asked)
         view.questions_per_batch = 1
+        view.fix_demonstrations()
+        return view
+
+    def _check(self) -> list[tuple[int, int]]:
+        """Raise, or warn, where what will be asked is longer than the model can read.
+
+        Returns:
+            Where demonstrations are to fit, for each part of the questions how many stand before it, and of how many.
+        """
+        shown = []
+        for data in self.folds:
+            views = [self._view(data, data.fold_questions, data.test_questions)]
+            if self.plan.split == "validation":
+                views.append(self._view(data, data.train_questions, data.val_questions))
+            for view in views:
+                check_loaded(self.backbone, view.test_dataloader(), "questions with their choices")
+                shown += [view.demonstrations] if view.demonstrations else []
+            check_loaded(self.backbone, data.train_dataloader(), "statements")
+        return shown
+
+    def _scored(
+        self, grid: Grid, fold: TruthfulQADataModule, asked: Sequence[Question]
+    ) -> list[list[dict[str, float]]]:
+        view = copy.copy(fold)
+        view.test_questions = list(asked)
         batches = list(view.test_dataloader())
         scores = zip(grid.scores(batches), batches, strict=True)
         return [[metrics_of(row, batch) for row in rows] for rows, batch in scores]
@@ -180,6 +214,11 @@ class _Run:
         path = self.output / "parts" / f"{name}.json"
         return kept(path, {"key": self.key, **depends}, made, fits, say, names=("of", "found"))
 
+    def _fit_window(self) -> int:
+        """How many tokens a text may have, where demonstrations are to fit; else 0."""
+        window = context_window(self.backbone) if self.plan.data.fit_window else None
+        return 0 if window is None else window.tokens
+
     def _save(self, edit: HeadEdit, point: tuple[int, float], fold: int) -> None:
         """The chosen point as an adapter folder."""
         stack, (count, alpha) = stack_of(self.backbone), point
@@ -199,6 +238,7 @@ class _Run:
             tokenizer=self.module.tokenizer,
             few_shot=self.plan.few_shot,
             protocol=self.plan.data.protocol,
+            fit_window=self._fit_window(),
         )
         data.setup()
         return data
