@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,7 +37,7 @@ class Window:
     fixed: bool
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[int, Window | None]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Window | None]] = WeakKeyDictionary()
 _said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -46,7 +46,8 @@ def context_window(backbone: nn.Module) -> Window | None:
 
     A table with a row for each position, learnt or not, ends where its rows do (fewer, where the first are padding's).
     Without a table, but with rotary embeddings, the configuration says how many positions the model was trained for; a
-    scaling of these counts. A sliding window is none: tokens beyond it are read, if not by every layer.
+    scaling of these counts. A sliding window is none: tokens beyond it are read, if not by every layer. The virtual
+    tokens of a prompt on the model take their places.
 
     Returns:
         None where there is no limit (relative positions, ALiBi, states), or where it is not known.
@@ -59,8 +60,11 @@ def context_window(backbone: nn.Module) -> Window | None:
     config = _text_config(backbone)
     if (limit := _limit(config)) is None:
         return None
-    if backbone not in _known or _known[backbone][0] != limit:
-        _known[backbone] = limit, _window(backbone, config, limit)
+    signature = limit, sum(len(child._modules) for child in backbone.children())  # adapters come as children's children
+    if backbone not in _known or _known[backbone][0] != signature:
+        window = _window(backbone, config, limit)
+        prompt = sum(getattr(module, "virtual_tokens", 0) for module in backbone.modules())
+        _known[backbone] = signature, window and replace(window, tokens=window.tokens - prompt)
     return _known[backbone][1]
 
 
@@ -173,9 +177,10 @@ def first_position(backbone: nn.Module) -> int:
 
 
 def _window(backbone: nn.Module, config: Any, limit: int) -> Window | None:
-    part: Any = backbone
-    if getattr(config, "is_encoder_decoder", False) and hasattr(backbone, "get_encoder"):
-        part = backbone.get_encoder()
+    model: Any = backbone
+    part: nn.Module = model
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        part = model.get_encoder()
     tables = _tables(part, backbone, limit)
     if tables or _has_rows(part, limit):
         sizes = [table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None]

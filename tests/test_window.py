@@ -6,12 +6,14 @@ import inspect
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as t
 from tiny_models import VOCABULARY
 from torch import nn
 
+from lightning_peft.tuners.stack import stack_of
 from lightning_peft.window import ContextWindowError, ContextWindowWarning, Window, check_lengths, context_window
 
 SIZE = 24  # positions of each model's configuration
@@ -164,6 +166,18 @@ def test_the_window_of_a_multimodal_model_is_its_language_models() -> None:
     vision |= {"image_size": 8, "patch_size": 4, "max_position_embeddings": 5}
     config = t.LlavaConfig(text_config=t.LlamaConfig(**text), vision_config=t.CLIPVisionConfig(**vision))
     assert context_window(t.LlavaForConditionalGeneration(config)) == Window(SIZE, False)
+
+
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_prompt_takes_its_places_of_the_window(config: str) -> None:
+    model = made("GPT2", "GPT2LMHeadModel", GPT2)
+    assert context_window(model) == Window(24, True)
+    stack = stack_of(model)
+    stack.add(getattr(peft, config)(num_virtual_tokens=5, task_type="CAUSAL_LM"), "prompt")
+    assert context_window(model) == Window(19, True)
+    assert runs(model, 19) and not runs(model, 20)
+    stack.remove("prompt")
+    assert context_window(model) == Window(24, True)
 
 
 def test_a_model_without_weights_has_its_window() -> None:
