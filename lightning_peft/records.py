@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-_SUM = "sha256"  # of a record's other values
+_SUM = "sha256"  # of a record, with nothing in this place
 Kind = type | tuple[type, ...]
 
 
@@ -35,15 +35,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_record(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
-    """Write JSON-able values and their SHA-256 as one JSON object.
+    """Write JSON-able values as one JSON object, which holds the SHA-256 of its own text without it.
 
     Args:
         path: of the file.
         values: by name; names are strings at every depth, or would not come back as they were.
         indent: as of `json.dumps`.
     """
-    record = {**values, _SUM: _sum(values)}
-    write_atomically(path, json.dumps(record, indent=indent, ensure_ascii=False) + "\n")
+    text = json.dumps({**values, _SUM: ""}, indent=indent, ensure_ascii=False) + "\n"
+    before, _, after = text.rpartition('""')
+    write_atomically(path, f'{before}"{_sum(text)}"{after}')
 
 
 def read_record(path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] | None = None) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def read_record(path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] |
         DamagedError: it is not such a record, or its sum is not that of its values.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} cannot be read as JSON ({type(error).__name__})") from error
     if not isinstance(record, dict):
@@ -68,7 +70,8 @@ def read_record(path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] |
     expected = kinds.keys() if summed or unsummed is None else set(unsummed)
     if record.keys() != expected:
         raise DamagedError(f"{path} holds {', '.join(record) or 'nothing'} where {', '.join(kinds)} were written")
-    if summed and written != _sum(record):
+    before, _, after = text.rpartition(f'"{written}"')
+    if summed and written != _sum(f'{before}""{after}'):
         raise DamagedError(f"{path} holds other values than were written")
     for name, value in record.items():
         if not isinstance(value, kinds[name]):
@@ -106,5 +109,5 @@ def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _sum(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

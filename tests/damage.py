@@ -14,13 +14,13 @@ def _truncated(path: Path) -> None:
 
 def _flipped(path: Path) -> None:
     """One bit of one byte anywhere, the same for the same file."""
-    data, draw = bytearray(path.read_bytes()), random.Random(path.as_posix())
+    data, draw = bytearray(path.read_bytes()), random.Random(path.name)
     data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
     path.write_bytes(data)
 
 
 def _other_type(path: Path) -> None:
-    path.write_text(json.dumps(random.Random(path.as_posix()).choice([[], "text", 3, None, {}, {"key": []}])) + "\n")
+    path.write_text(json.dumps(random.Random(path.name).choice([[], "text", 3, None, {}, {"key": []}])) + "\n")
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {

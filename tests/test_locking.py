@@ -61,7 +61,7 @@ def test_waiting_ends_with_the_other_process(tmp_path: Path) -> None:
             process.stdin.close()
 
         with only_writer(tmp_path, wait=True, say=say):
-            assert process.wait() == 0
+            assert process.wait(timeout=60) == 0
     assert len(said) == 1 and f"process {process.pid}" in said[0] and said[0].endswith("waiting for it.")
 
 
