@@ -25,6 +25,7 @@ from lightning_peft.truthfulqa.generation import Answer, AnswerGenerator
 from lightning_peft.truthfulqa.side_effects import Off
 from lightning_peft.tuners.stack import adapters, find_stacks
 from lightning_peft.tuners.ways.initialisation import changes_base
+from lightning_peft.window import check_batch, check_loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +55,20 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
         trainable = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
 
+    def on_train_start(self) -> None:
+        check_loaded(self.backbone, self.trainer.train_dataloader, "training texts")
+
+    def on_validation_start(self) -> None:
+        check_loaded(self.backbone, self.trainer.val_dataloaders, "validation texts")
+
+    def on_test_start(self) -> None:
+        check_loaded(self.backbone, self.trainer.test_dataloaders, "test texts")
+
+    def on_predict_start(self) -> None:
+        check_loaded(self.backbone, self.trainer.predict_dataloaders, "prompts with their answers")
+
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        check_batch(self.backbone, batch)
         inputs: dict[str, Tensor] = {n: batch[n] for n in ("input_ids", "attention_mask") if n in batch}
         if "position_ids" in self._accepts and "attention_mask" in batch:
             inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)

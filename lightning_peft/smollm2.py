@@ -127,7 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_complete(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+    """Whether configuration and weights are there and whole; of the weights the header says how long they are."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "model.safetensors", framework="np"):
+            return True
+    except (OSError, ValueError, SafetensorError):
+        return False
 
 
 def _make(folder: Path) -> None:

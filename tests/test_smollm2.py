@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
+from damage import DAMAGES
 from huggingface_hub import constants
+from safetensors.numpy import save
 
 from lightning_peft import smollm2
+
+WEIGHTS = save({"weight": np.ones(64, dtype=np.float32)})
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fake_download(repo: str, local_dir: Path, allow_patterns: list[str]) -> None:
     (local_dir / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
-    (local_dir / "model.safetensors").write_bytes(b"weights")
+    (local_dir / "model.safetensors").write_bytes(WEIGHTS)
     (local_dir / ".cache").mkdir()
 
 
@@ -84,13 +89,48 @@ def test_a_listening_endpoint_is_reachable(online: None, monkeypatch: pytest.Mon
 
 def test_a_complete_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "_make", lambda folder: pytest.fail("the model was made again"))
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_text("as it was")
+    made = {"config.json": b"{}", "model.safetensors": WEIGHTS}
+    for name, content in made.items():
+        (tmp_path / name).write_bytes(content)
     assert smollm2.fetch(tmp_path) == tmp_path
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "config.json": "as it was",
-        "model.safetensors": "as it was",
-    }
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == made
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["deleted", "emptied", "truncated"])
+def test_a_damaged_folder_is_named_and_not_taken_for_the_model(tmp_path: Path, name: str, damage: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    DAMAGES[damage](folder / name)
+    with pytest.raises(smollm2.ModelUnavailable, match=f"{folder} exists but is not a complete model"):
+        smollm2.fetch(folder)
+
+
+TWO = """
+import sys, time
+from pathlib import Path
+from lightning_peft import smollm2
+def make(folder):
+    (folder / "config.json").write_text("{}")
+    ready = Path(sys.argv[1]).with_name(sys.argv[2])
+    ready.touch()
+    while len(list(ready.parent.glob("ready*"))) < 2:
+        time.sleep(0.01)
+    (folder / "model.safetensors").write_bytes(bytes.fromhex(sys.argv[3]))
+smollm2._make = make
+print(smollm2.fetch(sys.argv[1]))
+"""
+
+
+def test_two_processes_that_make_the_folder_at_once_both_have_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    commands = [[sys.executable, "-c", TWO, str(folder), f"ready{i}", WEIGHTS.hex()] for i in range(2)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    assert [process.communicate(timeout=60)[0].strip() for process in processes] == [str(folder)] * 2
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "ready0", "ready1"}
 
 
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.cli.arguments import one_sentence
+
 
 def main(args: list[str]) -> dict[str, Any]:
     """Run a comparison, print its table, write its report; returns the results."""
@@ -16,34 +18,41 @@ def main(args: list[str]) -> dict[str, Any]:
     from lightning_peft.compare.effects import effects_view
     from lightning_peft.compare.measured import measured_table
     from lightning_peft.compare.page import write_html
-    from lightning_peft.compare.plan import Plan
+    from lightning_peft.compare.plan import Plan, check
     from lightning_peft.compare.plots import save_pictures
     from lightning_peft.compare.run import run
     from lightning_peft.compare.terminal import table
     from lightning_peft.compare.verdict import verdict
+    from lightning_peft.locking import only_writer
 
     parser = ArgumentParser(prog="lightning-peft compare", description="Compare adaptations on one question set.")
     parser.add_argument("--config", action="config", help="YAML file with the plan")
     parser.add_class_arguments(Plan, as_positional=False)
+    parser.add_argument("--wait", action="store_true", help="where another run writes to the same folder, wait for it")
     parsed = parser.parse_args(args[1:])
     settings = parsed.clone().as_dict()
+    wait = settings.pop("wait")
     settings.pop("config", None)
     settings["rows"] = {row["name"]: row for row in settings["rows"]}
     instantiated = parser.instantiate(parsed).as_dict()
-    instantiated.pop("config", None)
+    for name in ("config", "wait"):
+        instantiated.pop(name, None)
     plan = Plan(**instantiated)
     # a table of numbers must not be folded to the 80 columns assumed where there is no terminal
     console = Console(width=None if sys.stdout.isatty() else 120)
-    results = run(plan, settings, console)
-    console.print(table(results))
-    for view in (effects_view(results), answers_view(results)):
-        if view is not None:
-            console.print(measured_table(view))
-    for sentence in verdict(results):
-        console.print(sentence, highlight=False)
     output = Path(plan.output or f"runs/{plan.name}")
-    if any(row["metrics"] for row in results["rows"]):
-        save_pictures(results, output)
-    report = write_html(results, output / "report.html")
+    with one_sentence("compare"):
+        check(plan)
+        with only_writer(output, wait, console.print):  # until the report is written too
+            results = run(plan, settings, console)
+            console.print(table(results))
+            for view in (effects_view(results), answers_view(results)):
+                if view is not None:
+                    console.print(measured_table(view))
+            for sentence in verdict(results):
+                console.print(sentence, highlight=False)
+            if any(row["metrics"] for row in results["rows"]):
+                save_pictures(results, output)
+            report = write_html(results, output / "report.html")
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return results

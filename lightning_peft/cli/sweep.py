@@ -14,7 +14,8 @@ def main(args: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
-    from lightning_peft.sweep.plan import Sweep
+    from lightning_peft.locking import only_writer
+    from lightning_peft.sweep.plan import Sweep, check
     from lightning_peft.sweep.plot import save_picture
     from lightning_peft.sweep.results import table, verdict
     from lightning_peft.sweep.run import run
@@ -24,19 +25,24 @@ def main(args: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--config", action="config", help="YAML file with the sweep")
     parser.add_class_arguments(Sweep, as_positional=False)
+    parser.add_argument("--wait", action="store_true", help="where another run writes to the same folder, wait for it")
     parsed = parser.parse_args(args[1:])
     settings = parsed.clone().as_dict()
+    wait = settings.pop("wait")
     settings.pop("config", None)
     instantiated = parser.instantiate(parsed).as_dict()
-    instantiated.pop("config", None)
+    for name in ("config", "wait"):
+        instantiated.pop(name, None)
     plan = Sweep(**instantiated)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    with one_sentence("sweep"):
-        results = run(plan, settings, console)
-    console.print(table(results))
-    for sentence in verdict(results):
-        console.print(sentence, highlight=False)
     output = Path(plan.output or f"runs/{plan.name}")
-    written = [output / "table.csv", output / "results.json", save_picture(results, output)]
+    with one_sentence("sweep"):
+        check(plan)
+        with only_writer(output, wait, console.print):  # until the picture is drawn too
+            results = run(plan, settings, console)
+            console.print(table(results))
+            for sentence in verdict(results):
+                console.print(sentence, highlight=False)
+            written = [output / "table.csv", output / "results.json", save_picture(results, output)]
     console.print(", ".join(str(path) for path in written if path), highlight=False, soft_wrap=True)
     return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -53,6 +53,7 @@ def free_answers(
     if asked is None:
         return {}
     quiet()
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     rows = {row.name: row for row in plan.rows if row.kind != "decoded"}  # which says how to score, not how to write
     for (name, fold), outcome in outcomes.items():
         if name not in rows or outcome["failed"]:
@@ -60,14 +61,15 @@ def free_answers(
         console.print(f"Answers: {rows[name].label}, fold {fold}", highlight=False, markup=False)
         folder = output / "cells" / f"{name}-fold{fold}"
         key = hashed([outcome["key"], asked.preset, asked.max_new_tokens])
-        write = partial(_write, plan, asked, rows[name], fold, folder)
+        write = partial(_write, plan, asked, rows[name], fold, folder, say)
+        fits = partial(_are_answers, questions={sample["question_id"] for sample in outcome["samples"]})
         try:
-            found[name, fold] = (folder, key, kept(folder / "answers.json", key, write))
+            found[name, fold] = (folder, key, kept(folder / "answers.json", key, write, fits, say))
         except Exception as error:  # as in a cell: the other rows are worth having
             console.print(f"  failed: {type(error).__name__}: {error}", highlight=False, markup=False)
     for kind, judge in asked.judges.items():
         try:
-            _judge(plan, asked, kind, judge, list(found.values()))
+            _judge(plan, asked, kind, judge, list(found.values()), say)
         except Exception as error:  # what was scored and written is worth having without it
             console.print(f"The {kind} judge failed: {type(error).__name__}: {error}", highlight=False, markup=False)
     return {cell: made for cell, (_, _, made) in found.items()}
@@ -112,13 +114,17 @@ def described(asked: Answers) -> dict[str, Any]:
     return {"preset": asked.preset, "max_new_tokens": asked.max_new_tokens, "judges": judges}
 
 
-def _write(plan: Plan, asked: Answers, row: Row, fold: int, folder: Path) -> list[dict[str, Any]]:
+def _write(
+    plan: Plan, asked: Answers, row: Row, fold: int, folder: Path, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     module = CausalLM(plan.model, dtype=plan.dtype)
     if row.callback is not None or row.after is not None:
         load_adapter(module.backbone, folder / "adapter")
     data = data_of(plan, row, fold)
     data.batch_size, data.prompting = asked.batch_size, asked.prompting(data.protocol.instruction)
     batches: Any = trainer_of(plan, []).predict(module, datamodule=data)
+    if data.demonstrations and data.demonstrations[0] < data.demonstrations[1]:
+        say("  {} of {} demonstrations, for more do not fit the context window".format(*data.demonstrations))
     answers = {answer.question_id: answer for batch in batches for answer in batch}
     made = []
     for question in data.test_questions:
@@ -129,7 +135,12 @@ def _write(plan: Plan, asked: Answers, row: Row, fold: int, folder: Path) -> lis
 
 
 def _judge(
-    plan: Plan, asked: Answers, kind: Kind, judge: Path, cells: Sequence[tuple[Path, str, list[dict[str, Any]]]]
+    plan: Plan,
+    asked: Answers,
+    kind: Kind,
+    judge: Path,
+    cells: Sequence[tuple[Path, str, list[dict[str, Any]]]],
+    say: Callable[[str], None],
 ) -> None:
     """Add this judge's probabilities to all answers."""
 
@@ -146,5 +157,23 @@ def _judge(
     weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(judge.glob("adapter_*"))]
     for folder, key, answers in cells:
         path, judged_key = folder / f"judged-{kind}.json", hashed([key, weights, asked.judge_base])
-        for answer, score in zip(answers, kept(path, judged_key, partial(scores, answers)), strict=True):
+        fits = partial(_are_scores, number=len(answers))
+        for answer, score in zip(answers, kept(path, judged_key, partial(scores, answers), fits, say), strict=True):
             answer[kind] = score
+
+
+def _are_answers(found: Any, questions: set[int]) -> bool:
+    """Whether a file's content can be the answers to these questions."""
+    texts, numbers = ("question", "answer", "raw"), ("question_id", *_REFERENCES)
+    return (
+        isinstance(found, list)
+        and all(isinstance(answer, dict) and answer.keys() == {*texts, *numbers} for answer in found)
+        and all(isinstance(answer[name], str) for answer in found for name in texts)
+        and all(isinstance(answer[name], int | float) for answer in found for name in numbers)
+        and {answer["question_id"] for answer in found} == questions
+    )
+
+
+def _are_scores(found: Any, number: int) -> bool:
+    """Whether a file's content can be a judge's probabilities for that many answers."""
+    return isinstance(found, list) and len(found) == number and all(isinstance(score, int | float) for score in found)

@@ -23,6 +23,7 @@ from lightning_peft.truthfulqa.metrics import mc1
 from lightning_peft.tuners.folders.files import adapter_folders, read_folder
 from lightning_peft.tuners.folders.saving import load_adapter, save_adapter
 from lightning_peft.tuners.stack import adapters, find_stacks, stack_of
+from lightning_peft.window import ContextWindowWarning, exceeding, lengths_of, loaded
 
 
 def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str, Path]) -> dict[str, Any]:
@@ -38,7 +39,8 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
 
     Returns:
         JSON-able: `samples`, one for each choice and draw; `effects`, what else was measured; `seconds` to adapt and to
-        score; numbers of parameters; `chosen` hyperparameters.
+        score; numbers of parameters; `chosen` hyperparameters; `texts`, how many demonstrations stood before questions,
+        of how many, where that was to fit, and what was beyond the context window.
     """
     L.seed_everything(plan.seed, verbose=False)
     quiet()
@@ -59,12 +61,16 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         module.scoring = row.scoring
     # a prompt or another scoring leaves the model as it is, and the base is the same in every fold
     effects = plan.data.side_effects if row.callback is not None or (row.kind == "base" and fold == 0) else None
-    samples = _Samples()
+    samples, shown, beyond = _Samples(), [], None
     for draw in range(row.draws):
         samples.draw, data = draw, data_of(plan, row, fold, draw)
         data.side_effects = effects if draw == 0 else None
         writer = SampleWriter(folder if draw == 0 else None)
-        trainer_of(plan, [samples, writer]).test(module, datamodule=data, verbose=False)
+        trainer = trainer_of(plan, [samples, writer])
+        trainer.test(module, datamodule=data, verbose=False)
+        shown += [data.demonstrations] if data.demonstrations else []
+        asked = [batch for batch in loaded(trainer.test_dataloaders) if "document" not in batch]
+        beyond = beyond or exceeding(module.backbone, (n for batch in asked for n in lengths_of(batch)), "test texts")
     if row.scoring is not None:
         chosen = dict(row.scoring.chosen)
     questions = {question.id: question for question in data.test_questions}
@@ -80,6 +86,7 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         "seconds": seconds,
         "scoring_seconds": time.perf_counter() - begin,
         "chosen": chosen,
+        "texts": {"demonstrations": shown, "beyond": beyond},
         **counts,
     }
 
@@ -169,6 +176,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`configure_optimizers` returned `None`.*")
+    warnings.filterwarnings("ignore", category=ContextWindowWarning)  # it was said before the first cell
 
 
 def data_of(plan: Plan, row: Row, fold: int, draw: int = 0) -> TruthfulQADataModule:
@@ -185,6 +193,7 @@ def data_of(plan: Plan, row: Row, fold: int, draw: int = 0) -> TruthfulQADataMod
         few_shot=row.few_shot,
         draw=draw,
         protocol=plan.data.protocol,
+        fit_window=plan.data.fit_window,
     )
 
 

@@ -19,6 +19,7 @@ from lightning_peft.compare.answering import answer_rates, answer_scores, descri
 from lightning_peft.compare.effects import effect_scores, forgotten_scores
 from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.compare.statistics import mean_interval, minimal_detectable, paired_difference
+from lightning_peft.compare.texts import shape_of, text_caveats
 from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2, mc3
 from lightning_peft.truthfulqa.protocols import PROTOCOLS
 from lightning_peft.truthfulqa.samples import TASKS, by_category
@@ -76,7 +77,7 @@ def collect(
         "head_accuracy": _head_accuracy(plan, output),
         "settings": dict(settings),
         "versions": {"lightning-peft": __version__} | {package: version(package) for package in _PACKAGES},
-        "caveats": _caveats(plan, questions, own),
+        "caveats": [*_caveats(plan, questions, own), *text_caveats(plan, outcomes)],
     }
 
 
@@ -202,21 +203,18 @@ def _head_accuracy(plan: Plan, output: Path) -> dict[str, Any] | None:
         output / "cells" / f"{edited.name}-fold{f}" / "adapter" / "lightning_peft.json"
         for f in range(plan.data.num_folds)
     ]
-    records = [json.loads(path.read_text(encoding="utf-8"))["record"] for path in notes if path.exists()]
-    if not records or "accuracy" not in records[0]:
+    records = [json.loads(path.read_text(encoding="utf-8")).get("record") for path in notes if path.exists()]
+    if not records or any("accuracy" not in (record or {}) for record in records):
         return None
     accuracy = torch.tensor([record["accuracy"] for record in records]).mean(0)
     return {"accuracy": accuracy.tolist(), "selected": records[0]["heads"]}
 
 
 def _model(plan: Plan) -> dict[str, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from lightning_peft.tuners.backbone.fingerprint import fingerprint
 
-    config = AutoConfig.from_pretrained(plan.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model: Any = shape_of(plan)
+    config = model.config
     return {
         "pretrained": plan.model,
         "fingerprint": fingerprint(model)["names"],

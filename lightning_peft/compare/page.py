@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from lightning_peft.compare.answers_view import answers_view
 from lightning_peft.compare.effects import effects_view
-from lightning_peft.compare.files import write_atomically
 from lightning_peft.compare.plots import INK, by_method, head_accuracy_map
 from lightning_peft.compare.results import (
     METRICS,
@@ -31,6 +30,7 @@ from lightning_peft.compare.results import (
 )
 from lightning_peft.compare.verdict import verdict
 from lightning_peft.compare.writing import count, indented, interval, minus, p_value, score, seconds, signed, size
+from lightning_peft.records import write_atomically
 from lightning_peft.truthfulqa.samples import SMALL, TASKS
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")

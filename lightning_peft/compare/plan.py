@@ -34,6 +34,8 @@ class Data:
         protocol: how choices are scored: `"lm_eval"`, `"original"` or `"honest_llama"`. By the first, ties count as
             right, which would favour ways of scoring that tie often.
         answers: free answers to the questions too; by default none.
+        fit_window: where demonstrations with a question are longer than the model can read, leave out as many as need
+            be, from the front, and say so in the report.
     """
 
     source: str = "package"
@@ -44,6 +46,15 @@ class Data:
     side_effects: SideEffects = field(default_factory=SideEffects)
     protocol: ProtocolName = "original"
     answers: Answers | None = None
+    fit_window: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What scores depend on, by name; a setting that came later is left out where it changes nothing."""
+        found = asdict(self)
+        del found["answers"]  # which are written after, by what a cell has saved
+        if not self.fit_window:
+            del found["fit_window"]
+        return found
 
 
 @dataclass
@@ -207,6 +218,4 @@ def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, data_hash: str, 
     for name in needed:  # which grows
         needed += by_name[name].earlier
     depends = [rows[name] for name in needed]
-    data = asdict(plan.data)
-    del data["answers"]  # which are written after, by what the cell has saved
-    return hashed([depends, plan.model, plan.dtype, plan.seed, data, data_hash, fold])
+    return hashed([depends, plan.model, plan.dtype, plan.seed, plan.data.settings(), data_hash, fold])

@@ -13,6 +13,7 @@ from lightning_peft.editing.forward import run_trunk
 from lightning_peft.editing.heads import HeadSite
 from lightning_peft.editing.layers import LayerSite
 from lightning_peft.tokens import Tokens
+from lightning_peft.window import check_batch
 
 Site = HeadSite | LayerSite
 
@@ -94,8 +95,10 @@ class Capture:
 
         Raises:
             RuntimeError: a site was not reached.
-            ValueError: a row of which no token is chosen, or positions that need `start`.
+            ValueError: a row of which no token is chosen, positions that need `start`, or a row longer than the model
+                can read.
         """
+        check_batch(self.backbone, {"input_ids": input_ids, "attention_mask": attention_mask}, "texts to read")
         real = attention_mask
         if input_ids is not None and real is None:
             real = torch.ones_like(input_ids)

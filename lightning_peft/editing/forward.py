@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.positions import calling
 from lightning_peft.tuners.backbone.modules import uncompiled
+from lightning_peft.window import first_position
 
 
 def run_trunk(
@@ -43,7 +44,7 @@ def run_trunk(
         if places is None and attention_mask is not None:
             places = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         if places is not None:
-            arguments["position_ids"] = places + _first_place(trunk)
+            arguments["position_ids"] = places + first_position(trunk)
     decoding = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     with calling(model, **{**arguments, "position_ids": places}), torch.compiler.set_stance("force_eager"):
         if not decoding:
@@ -71,10 +72,3 @@ def _accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return arguments
     return {name: value for name, value in arguments.items() if name in accepted}
-
-
-def _first_place(trunk: nn.Module) -> int:
-    """The position id of the first token: RoBERTa and its kin count from behind the id that padding has."""
-    tables = (m for name, m in trunk.named_modules() if isinstance(m, nn.Embedding) and "position" in name)
-    padding = (table.padding_idx for table in tables)
-    return next((int(index) + 1 for index in padding if index is not None), 0)

@@ -185,10 +185,18 @@ class GroupedMoments:
 
     @classmethod
     def load(cls, path: str | Path) -> GroupedMoments:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, or holds something else.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(path)
-        keys = {int(name.partition(".")[0]) for name in tensors}
         names = ("count", "mean", "scatter")
-        return cls({key: Moments(*(tensors[f"{key}.{name}"] for name in names)) for key in sorted(keys)})
+        try:
+            tensors = load_file(path)
+            keys = {int(name.partition(".")[0]) for name in tensors}
+            return cls({key: Moments(*(tensors[f"{key}.{name}"] for name in names)) for key in sorted(keys)})
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not hold moments as they were saved: gather and save them again.") from error

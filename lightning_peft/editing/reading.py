@@ -15,6 +15,7 @@ from lightning_peft.editing.forward import run_trunk
 from lightning_peft.positions import tracked
 from lightning_peft.trial import objection
 from lightning_peft.trie import common_prefix, pack
+from lightning_peft.window import check_lengths
 
 _TOLERANCE = 1e-3  # of the largest value: packed and plain reading must agree to this
 _TRIAL = 12  # tokens of a text in the trial of packing
@@ -63,8 +64,10 @@ def read_texts(
         Some texts by number, and what was read of them, `[M, layers, ...]`, text after text.
 
     Raises:
-        ValueError: texts are to be packed, and this model gives something else then; or it needs a decoder's tokens.
+        ValueError: texts are to be packed, and this model gives something else then; or it needs a decoder's tokens; or
+            texts are longer than it can read.
     """
+    check_lengths(backbone, map(len, sequences), "texts to read")
     config: Any = getattr(backbone, "config", None)
     if getattr(config, "is_encoder_decoder", False) and any(site.part != "encoder" for site in sites):
         raise ValueError(

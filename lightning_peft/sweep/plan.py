@@ -110,5 +110,5 @@ def sweep_key(plan: Sweep, data_hash: str, model: dict[str, Any]) -> str:
         model: fingerprint of the base.
     """
     settings = {name: value for name, value in asdict(plan).items() if name not in _NOT_RESULTS}
-    del settings["data"]["answers"]  # a sweep has none
+    settings["data"] = plan.data.settings()
     return hashlib.sha256(json.dumps([settings, data_hash, model], sort_keys=True).encode()).hexdigest()

@@ -14,8 +14,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from lightning_peft.compare.files import write_atomically
 from lightning_peft.compare.statistics import mean_interval, paired_difference
+from lightning_peft.records import write_atomically
 from lightning_peft.sweep.plan import Sweep
 from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2
 

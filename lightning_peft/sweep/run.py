@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 from rich.console import Console
 
 from lightning_peft.callbacks.iti import install
-from lightning_peft.compare.files import write_atomically
+from lightning_peft.compare.files import kept
 from lightning_peft.editing.heads import HeadSite, head_sites
 from lightning_peft.editing.iti import HeadEdit
+from lightning_peft.locking import only_writer
 from lightning_peft.models import CausalLM
 from lightning_peft.sweep.fit import Statements, best_heads, fit
 from lightning_peft.sweep.grid import Grid
@@ -27,24 +27,32 @@ from lightning_peft.truthfulqa.text import text_batches, text_slice
 from lightning_peft.tuners.backbone.fingerprint import fingerprint
 from lightning_peft.tuners.folders.saving import save_adapter
 from lightning_peft.tuners.stack import stack_of
+from lightning_peft.window import check_loaded, context_window
 
 
-def run(plan: Sweep, settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
+def run(plan: Sweep, settings: Mapping[str, Any], console: Console, wait: bool = False) -> dict[str, Any]:
     """Measure every point, or take up where a killed run stopped; write `results.json`, `table.csv` and the choice.
 
-    Every finished chunk of questions is written whole under its own name, so a killed run loses at most a chunk.
+    Every finished chunk of questions is written whole under its own name, so a killed run loses at most a chunk. A part
+    that is not as it was written is named and computed again.
 
     Args:
         plan: the sweep.
         settings: the plan as it was written, for the record.
         console: where to report progress.
+        wait: where another run writes to the same folder, wait for its end.
 
     Returns:
         The content of `results.json`: `points` (one entry a point, the base first), `chosen` and `confirmed` (by
         fold), and what was measured.
+
+    Raises:
+        ValueError: the sweep could not be run to its end.
+        FolderInUseError: another run writes to the same folder.
     """
     check(plan)
-    return _Run(plan, console).results(settings)
+    with only_writer(Path(plan.output or f"runs/{plan.name}"), wait, console.print):
+        return _Run(plan, console).results(settings)
 
 
 class _Run:
@@ -63,6 +71,7 @@ class _Run:
         if max(plan.num_heads) > available:
             raise ValueError(f"num_heads is {max(plan.num_heads)}, but the model has {available} heads.")
         self.folds = [self._data(fold) for fold in range(plan.data.num_folds)]
+        self.demonstrations = self._check()
         self.key = sweep_key(plan, self.hashed, fingerprint(self.backbone))
 
     def results(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +94,11 @@ class _Run:
                 confirmed.add(*self._measure(f"chosen-fold{fold}", edit, [best], data, learnt, asked))
                 self._save(edit, best, fold)
         results = collect(plan, settings, measured, chosen, confirmed if chosen else None, self.questions, self.hashed)
+        if self.demonstrations:
+            results["demonstrations"] = self.demonstrations
+            kept, shots = min(self.demonstrations)
+            if kept < shots:
+                results["measured"] += f" {kept} of {shots} demonstrations fit the context window."
         write_results(results, self.output)
         return results
 
@@ -107,7 +121,7 @@ class _Run:
                 of = {"validation": data.train_questions, "chosen": data.fold_questions}
             for name, questions in of.items():
                 said = f"{name}-fold{fold}: probes of {len(questions)} questions"
-                part = self._part(f"{name}-fold{fold}-edit", said, {}, partial(fitted, questions))
+                part = self._part(f"{name}-fold{fold}-edit", said, {}, partial(fitted, questions), _is_edit)
                 directions, sigma, accuracy = (torch.tensor(part[of]) for of in ("directions", "sigma", "accuracy"))
                 heads = [(layer, head) for layer, head in part["record"]["heads"]]
                 found[f"{name}-fold{fold}"] = HeadEdit(heads, directions, sigma, accuracy, part["record"])
@@ -123,6 +137,7 @@ class _Run:
         asked: Sequence[Question],
     ) -> tuple[dict[int, list[dict[str, float]]], list[list[float]], list[int]]:
         """For each question each row's metrics; for each text each row's summed divergence; each text's tokens."""
+        view = self._view(data, learnt, asked)
         edits = [(best_heads(edit, k), alpha) for k, alpha in points]
         grid = Grid(self.backbone, self.sites, edits, self.plan.positions, self.plan.rows)
         of_point = {"points": [list(point) for point in points]}
@@ -130,18 +145,47 @@ class _Run:
         for first in range(0, len(asked), self.plan.chunk):
             some = asked[first : first + self.plan.chunk]
             said = f"{name}: questions {first + 1} to {first + len(some)} of {len(asked)}"
-            make = partial(self._scored, grid, data, learnt, some)
-            found = self._part(f"{name}-{first:04d}", said, of_point, make)
+            make = partial(self._scored, grid, view, some)
+            found = self._part(
+                f"{name}-{first:04d}", said, of_point, make, partial(_are_rows, len(some), 1 + len(points))
+            )
             scores |= {question.id: row for question, row in zip(some, found, strict=True)}
-        found = self._part(f"{name}-text", f"{name}: neutral text", of_point, partial(self._diverged, grid))
+        said, fits = f"{name}: neutral text", partial(_are_sums, 1 + len(points))
+        found = self._part(f"{name}-text", said, of_point, partial(self._diverged, grid), fits)
         return scores, found["sums"], found["tokens"]
 
-    def _scored(
-        self, grid: Grid, data: TruthfulQADataModule, learnt: Sequence[Question], asked: Sequence[Question]
-    ) -> list[list[dict[str, float]]]:
-        view = copy.copy(data)  # demonstrations are drawn from what is learnt from
+    def _view(
+        self, data: TruthfulQADataModule, learnt: Sequence[Question], asked: Sequence[Question]
+    ) -> TruthfulQADataModule:
+        """The questions asked, behind demonstrations that are drawn from what is learnt from."""
+        view = copy.copy(data)
         view.train_questions, view.val_questions, view.test_questions = list(learnt), [], list(asked)
         view.questions_per_batch = 1
+        view.fix_demonstrations()
+        return view
+
+    def _check(self) -> list[tuple[int, int]]:
+        """Raise, or warn, where what will be asked is longer than the model can read.
+
+        Returns:
+            Where demonstrations are to fit, for each part of the questions how many stand before it, and of how many.
+        """
+        shown = []
+        for data in self.folds:
+            views = [self._view(data, data.fold_questions, data.test_questions)]
+            if self.plan.split == "validation":
+                views.append(self._view(data, data.train_questions, data.val_questions))
+            for view in views:
+                check_loaded(self.backbone, view.test_dataloader(), "questions with their choices")
+                shown += [view.demonstrations] if view.demonstrations else []
+            check_loaded(self.backbone, data.train_dataloader(), "statements")
+        return shown
+
+    def _scored(
+        self, grid: Grid, fold: TruthfulQADataModule, asked: Sequence[Question]
+    ) -> list[list[dict[str, float]]]:
+        view = copy.copy(fold)
+        view.test_questions = list(asked)
         batches = list(view.test_dataloader())
         scores = zip(grid.scores(batches), batches, strict=True)
         return [[metrics_of(row, batch) for row in rows] for rows, batch in scores]
@@ -157,17 +201,23 @@ class _Run:
             "tokens": [len(tokens) - 1 for tokens in ids],
         }
 
-    def _part(self, name: str, said: str, depends: dict[str, Any], make: Callable[[], Any]) -> Any:
+    def _part(
+        self, name: str, said: str, depends: dict[str, Any], make: Callable[[], Any], fits: Callable[[Any], bool]
+    ) -> Any:
         """What `make()` gave in an earlier run or gives now."""
-        path, key = self.output / "parts" / f"{name}.json", {"key": self.key, **depends}
-        if path.exists():
-            part = json.loads(path.read_text(encoding="utf-8"))
-            if part["of"] == key:
-                return part["found"]
-        self.console.print(said, highlight=False, markup=False)
-        found = make()
-        write_atomically(path, json.dumps({"of": key, "found": found}) + "\n")
-        return found
+        say = partial(self.console.print, highlight=False, markup=False, soft_wrap=True)
+
+        def made() -> Any:
+            say(said)
+            return make()
+
+        path = self.output / "parts" / f"{name}.json"
+        return kept(path, {"key": self.key, **depends}, made, fits, say, names=("of", "found"))
+
+    def _fit_window(self) -> int:
+        """How many tokens a text may have, where demonstrations are to fit; else 0."""
+        window = context_window(self.backbone) if self.plan.data.fit_window else None
+        return 0 if window is None else window.tokens
 
     def _save(self, edit: HeadEdit, point: tuple[int, float], fold: int) -> None:
         """The chosen point as an adapter folder."""
@@ -188,6 +238,40 @@ class _Run:
             tokenizer=self.module.tokenizer,
             few_shot=self.plan.few_shot,
             protocol=self.plan.data.protocol,
+            fit_window=self._fit_window(),
         )
         data.setup()
         return data
+
+
+def _is_edit(found: Any) -> bool:
+    """Whether a part's content can be an intervention."""
+    names = {"record", "directions", "sigma", "accuracy"}
+    return (
+        isinstance(found, dict)
+        and found.keys() == names
+        and isinstance(found["record"], dict)
+        and all(isinstance(found[name], list) for name in names - {"record"})
+        and len(found["record"].get("heads", ())) == len(found["directions"]) == len(found["sigma"])
+    )
+
+
+def _are_rows(questions: int, points: int, found: Any) -> bool:
+    """Whether a part's content can be every point's metrics of that many questions."""
+    return (
+        isinstance(found, list)
+        and len(found) == questions
+        and all(isinstance(rows, list) and len(rows) == points for rows in found)
+        and all(isinstance(row, dict) for rows in found for row in rows)
+    )
+
+
+def _are_sums(points: int, found: Any) -> bool:
+    """Whether a part's content can be every point's divergence on some texts."""
+    return (
+        isinstance(found, dict)
+        and found.keys() == {"sums", "tokens"}
+        and all(isinstance(column, list) for column in found.values())
+        and len(found["sums"]) == len(found["tokens"])
+        and all(isinstance(row, list) and len(row) == points for row in found["sums"])
+    )

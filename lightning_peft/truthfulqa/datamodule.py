@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -15,14 +16,23 @@ from torch.utils.data import DataLoader
 
 from lightning_peft.truthfulqa.batches import LengthGroupedSampler, evenly_mixed
 from lightning_peft.truthfulqa.evaluation import Batch, Evaluation
+from lightning_peft.truthfulqa.fitting import fewer_demonstrations
 from lightning_peft.truthfulqa.folds import assign_folds, inner_split
 from lightning_peft.truthfulqa.generation import encode_prompts
 from lightning_peft.truthfulqa.presets import Prompting
-from lightning_peft.truthfulqa.prompts import encode_answer, encode_pair, few_shot_primer, question_prompt, statement
+from lightning_peft.truthfulqa.prompts import (
+    QA_PRIMER,
+    encode_answer,
+    encode_pair,
+    few_shot_primer,
+    question_prompt,
+    statement,
+)
 from lightning_peft.truthfulqa.protocols import Protocol, ProtocolName, protocol_named
 from lightning_peft.truthfulqa.questions import Question, data_hash, load_questions, subset
 from lightning_peft.truthfulqa.side_effects import CAPABILITY_PRIMER, SideEffects
 from lightning_peft.truthfulqa.text import text_batches
+from lightning_peft.window import context_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +88,13 @@ class TruthfulQADataModule(L.LightningDataModule):
         val_metrics: whether validation measures choices, and what `side_effects` asks for, beside the loss. True: at
             each validation of a fit too, which takes time, but callbacks may then monitor `val_mc2`. False: never.
             Default: in `trainer.validate` alone, of a LightningModule that has an `Evaluation`, as ours have.
+        fit_window: where demonstrations with a question are longer than the LightningModule's backbone can read (or
+            than that number of tokens), leave out as many as need be, from the front: the same number before each
+            question.
+
+    Attributes:
+        demonstrations: with `fit_window`, once batches of a test or prediction are made: how many stand before its
+            questions, and how many were to.
     """
 
     def __init__(
@@ -101,6 +118,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         protocol: ProtocolName = "lm_eval",
         encoder_decoder: bool | None = None,
         val_metrics: bool | None = None,
+        fit_window: bool | int = False,
     ) -> None:
         if train not in ("answers", "statements"):
             raise ValueError(f'train must be "answers" or "statements", got {train!r}.')
@@ -125,6 +143,9 @@ class TruthfulQADataModule(L.LightningDataModule):
         self.val_questions: list[Question] = []
         self.test_questions: list[Question] = []
         self.data_hash = ""
+        self.fit_window = fit_window
+        self.demonstrations: tuple[int, int] | None = None
+        self._fitted: dict[Any, tuple[str, int, int]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._apart = False  # prompts and answers, as an encoder-decoder reads them
 
@@ -193,17 +214,24 @@ class TruthfulQADataModule(L.LightningDataModule):
         assert self._tokenizer is not None
         primer = self._primer()
         prompting = self.prompting if primer is None else replace(self.prompting, primer=primer)
+        if self.fit_window and prompting.preset == "qa":
+            prompting = replace(prompting, primer=self._fitting_prompts(prompting))
         return self._ready(encode_prompts(self.test_questions, prompting, self._tokenizer, self.batch_size))
 
     def test_contexts(self) -> dict[int, str]:
         """What stands before the answers to each test question, by its id."""
         primer = self._primer()
+        if self.fit_window:
+            primer, kept, asked = self._fitting(primer, self.test_questions)
+            self.demonstrations = kept, asked
         return {question.id: self.protocol.context(question.text, primer) for question in self.test_questions}
 
     def val_contexts(self) -> dict[int, str]:
         """What stands before the answers to each inner validation question, by its id: as before test questions, but
         that demonstrations are of inner training questions, of which there may be fewer."""
         primer = self._primer(inner=True)
+        if self.fit_window:
+            primer = self._fitting(primer, self.val_questions)[0]
         return {question.id: self.protocol.context(question.text, primer) for question in self.val_questions}
 
     def _primer(self, inner: bool = False) -> str | None:
@@ -213,6 +241,57 @@ class TruthfulQADataModule(L.LightningDataModule):
         among = self.train_questions if inner else self.fold_questions
         shots = min(self.few_shot, len(among)) if inner else self.few_shot
         return few_shot_primer(among, shots, self.seed + self.draw)
+
+    def fix_demonstrations(self) -> None:
+        """Make what now stands before the test questions the primer, whichever part of them is asked for later."""
+        primer = self._primer()
+        if self.fit_window:
+            primer, kept, asked = self._fitting(primer, self.test_questions)
+            self.demonstrations = kept, asked
+        self.primer, self.few_shot, self.fit_window = primer, None, False
+
+    def _fitting(self, primer: str | None, questions: Sequence[Question]) -> tuple[str, int, int]:
+        """What of a primer leaves room for these questions' choices; see `fewer_demonstrations`."""
+        text = self.protocol.primer if primer is None else primer
+        key = text, tuple(question.id for question in questions)
+        if key not in self._fitted:
+            pairs = [(question.text, choice.text) for question in questions for choice in question.choices]
+
+            def length(shown: str, question: str, answer: str) -> int:
+                context, given = self.protocol.context(question, shown), self.protocol.answer(answer)
+                assert self._tokenizer is not None
+                if self._apart:
+                    return len(encode_answer(self._tokenizer, context, given)[0])
+                return len(encode_pair(self._tokenizer, context, given)[0])
+
+            self._fitted[key] = fewer_demonstrations(text, pairs, length, self._window())
+        return self._fitted[key]
+
+    def _fitting_prompts(self, prompting: Prompting) -> str:
+        """What of a prompting's primer leaves room for the test questions and their answers."""
+
+        def length(shown: str, question: str, _: str) -> int:
+            assert self._tokenizer is not None
+            shorter = replace(prompting, primer=shown)
+            return len(shorter.encode(self._tokenizer, question)) + prompting.max_new_tokens - 1
+
+        primer = QA_PRIMER if prompting.primer is None else prompting.primer
+        pairs = [(question.text, "") for question in self.test_questions]
+        fitting, kept, asked = fewer_demonstrations(primer, pairs, length, self._window())
+        self.demonstrations = kept, asked
+        return fitting
+
+    def _window(self) -> float:
+        """How many tokens a text may have."""
+        if self.fit_window is not True:
+            return self.fit_window
+        backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
+        if backbone is None:
+            raise ValueError(
+                "fit_window needs a LightningModule with a backbone; without one, give a number of tokens."
+            )
+        window = context_window(backbone)
+        return math.inf if window is None else window.tokens
 
     def _validates_metrics(self) -> bool:
         if self.val_metrics is not None:

@@ -16,6 +16,7 @@ from lightning_peft.trial import objection
 from lightning_peft.trie import common_prefix
 from lightning_peft.truthfulqa.arguments import accepted_arguments
 from lightning_peft.truthfulqa.presets import Ending, Prompting, cut_answer, is_finished
+from lightning_peft.window import check_lengths, lengths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +113,12 @@ class AnswerGenerator:
             attention_mask: `[B, T]`.
             ending: where an answer ends, and writing stops.
             max_new_tokens: where it stops at the latest.
+
+        Raises:
+            ContextWindowError: a prompt and an answer of that length are longer than the model can read.
         """
+        asked = {"input_ids": input_ids, "attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
+        check_lengths(self.backbone, lengths_of(asked), "prompts with their answers")
         device = next(self.backbone.parameters()).device
         ids, mask = input_ids.to(device), attention_mask.to(device)
         if self._prefix is None:

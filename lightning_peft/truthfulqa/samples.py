@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_peft.records import write_atomically
 from lightning_peft.truthfulqa.metrics import mc1, mc2
 from lightning_peft.truthfulqa.protocols import PROTOCOLS, Protocol
 from lightning_peft.truthfulqa.questions import Question
@@ -92,11 +93,7 @@ def write_samples(path: str | os.PathLike[str], samples: Iterable[Mapping[str, A
         path: of the file; a folder above it that is not there is made.
         samples: as `harness_samples` gives them.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples), encoding="utf-8")
-    os.replace(temporary, target)
+    write_atomically(Path(path), "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

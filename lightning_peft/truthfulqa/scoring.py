@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.positions import answering
 from lightning_peft.trial import objection
 from lightning_peft.trie import common_prefix, pack, packed_length
+from lightning_peft.window import check_batch, check_lengths
 
 _TOLERANCE = 1e-3  # nats: packed and plain scoring must agree to this
 _TRIAL = 4  # tokens that the trial of packing keeps of what prompts share, of a prompt's end, and of an answer
@@ -63,9 +64,10 @@ class ChoiceScorer:
             `[C]` float32 on the CPU.
 
         Raises:
-            ValueError: a row without prompt or without answer.
+            ValueError: a row without prompt or without answer, or one longer than the model can read.
         """
         rows, starts = _rows(input_ids, attention_mask, labels)
+        check_lengths(self.backbone, map(len, rows), "choices with their prompts")
         questions = _questions(rows, starts)
         if self._packs is None:
             some = [i for question in questions[:2] for i in sorted(question, key=lambda i: len(rows[i]))[:2]]
@@ -275,8 +277,9 @@ class AnswerScorer:
             `[C]` float32 on the CPU.
 
         Raises:
-            ValueError: a row without answer.
+            ValueError: a row without answer, or a prompt longer than the model can read.
         """
+        check_batch(self.backbone, {"input_ids": input_ids, "attention_mask": attention_mask}, "prompts")
         if not (labels[:, :1] != -100).all():
             raise ValueError("Every row needs an answer, which begins with its first label.")
         if self._shares is None:

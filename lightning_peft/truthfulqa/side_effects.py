@@ -20,6 +20,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_peft.truthfulqa.questions import Question, load_questions, subset
 from lightning_peft.truthfulqa.text import TextSlice, text_batches, text_slice
+from lightning_peft.window import check_lengths, context_window, lengths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +128,8 @@ def text_effects(
     device = next(backbone.parameters()).device
     backbone.eval()
     try:
-        batches = text_batches(text, tokenizer, batch_size)
+        batches = list(text_batches(text, tokenizer, batch_size))
+        check_lengths(backbone, (n for batch in batches for n in lengths_of(batch)), "neutral texts", cut=True)
         return torch.cat([batch_effects(backbone, {k: v.to(device) for k, v in b.items()}, off) for b in batches])
     finally:
         for module, mode in training.items():
@@ -157,8 +159,10 @@ def batch_effects(backbone: nn.Module, batch: Mapping[str, Tensor], off: Off | N
     config = getattr(backbone, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"Side effects on text need a causal language model, and {type(backbone).__name__} is none.")
-    context = getattr(config, "max_position_embeddings", None) or batch["input_ids"].shape[1]
-    ids, mask = batch["input_ids"][:, :context], batch["attention_mask"][:, :context]
+    check_lengths(backbone, lengths_of(batch), "neutral texts", cut=True)
+    window = context_window(backbone)
+    read = None if window is None else window.tokens
+    ids, mask = batch["input_ids"][:, :read], batch["attention_mask"][:, :read]
     rows, columns = (mask[:, :-1] * mask[:, 1:]).nonzero(as_tuple=True)
     adapted = _Run(backbone, ids, mask)
     base = adapted

@@ -163,10 +163,10 @@ def test_a_row_that_cannot_answer_is_left_out_and_stops_no_other(
 ) -> None:
     write, console = answering._write, Console(file=io.StringIO(), width=200)
 
-    def fails(plan: Plan, asked: Answers, row: Row, fold: int, folder: Path) -> list[dict[str, Any]]:
+    def fails(plan: Plan, asked: Answers, row: Row, *rest: Any) -> list[dict[str, Any]]:
         if row.name == "iti":
             raise RuntimeError("no answer")
-        return write(plan, asked, row, fold, folder)
+        return write(plan, asked, row, *rest)
 
     monkeypatch.setattr(answering, "_write", fails)
     monkeypatch.setattr(answering, "LanguageModelJudge", Judge)

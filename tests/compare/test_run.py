@@ -152,6 +152,8 @@ def test_killed_half_way_and_run_again_equals_an_uninterrupted_run(write: Callab
     while len(list(cells.glob("*/result.json"))) < 4:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+    with pytest.raises(SystemExit, match=rf"killed is in use by process {process.pid} on .*: wait for it \(--wait\)"):
+        main(["compare", "--config", str(write("killed"))])
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in cells.glob("*/result.json")}
@@ -225,6 +227,6 @@ def test_the_ladder_is_one_config_and_every_rung_trains_more(write: Callable[...
 def test_a_plan_that_cannot_run_is_one_sentence_at_the_start(
     write: Callable[..., Path], tmp_path: Path, rows: list[dict[str, Any]], sentence: str
 ) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(SystemExit, match=sentence):
         main(["compare", "--config", str(write("wrong", rows))])
     assert not (tmp_path / "wrong" / "cells").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import DAMAGES
 from torch import Tensor
 
 from lightning_peft.editing.directions import mass_mean, projection_std
@@ -108,3 +109,14 @@ def test_what_does_not_fit_is_an_error(x: Tensor, y: Tensor, fold: Tensor, gathe
     x[4, 1, 2, 0] = float("nan")
     with pytest.raises(ValueError, match=r"^The activations of probe 5 contain NaN or infinite values\.$"):
         gathered.update(x, y, fold)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "truncated", "other type"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "moments.safetensors"
+    moments = GroupedMoments()
+    moments.update(torch.randn(6, 1, 4), torch.tensor([0, 1] * 3), torch.zeros(6, dtype=torch.long))
+    moments.save(path)
+    DAMAGES[damage](path)
+    with pytest.raises(ValueError, match=f"^{path} does not hold moments as they were saved"):
+        GroupedMoments.load(path)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from damage import DAMAGES
 
 from lightning_peft import load_adapter
 from lightning_peft.cli import main
+from lightning_peft.locking import only_writer
 from lightning_peft.models import CausalLM
 from lightning_peft.sweep import fit as fitting
 from lightning_peft.sweep.grid import Grid
@@ -119,6 +123,40 @@ def test_a_finished_sweep_runs_no_model_and_another_setting_runs_anew(
     main(["sweep", "--config", str(write("whole")), "--rows", "1"])
     with pytest.raises(pytest.fail.Exception, match="a question was scored"):
         main(["sweep", "--config", str(write("whole")), "--alphas", "[3.0, 19.0]"])
+
+
+def test_damaged_parts_are_named_and_measured_again(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the release before sums too, but for a bit that is flipped in them."""
+    main(["sweep", "--config", str(write("x"))])
+    whole, parts = results(tmp_path / "x"), sorted((tmp_path / "x" / "parts").iterdir())
+    assert len(parts) >= 10
+    for summed in (True, False):
+        named = []
+        for number, path in enumerate(parts):
+            if not summed:
+                record = json.loads(path.read_text())
+                path.write_text(json.dumps({name: record[name] for name in ("of", "found")}))
+            damage = [*DAMAGES, "nothing"][number % 6]
+            if damage == "nothing" or (damage == "flipped" and not summed):
+                continue
+            DAMAGES[damage](path)
+            named += [path] if damage != "deleted" else []
+        capsys.readouterr()
+        main(["sweep", "--config", str(write("x"))])
+        said = capsys.readouterr().out.splitlines()
+        assert sum("made again" in line for line in said) == len(named)
+        assert all(any(str(path) in line and "made again" in line for line in said) for path in named)
+        assert results(tmp_path / "x") == whole
+
+
+def test_a_folder_that_another_sweep_writes_to_is_one_sentence(write: Callable[..., Path], tmp_path: Path) -> None:
+    path = write("x")
+    with ThreadPoolExecutor(1) as pool, only_writer(tmp_path / "x"):
+        refused = pool.submit(main, ["sweep", "--config", str(path)]).exception()
+    assert isinstance(refused, SystemExit) and f"in use by process {os.getpid()} on" in str(refused)
+    assert not (tmp_path / "x" / "parts").exists()
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

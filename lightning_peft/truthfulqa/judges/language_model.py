@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.truthfulqa.arguments import accepted_arguments
 from lightning_peft.truthfulqa.judges.protocol import Kind, judge_prompt
 from lightning_peft.truthfulqa.prompts import encode_pair
+from lightning_peft.window import check_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,10 +98,15 @@ class LanguageModelJudge:
 
     @torch.no_grad()
     def score(self, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Probability of ` yes` for each answer, `[N]` float32 on the CPU."""
+        """Probability of ` yes` for each answer, `[N]` float32 on the CPU.
+
+        Raises:
+            ContextWindowError: questions with their answers are longer than the model can read.
+        """
         prompts = [judge_prompt(q, a, self.kind) for q, a in zip(questions, answers, strict=True)]
         # the verdict is encoded too, so that the prompt's last token is what it was in training
         rows = [ids[:start] for ids, start in (encode_pair(self.tokenizer, prompt, " yes") for prompt in prompts)]
+        check_lengths(self.model, map(len, rows), "answers to judge, with their questions,")
         scores = torch.zeros(len(rows))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for begin in range(0, len(order), self.batch_size):

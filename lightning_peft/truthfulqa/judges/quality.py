@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_peft.records import DamagedError, read_record, write_record
 from lightning_peft.truthfulqa.judges.protocol import Judge, Judgement
 from lightning_peft.truthfulqa.questions import DataError
 
 THRESHOLD = 0.5  # the original's
 FILE = "judge.json"
+_NUMBERS = ("accuracy", "majority", "auroc", "ece", "brier")
+_KINDS: dict[str, Any] = {"kind": str, "judgements": int, "questions": int, "confusion": dict}
+_KINDS |= dict.fromkeys(_NUMBERS, (int, float))
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,7 @@ def _confusion(questions: Sequence[str], said: Tensor, verdicts: Tensor) -> Conf
 def save_quality(quality: JudgeQuality, folder: str | Path) -> Path:
     """Write what was found beside the judge, as `judge.json`; returns the file."""
     path = Path(folder) / FILE
-    partial = path.with_name(f".{FILE}.partial")
-    partial.write_text(json.dumps(asdict(quality), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_record(path, asdict(quality), indent=1)
     return path
 
 
@@ -129,10 +131,12 @@ def load_quality(folder: str | Path) -> JudgeQuality:
     """
     path = Path(folder) / FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_record(path, _KINDS)
         counts = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in found.pop("confusion")["counts"])
         return JudgeQuality(**found, confusion=Confusion(counts))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: `lightning-peft judge` writes it.") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except DamagedError as error:
+        raise DataError(f"{error}: run `lightning-peft judge` again, which writes it.") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is not what `lightning-peft judge` writes ({type(error).__name__}).") from error

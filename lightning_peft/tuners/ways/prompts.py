@@ -138,6 +138,12 @@ class _Prompt(nn.Module):
         self._model, self._name = (model,), name  # in a tuple, so that it does not become a child
 
     @property
+    def virtual_tokens(self) -> int:
+        """The places that the prompt takes of the backbone's context window."""
+        (model,) = self._model
+        return model.peft_config[self._name].num_virtual_tokens
+
+    @property
     def _computed(self) -> bool:
         (model,), names = self._model, {name for name, _ in self.encoder.named_parameters()}
         return not (names <= _NAMES.keys()) and not model.peft_config[self._name].inference_mode

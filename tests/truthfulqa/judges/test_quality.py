@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from damage import DAMAGES
 from torch import Tensor
 
 from lightning_peft.truthfulqa import DataError
@@ -71,3 +73,17 @@ def test_a_file_that_is_not_a_judges_is_an_error(text: str | None, tmp_path: Pat
         (tmp_path / "judge.json").write_text(text)
     with pytest.raises(DataError, match=r"judge\.json.*lightning-peft judge"):
         load_quality(tmp_path)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = save_quality(judge_quality(Fixed(0.9, 0.6, 0.7, 0.2), ROWS), tmp_path)
+    DAMAGES[damage](path)
+    with pytest.raises(DataError, match=rf"{path} .*`lightning-peft judge`"):
+        load_quality(tmp_path)
+
+
+def test_a_file_of_a_release_without_sums_is_read(tmp_path: Path) -> None:
+    quality = judge_quality(Fixed(0.9, 0.6, 0.7, 0.2), ROWS)
+    (tmp_path / "judge.json").write_text(json.dumps(asdict(quality), indent=1) + "\n")
+    assert load_quality(tmp_path) == quality
