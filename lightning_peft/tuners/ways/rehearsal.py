@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,7 +123,7 @@ def _misfit(layer: Any, x: Tensor, expected: Any, identity: bool) -> str | None:
 
 def _wrong_merge(layer: Any, x: Tensor, names: list[str]) -> str | None:
     """What is wrong with merging adapters into a layer, tried on a copy in float64."""
-    trial: Any = copy.deepcopy(layer).double().eval()
+    trial: Any = _copy(layer).double().eval()
     x = x.double() if x.is_floating_point() else x
     with torch.no_grad():
         try:
@@ -145,6 +145,21 @@ def _wrong_merge(layer: Any, x: Tensor, names: list[str]) -> str | None:
         distance = float((found - expected).abs().max() / expected.abs().max())
         return f"merged it would compute something else, by {distance:.1g} of the largest output; choose another method"
     return None
+
+
+def _copy(layer: nn.Module) -> nn.Module:
+    """A copy, also where tensors are computed from others, as with peft's `ensure_weight_tying`."""
+    held = [tensor for module in layer.modules() for tensor in _tensors(vars(module))]
+    return copy.deepcopy(layer, {id(t): t.detach().clone() for t in held if not t.is_leaf})
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in dictionaries, and in dictionaries in them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
 
 
 def _refusal(backbone: nn.Module, layer: Any, config: Any, reason: str) -> ValueError:

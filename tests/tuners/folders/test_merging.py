@@ -64,7 +64,7 @@ def test_the_merged_folder_gives_the_adapted_outputs_without_this_package(base: 
 
     model = adapted(base, lora("q_proj", "v_proj"), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     save_adapter(model, tmp_path / "adapter")
-    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base)) == "LlamaForCausalLM"
+    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base)).cls == "LlamaForCausalLM"
     python(READ, tmp_path / "merged", tmp_path / "logits.pt")
     merged = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(merged, model(IDS).logits, atol=1e-5, rtol=0)
@@ -74,7 +74,7 @@ def test_the_merged_folder_gives_the_adapted_outputs_without_this_package(base: 
 
 def test_the_base_an_adapter_names_is_taken_where_none_is_given(base: Path, tmp_path: Path) -> None:
     save_adapter(adapted(base, lora("q_proj", base_model_name_or_path=str(base))), tmp_path / "adapter")
-    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged") == "LlamaForCausalLM"
+    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged").cls == "LlamaForCausalLM"
 
 
 def test_the_class_is_the_one_that_was_adapted(base: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_class_is_the_one_that_was_adapted(base: Path, tmp_path: Path) -> No
 
     model = adapted(base, lora("q_proj"), auto="AutoModel")
     save_adapter(model, tmp_path / "adapter")
-    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base)) == "LlamaModel"
+    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base)).cls == "LlamaModel"
     merged = AutoModel.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(IDS)[0], model(IDS)[0], atol=1e-5, rtol=0)
 
