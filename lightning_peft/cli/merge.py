@@ -19,8 +19,9 @@ def main(args: list[str]) -> Path:
     options.add_argument("--dtype", default="auto", help="to merge and save in; auto is the base's own")
     options.add_argument("--backbone", help="which backbone's adapters, where a checkpoint's module had several")
     options.add_argument(
-        "--no-verify", action="store_true", help="do not compare what was written with the adapted base, for a model "
-        "too large to be run here in float32"
+        "--no-verify",
+        action="store_true",
+        help="do not compare what was written with the adapted base, for a model too large to be run here in float32",
     )
     given = options.parse_args(args[1:])
     with one_sentence("merge"), tempfile.TemporaryDirectory() as temporary:

@@ -126,7 +126,7 @@ def check_new(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `output` once all within has passed; after an error none is left."""
+    """A folder to write in that takes the place of `output` once all within has passed; else nothing is left of it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as made:
         folder = Path(made, "model")

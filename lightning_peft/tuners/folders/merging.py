@@ -124,9 +124,7 @@ def _write(cls: Any, adapter: Path, base: str, target: torch.dtype, folder: Path
     return plain
 
 
-def _verify(
-    cls: Any, plain: PlainModel, adapter: Path, base: str, target: torch.dtype, folder: Path
-) -> Verification:
+def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, target: torch.dtype, folder: Path) -> Verification:
     gc.collect()
 
     def expected(model: Any) -> Mapping[str, Tensor]:

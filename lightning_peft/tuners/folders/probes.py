@@ -24,7 +24,7 @@ def find_probe(model: Any, seed: int = 0) -> Probe | None:
         try:
             if outputs(model, probe):
                 return probe
-        except Exception:  # whatever a model says of an input that is not for it  # noqa: BLE001, S112
+        except Exception:  # whatever a model says of an input that is not for it
             continue
     return None
 
@@ -78,7 +78,7 @@ def _inputs(model: Any, generator: torch.Generator) -> Iterator[tuple[str, Tenso
         frames = 2 * getattr(config, "max_source_positions", 0) or getattr(config, "max_length", None) or 64
         yield "input_features", torch.randn(_ROWS, mel, frames, generator=generator)
         yield "input_values", torch.randn(_ROWS, frames, mel, generator=generator)
-    elif not hasattr(model, "get_input_embeddings") or "input_values" == model.main_input_name:
+    elif not hasattr(model, "get_input_embeddings") or model.main_input_name == "input_values":
         yield "input_values", torch.randn(_ROWS, 4000, generator=generator)
 
 
@@ -101,4 +101,3 @@ def _tokens(model: Any, text: Any, generator: torch.Generator) -> Tensor | None:
     if isinstance(end, int) and 0 <= end < count:
         tokens[:, -1] = end
     return tokens
-

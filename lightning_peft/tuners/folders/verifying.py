@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.tuners.configs import config_to_json
+from lightning_peft.tuners.folders.files import read_folder
 from lightning_peft.tuners.folders.probes import Probe, find_probe, outputs
 
 EXACT = 1e-5  # of the largest output, in float32
@@ -55,14 +57,14 @@ class Reference:
         probe: the input; None where none is known.
         outputs: for it, of the model with its adapters, in float32.
         digests: of the weights that are to be written, by name.
-        rounding: in half precision what rounding the base alone does, as a share of the largest output.
+        allowed: how far outputs may differ, as a share of the largest.
         unreached: adapted modules that the probe does not run.
     """
 
     probe: Probe | None
     outputs: list[Tensor]
     digests: Mapping[str, str]
-    rounding: float = 0.0
+    allowed: float
     unreached: tuple[str, ...] = ()
 
 
@@ -81,20 +83,20 @@ def verify(folder: Path, cls: Any, dtype: torch.dtype, reference: Reference) -> 
     written, report = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise _wrong(f"the written {cls.__name__} lacks or does not know {wrong[0]}")
-    state = written.state_dict()
+    # not `state_dict`, which bitsandbytes changes quantised weights in
+    state = dict(written.named_parameters(remove_duplicate=False)) | dict(written.named_buffers())
     for name, expected in reference.digests.items():
         if name not in state or digest(state[name]) != expected:
             raise _wrong(f"the written {name} is not what the adapter and the base give")
     if reference.probe is None:
         return Verification(None, None)
     error = difference(outputs(written, reference.probe), reference.outputs)
-    allowed = ROUNDED * reference.rounding if dtype in HALF else EXACT
-    if not error <= allowed:
+    if not error <= reference.allowed:
         raise _wrong(
             f"the outputs of the written {cls.__name__} differ from the adapted model's by {error:.1e} of the largest, "
-            f"where {allowed:.1e} is allowed"
+            f"where {reference.allowed:.1e} is allowed"
         )
-    return Verification(error, allowed, reference.unreached)
+    return Verification(error, reference.allowed, reference.unreached)
 
 
 def reference(
@@ -127,17 +129,29 @@ def reference(
     digests = {name: digest(weights[name].to(kind)) for name, kind in dtypes.items()}
     del model, weights
     gc.collect()
-    rounding = 0.0
+    allowed = EXACT
     if dtype in HALF and probe is not None:
         try:
-            rounding = difference(outputs(load(dtype), probe), plain)
+            allowed = ROUNDED * difference(outputs(load(dtype), probe), plain)
         except RuntimeError:  # a kernel that this device lacks
             probe = None
-    return Reference(probe, found, digests, rounding, unreached)
+    return Reference(probe, found, digests, allowed, unreached)
+
+
+def check_same(made: Path, source: Path) -> None:
+    """Raise `ValueError` unless two adapter folders are read as the same configuration, tensors and notes."""
+    (config, tensors, notes), (own, expected, own_notes) = read_folder(made), read_folder(source)
+    if config_to_json(config) != config_to_json(own) or notes != own_notes:
+        raise _wrong(f"the configuration or notes written for {source} are not its own")
+    if tensors.keys() != expected.keys():
+        raise _wrong(f"the tensors written for {source} have other names than its own")
+    for key, value in expected.items():
+        if tensors[key].dtype != value.dtype or digest(tensors[key]) != digest(value):
+            raise _wrong(f"the written {key} is not what loading {source} gives")
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference of two lists of tensors, each as a share of the largest value; infinite for other shapes."""
+    """Return the largest difference of two lists of tensors as a share of the largest value; for other shapes inf."""
     if [t.shape for t in found] != [t.shape for t in expected]:
         return float("inf")
     pairs = zip(found, expected, strict=True)
@@ -158,7 +172,11 @@ def _reached(model: nn.Module) -> Iterator[list[str]]:
     """Within, note which adapted modules run; afterwards the list holds the names of those that did not."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapted = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer")}
+    adapted: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer")
+    }
     ran: set[nn.Module] = set()
     handles = [m.register_forward_pre_hook(lambda module, _: ran.add(module)) for m in adapted.values()]
     left: list[str] = []

@@ -33,8 +33,8 @@ def check_undoable(config: Any, name: str, what: str) -> None:
     """
     if changes_base(config):
         raise ValueError(
-            f"Adapter {name!r} was made by changing the base itself ({_change(config)}), so it cannot be {what}: build the "
-            "model anew."
+            f"Adapter {name!r} was made by changing the base itself ({_change(config)}), so it cannot be {what}: build "
+            "the model anew."
         )
 
 

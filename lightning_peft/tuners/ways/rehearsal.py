@@ -203,7 +203,7 @@ def _owner(layer: Any) -> Any:
 
 
 def _can_be_tried(layer: Any) -> bool:
-    """Whether a wrapper acts by itself, given its module's input; edits and bottlenecks may need to know their model."""
+    """Whether a wrapper acts by itself, given its module's input; edits may need to know their model."""
     return hasattr(layer, "base_layer") and getattr(layer, "acts_alone", type(layer).__module__.startswith("peft."))
 
 

@@ -69,7 +69,9 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
     for parameter in before | new:
         if parameter.dtype in _HALF and not parameter.is_meta and not torch.isfinite(parameter).all():
-            raise ValueError(f"Merged, weights would be larger than {str(parameter.dtype).removeprefix('torch.')} holds.")
+            raise ValueError(
+                f"Merged, weights would be larger than {str(parameter.dtype).removeprefix('torch.')} holds."
+            )
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
