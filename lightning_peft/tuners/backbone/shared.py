@@ -60,9 +60,6 @@ class Sharing:
 
         Returns:
             What was given, to be undone in reverse order; nothing where nothing is shared.
-
-        Raises:
-            ValueError: the weight is read through another adapter, which a copy would leave behind.
         """
         made: list[Own] = []
         base = wrapper._modules.get("base_layer")
@@ -76,11 +73,6 @@ class Sharing:
             wrapper._modules["base_layer"] = base = alone
         for name, parameter in list(base._parameters.items()):
             if parameter is not None and (made or self.is_shared(parameter)):
-                if getattr(base, name) is not parameter:
-                    raise ValueError(
-                        f"The {name} of a {type(base).__name__} is shared and has weight deltas, so no other adapter "
-                        "can be merged into it."
-                    )
                 made.append(Own(base, name, parameter))
                 own = parameter.detach().clone()
                 base._parameters[name] = nn.Parameter(own, requires_grad=parameter.requires_grad)

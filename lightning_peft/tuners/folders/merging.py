@@ -72,17 +72,16 @@ def merge_pretrained(
     check_new(output)
     check_dtype(dtype)
     base = base or named_base(adapter)
-    cls, trial = _check(adapter, base)
-    target = trial.dtype if dtype == "auto" else getattr(torch, dtype)
+    cls = _check(adapter, base)
     with new_folder(output) as folder:
-        plain = _write(cls, adapter, base, target, folder)
+        plain = _write(cls, adapter, base, dtype, folder)
         save_tokenizer(base, folder)
-        verification = _verify(cls, plain, adapter, base, target, folder) if verify else None
+        verification = _verify(cls, plain, adapter, base, folder) if verify else None
     return Merged(plain.cls.__name__, plain.untied, verification)
 
 
-def _check(adapter: Path, base: str) -> tuple[Any, Any]:
-    """The class that the adapter was made for, and a model of it without values, merged, after every check."""
+def _check(adapter: Path, base: str) -> Any:
+    """The class that the adapter was made for, after every check that needs no values."""
     config = base_config(adapter, base)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised, and adapters cannot be written into packed weights: name its original.")
@@ -105,16 +104,16 @@ def _check(adapter: Path, base: str) -> tuple[Any, Any]:
         raise ValueError(
             f"Merging {adapter} is not known for {lost[0]}, which it wraps: keep the adapter beside its base."
         )
-    return cls, trial
+    return cls
 
 
-def _write(cls: Any, adapter: Path, base: str, target: torch.dtype, folder: Path) -> PlainModel:
+def _write(cls: Any, adapter: Path, base: str, dtype: str, folder: Path) -> PlainModel:
     """Merge and save; the model is let go."""
-    from transformers import AutoConfig
-
-    # a base of another precision is rounded once, after merging
-    stored = getattr(AutoConfig.from_pretrained(base), "dtype", None)
-    backbone = cls.from_pretrained(base, dtype=target if stored == target else torch.float32)
+    backbone = cls.from_pretrained(base, dtype="auto")
+    target = backbone.dtype if dtype == "auto" else getattr(torch, dtype)
+    if backbone.dtype not in (target, torch.float32):  # rounded once, after merging
+        del backbone
+        backbone = cls.from_pretrained(base, dtype=torch.float32)
     load_adapter(backbone, adapter)
     stack_of(backbone).merge()
     merged = plain_state(backbone)
@@ -124,7 +123,7 @@ def _write(cls: Any, adapter: Path, base: str, target: torch.dtype, folder: Path
     return plain
 
 
-def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, target: torch.dtype, folder: Path) -> Verification:
+def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, folder: Path) -> Verification:
     gc.collect()
 
     def expected(model: Any) -> Mapping[str, Tensor]:
@@ -134,8 +133,8 @@ def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, target: torch
     def load(dtype: torch.dtype) -> Any:
         return cls.from_pretrained(base, dtype=dtype).eval()
 
-    made = reference(load, lambda model: load_adapter(model, adapter), expected, plain.dtypes, target)
-    return verify_folder(folder, plain.cls, target, made)
+    made = reference(load, lambda model: load_adapter(model, adapter), expected, plain.dtypes, plain.dtype)
+    return verify_folder(folder, plain.cls, plain.dtype, made)
 
 
 def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:

@@ -30,10 +30,10 @@ class PlainModel:
     def __post_init__(self) -> None:
         self.cls = type(self.skeleton)
         self.names = set(self.skeleton.state_dict())
-        self.dtypes: dict[str, torch.dtype] = {}
+        self.dtype, self.dtypes = torch.float32, dict[str, torch.dtype]()
 
     def save(self, weights: Mapping[str, Tensor], source: Any, dtype: torch.dtype, folder: Path) -> None:
-        """Write these weights as this model, with the generation settings of `source`; afterwards it has none again."""
+        """Write these weights as this model, with the generation settings of `source`; afterwards it is let go."""
         model, seen = self.skeleton, set()
         own = {}
         for name, value in weights.items():
@@ -43,7 +43,7 @@ class PlainModel:
         model.load_state_dict(own, assign=True)
         model.tie_weights()
         self.dtypes = {name: value.dtype for name, value in model.state_dict().items()}
-        model.config.dtype = dtype
+        self.dtype = model.config.dtype = dtype
         model.generation_config = source.generation_config if model.can_generate() else None
         model.save_pretrained(folder)
         self.skeleton = None

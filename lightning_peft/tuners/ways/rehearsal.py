@@ -137,7 +137,7 @@ def _wrong_merge(layer: Any, x: Tensor, names: list[str]) -> str | None:
             found = trial(x)
         except NotImplementedError:
             return "the method does not know how; choose another"
-        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             return f"there the method fails with {_sentence(error)!r}; choose another"
     if not isinstance(found, Tensor) or not torch.isfinite(expected).all():
         return None
