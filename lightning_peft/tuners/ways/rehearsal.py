@@ -135,8 +135,8 @@ def _wrong_merge(layer: Any, x: Tensor, names: list[str]) -> str | None:
                 for wrapper in _carriers(trial, name):
                     wrapper.merge(safe_merge=False, adapter_names=[name])
             found = trial(x)
-        except NotImplementedError:
-            return "the method does not know how; choose another"
+        except NotImplementedError:  # on a plain layer it is the method that cannot, which it says when asked to
+            return None if is_plain(layer.get_base_layer()) else "the method does not know how; choose another"
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             return f"there the method fails with {_sentence(error)!r}; choose another"
     if not isinstance(found, Tensor) or not torch.isfinite(expected).all():
