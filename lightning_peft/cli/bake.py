@@ -83,7 +83,7 @@ def _print_baked(baked: Baked, output: str) -> None:
     print(
         f"Wrote {output}, a {baked.cls} that transformers loads by itself; {len(baked.changed)} weights hold the edit."
     )
-    print(f"{str(baked.verification or 'not verified').capitalize()}.")
+    print(f"{baked.verification or 'Not verified'}.")
     if baked.flags:
         print(f"Turned on {', '.join(map(str, baked.flags))}, which adds {len(baked.zeros)} biases that are zero.")
     _print_divergence(baked)

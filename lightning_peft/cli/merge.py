@@ -39,7 +39,7 @@ def main(args: list[str]) -> Path:
         except ValueError as error:  # which names the temporary folder
             raise ValueError(str(error).replace(str(source), given.adapter)) from error
         print(f"Wrote {given.folder}, a {merged.cls} that transformers loads by itself.")
-        print(f"{str(merged.verification or 'not verified').capitalize()}.")
+        print(f"{merged.verification or 'Not verified'}.")
         if merged.untied:
             print(f"No longer one weight, since the adapter changed one alone: {', '.join(merged.untied)}.")
         if left:

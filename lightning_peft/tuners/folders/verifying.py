@@ -42,8 +42,8 @@ class Verification:
 
     def __str__(self) -> str:
         if self.error is None:
-            return "verified weight by weight, since no input is known that the model takes in this precision"
-        text = f"verified: its outputs differ by {self.error:.1e} of the largest, where {self.allowed:.1e} is allowed"
+            return "Verified weight by weight, since no input is known that the model takes in this precision"
+        text = f"Verified: its outputs differ by {self.error:.1e} of the largest, where {self.allowed:.1e} is allowed"
         if not self.unreached:
             return text
         return f"{text}; what its input does not reach ({', '.join(self.unreached)}) is verified by its weights"

@@ -89,7 +89,7 @@ class Stubborn(nn.Module):
         raise RuntimeError("not for this model")
 
 
-def test_where_no_input_is_known_that_is_said_and_weights_are_compared_alone(base: Path, tmp_path: Path) -> None:
+def test_where_no_input_is_known_that_is_said() -> None:
     from transformers import LlamaConfig
 
     assert find_probe(Stubborn(LlamaConfig())) is None
@@ -159,13 +159,14 @@ SABOTAGE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", SABOTAGE)
+# a merge that is wrong by less than half precision rounds, in float32 too, is what that cannot show
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in SABOTAGE for dtype in ("float32", "bfloat16") if (case, dtype) != ("merge", "bfloat16")],
+)
 def test_a_wrong_merge_leaves_nothing(
     case: str, dtype: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if (case, dtype) == ("merge", "bfloat16"):
-        pytest.skip("an error below the rounding, made in float32 as well, is what half precision cannot show")
     adapter = saved_lora(base, tmp_path)
     sabotage, said = SABOTAGE[case]
     sabotage(monkeypatch)
