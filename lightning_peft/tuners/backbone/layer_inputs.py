@@ -14,7 +14,7 @@ from lightning_peft.tuners.quantization import is_quantized
 
 
 def layer_input(layer: nn.Module, seed: int = 0) -> Tensor | None:
-    """An input for a linear layer, a convolution or an embedding, in its precision; None for all else.
+    """Return an input for a linear layer, a convolution or an embedding, in its precision; None for all else.
 
     None too where nothing can be tried: without values, on several devices, in packed weights.
     """
@@ -36,7 +36,7 @@ def layer_input(layer: nn.Module, seed: int = 0) -> Tensor | None:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is exactly a matrix product with a weight of its own, which every method is made for."""
+    """Return whether a layer is exactly a matrix product with a weight of its own, which every method is made for."""
     from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
     plain = type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear) or type(layer).__name__ == "Conv1D"
@@ -44,7 +44,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def computes_weight(layer: nn.Module) -> bool:
-    """Whether a layer makes its weight anew in each call: `weight_norm`, `spectral_norm`, any parametrization."""
+    """Return whether a layer makes its weight anew in each call, as `weight_norm` and parametrizations do."""
     return hasattr(layer, "weight") and layer._parameters.get("weight") is None
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """What a module was given for itself, in the place of what it shared.
+    """Remember what a module was given for itself, in the place of what it shared.
 
     Args:
         holder: the module in which it stands.
@@ -30,7 +30,7 @@ class Own:
 
 
 class Sharing:
-    """Where each module and each parameter of a backbone stands.
+    """Know where each module and each parameter of a backbone stands.
 
     Args:
         backbone: any module, with or without adapters.
@@ -45,7 +45,7 @@ class Sharing:
                         self._places.setdefault(id(child), set()).add((id(module), name))
 
     def is_shared(self, child: nn.Module | nn.Parameter) -> bool:
-        """Whether it stands in more than one place."""
+        """Return whether it stands in more than one place."""
         return len(self._places.get(id(child), ())) > 1
 
     def separate(self, wrapper: nn.Module) -> list[Own]:

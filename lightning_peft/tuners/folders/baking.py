@@ -242,7 +242,7 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
 
 
 def _merged(model: Any, added: Mapping[str, Tensor]) -> Reference:
-    """What a quantised model with the biases in it gives; the edit itself would be rounded by its layers."""
+    """Return what a quantised model with the biases in it gives; the edit itself would be rounded by its layers."""
     probe = find_probe(model)
     found = [] if probe is None else outputs(model, probe)
     weights = {name: digest(value) for name, value in added.items() if value.is_floating_point()}
@@ -250,7 +250,7 @@ def _merged(model: Any, added: Mapping[str, Tensor]) -> Reference:
 
 
 def _edited(model: Any, adapter: str | Path, changed: Mapping[str, Tensor], zeros: Mapping[str, Tensor]) -> Reference:
-    """What the model with the adapter at every position is, in float32; the model is the same afterwards."""
+    """Return what the model with the adapter at every position is, in float32; the model is the same afterwards."""
     dtype = model.dtype
     dtypes = {name: value.dtype for name, value in {**own_parameters(model), **changed, **zeros}.items()}
     with _precision(model) as change, ExitStack() as adapted:

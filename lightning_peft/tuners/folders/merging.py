@@ -31,7 +31,7 @@ from lightning_peft.tuners.stack import stack_of
 
 @dataclass(frozen=True)
 class Merged:
-    """What merging wrote.
+    """Tell what merging wrote.
 
     Args:
         cls: the name of the model's class.
@@ -153,7 +153,7 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype, backbone: Any) -> Ten
 
 
 def plain_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """The state under the names it has without adapters; the adapters' own tensors are among it."""
+    """Return the state under the names it has without adapters; the adapters' own tensors are among it."""
     from peft.utils.other import ModulesToSaveWrapper
 
     state = {standalone_key(name): value for name, value in backbone.state_dict(keep_vars=True).items()}

@@ -50,7 +50,7 @@ class PlainModel:
 
 
 def plain_model(adapted: Any, alike: Alike) -> PlainModel:
-    """A model of the same class and configuration as an adapted one, in which every merged weight has a place.
+    """Return a model of the same class and configuration as an adapted one, in which every merged weight has a place.
 
     Where merging made two of what the model shares, they get a place each by `tie_word_embeddings=False`.
 

@@ -15,7 +15,7 @@ Probe = Mapping[str, Tensor]
 
 
 def find_probe(model: Any, seed: int = 0) -> Probe | None:
-    """The first input that the model takes: of all kinds it knows, of its main kind, or its own `dummy_inputs`.
+    """Return the first input that the model takes: of all kinds it knows, of its main kind, or its own `dummy_inputs`.
 
     Tokens are drawn from its vocabulary, those with a role left out; pictures, spectra and waves have the shape that
     its configuration names. None where it takes none of these.
@@ -31,7 +31,7 @@ def find_probe(model: Any, seed: int = 0) -> Probe | None:
 
 @torch.no_grad()
 def outputs(model: Any, probe: Probe) -> list[Tensor]:
-    """All floating-point tensors that the model gives, in float32; the same each time, in evaluation mode."""
+    """Return all floating-point tensors that the model gives, in float32; the same each time, in evaluation mode."""
     first = next(model.parameters())
     given = {
         key: value.to(first.device, model.dtype if value.is_floating_point() else value.dtype)
@@ -83,7 +83,7 @@ def _inputs(model: Any, generator: torch.Generator) -> Iterator[tuple[str, Tenso
 
 
 def _tokens(model: Any, text: Any, generator: torch.Generator) -> Tensor | None:
-    """Token ids `[rows, length]`; they end with the end of a text, where classifiers of BART's kind look."""
+    """Return token ids `[rows, length]`; they end with the end of a text, where classifiers of BART's kind look."""
     try:
         embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):

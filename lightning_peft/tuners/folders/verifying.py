@@ -28,7 +28,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Verification:
-    """How a written model was compared with what it was made from.
+    """Tell how a written model was compared with what it was made from.
 
     Args:
         error: the largest difference of outputs, as a share of the largest output; None: only weights were compared.
@@ -51,7 +51,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a written model is to be compared with.
+    """Hold what a written model is compared with.
 
     Args:
         probe: the input; None where none is known.
@@ -160,7 +160,7 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def digest(value: Tensor) -> str:
-    """A fingerprint of a tensor's values and shape; its precision is not part of it, since loading may raise that."""
+    """Return a fingerprint of a tensor's values and shape; not of its precision, which loading may raise."""
     value = value.detach().cpu()
     value = value.float() if value.dtype in HALF else value
     flat = value.contiguous().reshape(-1).view(torch.uint8)

@@ -83,7 +83,7 @@ def check_initialized(backbone: nn.Module) -> None:
 
 
 def outside_parametrizations(config: Any, backbone: nn.Module) -> Any:
-    """The configuration, with what `torch.nn.utils.parametrize` hangs under layers excluded where its targets match it.
+    """Return the configuration, with what `torch.nn.utils.parametrize` hangs under layers excluded.
 
     `target_modules=["0"]` matches `0.parametrizations.weight.0` as well, which peft cannot replace.
     """
@@ -99,13 +99,13 @@ def outside_parametrizations(config: Any, backbone: nn.Module) -> Any:
 
 
 def starts_as_identity(config: Any) -> bool:
-    """Whether a configuration promises that an untrained adapter changes nothing."""
+    """Return whether a configuration promises that an untrained adapter changes nothing."""
     flags = [value for name, value in vars(config).items() if name.startswith("init_") and name.endswith("weights")]
     return bool(flags) and all(flag is True for flag in flags)
 
 
 def _misfit(layer: Any, x: Tensor, expected: Any, identity: bool) -> str | None:
-    """What is wrong with a fresh adapter on a layer."""
+    """Return what is wrong with a fresh adapter on a layer."""
     trained = [p for p in layer.parameters() if p.requires_grad]
     try:
         with _evaluating(layer), torch.enable_grad():
@@ -122,7 +122,7 @@ def _misfit(layer: Any, x: Tensor, expected: Any, identity: bool) -> str | None:
 
 
 def _wrong_merge(layer: Any, x: Tensor, names: list[str]) -> str | None:
-    """What is wrong with merging adapters into a layer, tried on a copy in float64."""
+    """Return what is wrong with merging adapters into a layer, tried on a copy in float64."""
     trial: Any = _copy(layer).double().eval()
     x = x.double() if x.is_floating_point() else x
     with torch.no_grad():
@@ -148,13 +148,13 @@ def _wrong_merge(layer: Any, x: Tensor, names: list[str]) -> str | None:
 
 
 def _copy(layer: nn.Module) -> nn.Module:
-    """A copy, also where tensors are computed from others, as with peft's `ensure_weight_tying`."""
+    """Return a copy, also where tensors are computed from others, as with peft's `ensure_weight_tying`."""
     held = [tensor for module in layer.modules() for tensor in _tensors(vars(module))]
     return copy.deepcopy(layer, {id(t): t.detach().clone() for t in held if not t.is_leaf})
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in dictionaries, and in dictionaries in them."""
+    """Yield those in dictionaries, and in dictionaries in them."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -186,7 +186,7 @@ def one_sentence(backbone: nn.Module, config: Any) -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says, on one line and without full stops."""
+    """Return what an error says, on one line and without full stops."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"\.\s+(?=[A-Z`])", "; ", text).rstrip(".")
 
@@ -197,18 +197,18 @@ def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def _owner(layer: Any) -> Any:
-    """The module that a layer wraps, or beside whose parameters it stands."""
+    """Return the module that a layer wraps, or beside whose parameters it stands."""
     owner = getattr(layer, "_owner", None)
     return owner[0] if isinstance(owner, tuple) else layer.get_base_layer()
 
 
 def _can_be_tried(layer: Any) -> bool:
-    """Whether a wrapper acts by itself, given its module's input; edits may need to know their model."""
+    """Return whether a wrapper acts by itself, given its module's input; edits may need to know their model."""
     return hasattr(layer, "base_layer") and getattr(layer, "acts_alone", type(layer).__module__.startswith("peft."))
 
 
 def _chain(layer: Any) -> list[Any]:
-    """The wrappers around one module, from this one inwards."""
+    """Return the wrappers around one module, from this one inwards."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = []
@@ -219,7 +219,7 @@ def _chain(layer: Any) -> list[Any]:
 
 
 def _outermost(backbone: nn.Module) -> Iterator[Any]:
-    """For each wrapped module the outermost wrapper that acts by itself, and all in it too."""
+    """Yield for each wrapped module the outermost wrapper that acts by itself, and all in it too."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     inside: set[nn.Module] = set()
@@ -234,7 +234,7 @@ def _outermost(backbone: nn.Module) -> Iterator[Any]:
 
 
 def _carriers(layer: nn.Module, name: str) -> list[Any]:
-    """The tuner layers in and around one module that carry an adapter."""
+    """Return the tuner layers in and around one module that carry an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tuners = (module for module in layer.modules() if isinstance(module, BaseTunerLayer))
