@@ -28,6 +28,11 @@ def main(args: list[str]) -> Baked | ControlVector:
     )
     options.add_argument("--dtype", default="auto", help="to load and to save in; auto is the base's own")
     options.add_argument("--questions", type=int, default=20, help="how many to measure on; 0 measures nothing")
+    options.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not compare what was written with the edit, for a model too large to be loaded twice, or in float32",
+    )
     given = options.parse_args(args[1:])
     with one_sentence("bake"):
         from lightning_peft.tuners.folders.bases import load_base, save_tokenizer
@@ -45,7 +50,7 @@ def main(args: list[str]) -> Baked | ControlVector:
             return vector
         from lightning_peft.tuners.folders.baking import bake
 
-        baked = bake(model, given.adapter, given.output, batches)
+        baked = bake(model, given.adapter, given.output, batches, verify=not given.no_verify)
         save_tokenizer(base, Path(given.output))
         _print_baked(baked, given.output)
         return baked
@@ -78,6 +83,7 @@ def _print_baked(baked: Baked, output: str) -> None:
     print(
         f"Wrote {output}, a {baked.cls} that transformers loads by itself; {len(baked.changed)} weights hold the edit."
     )
+    print(f"{baked.verification or 'Not verified'}.")
     if baked.flags:
         print(f"Turned on {', '.join(map(str, baked.flags))}, which adds {len(baked.zeros)} biases that are zero.")
     _print_divergence(baked)

@@ -12,10 +12,11 @@ def main(args: list[str]) -> Path:
     options = parser("decompress", "Write a compressed adapter as a plain peft folder, for PeftModel.from_pretrained.")
     options.add_argument("adapter", help="a folder that `lightning-peft compress` wrote")
     options.add_argument("folder", help="where to write")
+    options.add_argument("--no-verify", action="store_true", help="do not compare what was written with what is loaded")
     given = options.parse_args(args[1:])
     with one_sentence("decompress"):
         from lightning_peft.tuners.folders.compression import decompress_adapter
 
-        folder = decompress_adapter(given.adapter, given.folder)
-        print(f"Wrote {folder}.")
+        folder = decompress_adapter(given.adapter, given.folder, verify=not given.no_verify)
+        print(f"Wrote {folder}, {'not verified' if given.no_verify else 'verified bit for bit'}.")
     return folder

@@ -18,6 +18,11 @@ def main(args: list[str]) -> Path:
     )
     options.add_argument("--dtype", default="auto", help="to merge and save in; auto is the base's own")
     options.add_argument("--backbone", help="which backbone's adapters, where a checkpoint's module had several")
+    options.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not compare what was written with the adapted base, for a model too large to be run here in float32",
+    )
     given = options.parse_args(args[1:])
     with one_sentence("merge"), tempfile.TemporaryDirectory() as temporary:
         from lightning_peft.checkpoint import export_checkpoint, outside_backbones
@@ -30,10 +35,13 @@ def main(args: list[str]) -> Path:
         elif not source.is_dir():
             raise FileNotFoundError(2, "", str(source))
         try:
-            name = merge_pretrained(source, given.folder, given.base, given.dtype)
+            merged = merge_pretrained(source, given.folder, given.base, given.dtype, verify=not given.no_verify)
         except ValueError as error:  # which names the temporary folder
             raise ValueError(str(error).replace(str(source), given.adapter)) from error
-        print(f"Wrote {given.folder}, a {name} that transformers loads by itself.")
+        print(f"Wrote {given.folder}, a {merged.cls} that transformers loads by itself.")
+        print(f"{merged.verification or 'Not verified'}.")
+        if merged.untied:
+            print(f"No longer one weight, since the adapter changed one alone: {', '.join(merged.untied)}.")
         if left:
             print(f"Not in it, standing outside the model: {', '.join(left)}.")
     return Path(given.folder)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_peft.tuners.backbone.fingerprint import fingerprint, mismatch, without
 from lightning_peft.tuners.backbone.fused import check_called, unfuse
 from lightning_peft.tuners.backbone.modules import standalone_key
+from lightning_peft.tuners.backbone.shared import Own, undo
 from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.configs import check_numbers, config_to_json, nearest_names
 from lightning_peft.tuners.folders.files import AdapterError, check_finite
@@ -29,6 +30,13 @@ from lightning_peft.tuners.ways.head_training import saved_heads
 from lightning_peft.tuners.ways.initialisation import check_repeatable, check_undoable
 from lightning_peft.tuners.ways.injection import Injection
 from lightning_peft.tuners.ways.kinds import kind_of
+from lightning_peft.tuners.ways.rehearsal import (
+    check_initialized,
+    check_layers,
+    one_sentence,
+    outside_parametrizations,
+)
+from lightning_peft.tuners.ways.writing import write as merge_parts
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -77,6 +85,7 @@ class AdapterStack:
         self.parts: list[Part] = []
         self.base: dict[str, Any] = {}  # fingerprint of the backbone before the first adapter
         self.strict_base = True  # whether what was made for another base is refused, or loaded with a warning
+        self._own: list[Own] = []  # what merged modules have for themselves and share otherwise
 
     def add(
         self, config: PeftConfig, name: str = "default", computed: bool = False, record: dict[str, Any] | None = None
@@ -102,6 +111,8 @@ class AdapterStack:
             raise ValueError(f"Adapter {name!r} is tuned and belongs below the edit {edits}: tune first, then edit.")
         check_numbers(config)
         check_repeatable(config)
+        check_initialized(self.backbone)
+        config = outside_parametrizations(config, self.backbone)
         _check_strangers(self)
         _check_name(name, self.backbone)
         _check_targets(config, self.backbone)
@@ -114,8 +125,11 @@ class AdapterStack:
         configs = self.backbone.__dict__.pop("peft_config", {})
         own = copy.deepcopy(config)
         try:
-            with self._switched_off():  # an initialisation that reads or changes weights must see the base's own
-                injection = kind(self.backbone, own, name)
+            # an initialisation that reads or changes weights must see the base's own
+            with self._switched_off():
+                with one_sentence(self.backbone, config):
+                    injection = kind(self.backbone, own, name)
+                check_layers(self.backbone, list(injection.layers()), own)
         except Exception:
             kind.clean_up(self.backbone, own, name)
             if configs:
@@ -219,25 +233,20 @@ class AdapterStack:
             self._activate()
 
     def merge(self) -> None:
-        """Write every enabled adapter into the weights, inner ones first.
+        """Write every enabled adapter into the weights, inner ones first: exactly, or not at all.
 
+        Each layer is tried on a copy before, weights in half precision are computed in float32 and rounded once, and a
+        weight that another module has too, such as a tied output embedding, changes for the adapted module alone.
         `unmerge` undoes it, and so does whatever changes the adapters: `scale`, `enable`, `add`, `remove`. Head offsets
         come out bit for bit; peft takes LoRA out by subtraction, to rounding.
 
         Raises:
-            ValueError: a method (or its configuration) cannot be merged. Nothing is merged then.
+            ValueError: a method (or its configuration) cannot be merged, or not into one of its layers. Nothing is
+                merged then.
         """
         parts = [part for part in _in_merge_order(self.parts) if part.enabled]
-        for part in parts:
-            part.injection.check_merge()
         try:
-            for part in parts:
-                for module in part.injection.layers():
-                    if part.name not in module.merged_adapters:
-                        module.merge(safe_merge=True, adapter_names=[part.name])
-        except NotImplementedError as error:
-            self.unmerge()
-            raise part.injection.cannot_merge() from error
+            merge_parts(self.backbone, [part.injection for part in parts], self._own)
         except Exception:
             self.unmerge()
             raise
@@ -248,6 +257,8 @@ class AdapterStack:
             for module in part.injection.layers():
                 if module.merged:
                     module.unmerge()
+        undo(self._own)
+        self._own.clear()
 
     def freeze(self) -> None:
         """Let nothing on this backbone be trained further: what stands is what a further adapter builds on."""

@@ -54,4 +54,5 @@ def _from_config(cls: Any, pretrained: str, *args: Any, config: Any = None, **kw
     if dtype == "auto":
         dtype = config.dtype
     options = {key: kwargs[key] for key in ("attn_implementation",) if key in kwargs}
-    return cls._from_config(config, dtype=dtype or torch.get_default_dtype(), **options)
+    model = cls._from_config(config, dtype=dtype or torch.get_default_dtype(), **options)
+    return model.to("meta")  # some models make parameters by `torch.FloatTensor`, which heeds no device

@@ -39,6 +39,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
         self._active_adapter = adapter_name
 
+    @property
+    def acts_alone(self) -> bool:
+        """Whether it needs to know nothing but its own input."""
+        return not self._sources
+
     def update_layer(
         self,
         adapter_name: str,

@@ -36,6 +36,7 @@ from lightning_peft.tuners.folders.files import (
     write_folders,
 )
 from lightning_peft.tuners.folders.packing import entropy_bound, pack_signs, unpack_signs
+from lightning_peft.tuners.folders.verifying import check_same
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -151,12 +152,31 @@ def compress_adapter(
     ]
 
 
-def decompress_adapter(folder: str | Path, output: str | Path) -> Path:
-    """Write a compressed adapter, or stack, as plain peft folders that `PeftModel.from_pretrained` reads."""
+def decompress_adapter(folder: str | Path, output: str | Path, verify: bool = True) -> Path:
+    """Write a compressed adapter, or stack, as plain peft folders that `PeftModel.from_pretrained` reads.
+
+    Args:
+        folder: what `compress_adapter` wrote.
+        output: where to write.
+        verify: read what was written, and compare it with what loading the compressed adapter gives, bit for bit,
+            before it takes its place.
+
+    Raises:
+        AdapterError: the folder is not compressed or cannot be read.
+        ValueError: what was written is not the same; nothing is left of it then.
+    """
     folders = adapter_folders(Path(folder))
     if plain := [path for path in folders if not (path / COMPRESSED).is_file()]:
         raise AdapterError(f"{plain[0]} is not compressed: it has no {COMPRESSED}.")
-    write_folders(Path(output), {p.name if len(folders) > 1 else "default": read_folder(p) for p in folders})
+    sources = {path.name if len(folders) > 1 else "default": path for path in folders}
+
+    def check(made: Path) -> None:
+        for name, source in sources.items():
+            check_same(made / name if len(sources) > 1 else made, source)
+
+    write_folders(
+        Path(output), {name: read_folder(path) for name, path in sources.items()}, check=check if verify else None
+    )
     return Path(output)
 
 

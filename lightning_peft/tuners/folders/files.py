@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ def write_folders(
     root: Path,
     adapters: Mapping[str, tuple[PeftConfig, Mapping[str, Tensor], dict[str, Any]]],
     weights: str = WEIGHTS,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write one adapter as a peft folder, or several as a subfolder each with their order in `stack.json`.
 
@@ -39,6 +40,7 @@ def write_folders(
         root: the folder; made if need be.
         adapters: for each name, its configuration, tensors and our notes (fingerprint, how it was computed).
         weights: the name of the file of tensors.
+        check: is shown what was written while nothing of it is in its place, and raises where that is wrong.
     """
     from safetensors.torch import save_file
 
@@ -54,6 +56,8 @@ def write_folders(
             config = copy.deepcopy(config)
             config.inference_mode = True  # as peft saves it
             config.save_pretrained(str(folder))
+        if check is not None:
+            check(Path(made))
         Path(made, ORDER).write_text(json.dumps({"parts": list(adapters)}, indent=2) + "\n")
         for file in (ORDER, CONFIG, *(f"{place}/{CONFIG}" for place in places.values() if place)):
             (root / file).unlink(missing_ok=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.modules import standalone_key
 from lightning_peft.tuners.backbone.shapes import shapes_only
@@ -18,94 +19,146 @@ from lightning_peft.tuners.folders.bases import (
     check_new,
     fitting_class,
     named_base,
+    new_folder,
     save_tokenizer,
 )
+from lightning_peft.tuners.folders.places import PlainModel, plain_model
 from lightning_peft.tuners.folders.saving import load_adapter
+from lightning_peft.tuners.folders.verifying import Verification, reference
+from lightning_peft.tuners.folders.verifying import verify as verify_folder
 from lightning_peft.tuners.stack import stack_of
 
 
-def merge_pretrained(adapter: str | Path, output: str | Path, base: str | None = None, dtype: str = "auto") -> str:
+@dataclass(frozen=True)
+class Merged:
+    """Tell what merging wrote.
+
+    Args:
+        cls: the name of the model's class.
+        untied: weights that the base shares and the result has for themselves, since the adapter changed one alone.
+        verification: how the result was compared with the adapted base; None where that was not asked for.
+    """
+
+    cls: str
+    untied: tuple[str, ...]
+    verification: Verification | None
+
+
+def merge_pretrained(
+    adapter: str | Path, output: str | Path, base: str | None = None, dtype: str = "auto", verify: bool = True
+) -> Merged:
     """Merge a saved adapter, or stack, into a pretrained transformers model and save the result as one.
 
     Everything is checked on a model without values before any weights are read: that the adapter fits the base, that
-    its methods can be merged, and that the result has a place in a plain model of that class.
+    its methods can be merged, and that the result has a place in a plain model of that class. What was written is
+    then loaded and compared with base and adapter, and appears under its name only if it is the same: its outputs for
+    an input that the model takes, in float32 to 1e-5 of the largest, in half precision to three times what rounding
+    the base does, and every weight with the merge in float32, rounded.
 
     Args:
         adapter: a folder that `load_adapter` reads.
         output: where to write the model and, where the base has one, its tokenizer; must be new or empty.
         base: a folder or a name on the hub; default: the one the adapter names.
-        dtype: the dtype to load the base in and to save in; `"auto"` is the base's own.
-
-    Returns:
-        The name of the class that was saved.
+        dtype: the dtype to save in; `"auto"` is the base's own.
+        verify: compare. Models are loaded one after the other, the base in float32; leave it out for one that is too
+            large for this.
 
     Raises:
         AdapterError: the adapter cannot be read or is for another base, or for something that is not transformers'.
-        ValueError: a method cannot be merged, the base is quantised or unknown, or `output` is not empty.
+        ValueError: a method cannot be merged, the base is quantised or unknown, `output` is not empty, or what was
+            written is not the same. Nothing is left of it then.
     """
     adapter, output = Path(adapter), Path(output)
     check_new(output)
     check_dtype(dtype)
     base = base or named_base(adapter)
-    cls, plain = _check(adapter, base)
-    backbone = cls.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    load_adapter(backbone, adapter)
-    stack_of(backbone).merge()
-    merged = _plain_state(backbone)
-    plain.load_state_dict({name: merged[name] for name in plain.state_dict()}, assign=True)
-    plain.tie_weights()
-    if changed := [name for name, value in plain.state_dict().items() if not torch.equal(value, merged[name])]:
-        raise ValueError(f"{base} shares {changed[0]} with another weight, and only one of the two was trained.")
-    plain.config.dtype = backbone.dtype
-    plain.generation_config = backbone.generation_config if plain.can_generate() else None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as made:
-        plain.save_pretrained(Path(made, "model"))
-        save_tokenizer(base, Path(made, "model"))
-        if output.exists():
-            output.rmdir()
-        shutil.move(Path(made, "model"), output)
-    return type(plain).__name__
+    cls = _check(adapter, base)
+    with new_folder(output) as folder:
+        plain = _write(cls, adapter, base, dtype, folder)
+        save_tokenizer(base, folder)
+        verification = _verify(cls, plain, adapter, base, folder) if verify else None
+    return Merged(plain.cls.__name__, plain.untied, verification)
 
 
-def _check(adapter: Path, base: str) -> tuple[Any, Any]:
-    """The class that the adapter was made for, and a model of it without values, after every check."""
+def _check(adapter: Path, base: str) -> Any:
+    """The class that the adapter was made for, after every check that needs no values."""
     config = base_config(adapter, base)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised, and adapters cannot be written into packed weights: name its original.")
     cls, trial = fitting_class(adapter, base, config)
+    before = plain_state(trial)
     with shapes_only():
-        plain = cls.from_pretrained(base)
-        _check_mergeable(trial, adapter, plain)
-    return cls, plain
+        stack_of(trial).merge()
+        after = plain_state(trial)
+        if new := sorted(after.keys() - before.keys()):
+            raise ValueError(
+                f"Merging {adapter} gives {len(new)} weights that a plain {type(trial).__name__} has no place for, the "
+                f"first is {new[0]}: keep the adapter beside its base."
+            )
 
+        def changed(name: str) -> bool:
+            return after.get(name) is not before.get(name)
 
-def _check_mergeable(trial: nn.Module, adapter: Path, plain: nn.Module) -> None:
-    """Merge without values, which raises where a method cannot, and see that nothing came out that has no place."""
-    before = _plain_state(trial).keys()
-    for part in stack_of(trial).parts:
-        part.injection.check_merge()
-    for part in stack_of(trial).parts:
-        for layer in part.injection.layers():
-            layer.merge(safe_merge=False, adapter_names=[part.name])
-    if new := sorted(_plain_state(trial).keys() - before):
-        raise ValueError(
-            f"Merging {adapter} gives {len(new)} weights that a plain {type(trial).__name__} has no place for, the "
-            f"first is {new[0]}: keep the adapter beside its base."
-        )
-    if lost := sorted(plain.state_dict().keys() - before):
+        plain = plain_model(trial, lambda a, b: after.get(a) is after.get(b) or (changed(a) and changed(b)))
+    if lost := sorted(plain.names - before.keys()):
         raise ValueError(
             f"Merging {adapter} is not known for {lost[0]}, which it wraps: keep the adapter beside its base."
         )
+    return cls
 
 
-def _plain_state(backbone: nn.Module) -> dict[str, Any]:
-    """The state under the names it has without adapters; the adapters' own tensors are among it."""
+def _write(cls: Any, adapter: Path, base: str, dtype: str, folder: Path) -> PlainModel:
+    """Merge and save; the model is let go."""
+    backbone = cls.from_pretrained(base, dtype="auto")
+    target = backbone.dtype if dtype == "auto" else getattr(torch, dtype)
+    if backbone.dtype not in (target, torch.float32):  # rounded once, after merging
+        del backbone
+        backbone = cls.from_pretrained(base, dtype=torch.float32)
+    load_adapter(backbone, adapter)
+    stack_of(backbone).merge()
+    merged = plain_state(backbone)
+    with shapes_only():
+        plain = plain_model(backbone, lambda a, b: _alike(merged[a], merged[b], target))
+    plain.save({n: _rounded(n, merged[n], target, backbone) for n in plain.names}, backbone, target, folder)
+    return plain
+
+
+def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, folder: Path) -> Verification:
+    gc.collect()
+
+    def expected(model: Any) -> Mapping[str, Tensor]:
+        stack_of(model).merge()
+        return plain_state(model)
+
+    def load(dtype: torch.dtype) -> Any:
+        return cls.from_pretrained(base, dtype=dtype).eval()
+
+    made = reference(load, lambda model: load_adapter(model, adapter), expected, plain.dtypes, plain.dtype)
+    return verify_folder(folder, plain.cls, plain.dtype, made)
+
+
+def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two weights are the same but for rounding."""
+    return a.shape == b.shape and float((a - b).abs().max()) <= 2 * torch.finfo(dtype).eps * float(a.abs().max())
+
+
+def _rounded(name: str, value: Tensor, dtype: torch.dtype, backbone: Any) -> Tensor:
+    """A weight in the precision in which transformers would load it."""
+    kept = {*(backbone._keep_in_fp32_modules_strict or ())}
+    if dtype == torch.float16:
+        kept |= {*(backbone._keep_in_fp32_modules or ())}
+    if not value.is_floating_point() or kept & set(name.split(".")):
+        return value
+    return value.to(dtype)
+
+
+def plain_state(backbone: nn.Module) -> dict[str, Tensor]:
+    """Return the state under the names it has without adapters; the adapters' own tensors are among it."""
     from peft.utils.other import ModulesToSaveWrapper
 
-    state = {standalone_key(name): value for name, value in backbone.state_dict().items()}
+    state = {standalone_key(name): value for name, value in backbone.state_dict(keep_vars=True).items()}
     for name, module in backbone.named_modules():
         if isinstance(module, ModulesToSaveWrapper):  # holds a trained copy, which takes the original's place
-            trained = module.modules_to_save[module.active_adapters[-1]].state_dict()
+            trained = module.modules_to_save[module.active_adapters[-1]].state_dict(keep_vars=True)
             state |= {standalone_key(f"{name}.{key}"): value for key, value in trained.items()}
     return state

@@ -22,6 +22,7 @@ class SSBLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("ssb_in", "ssb_out")
     other_param_names = ("scaling",)
+    acts_alone = True  # it needs to know nothing but its input
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SSBConfig, name: str) -> None:
         super().__init__()

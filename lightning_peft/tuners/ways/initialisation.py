@@ -1,4 +1,4 @@
-"""Initialisations of LoRA that take the adapter out of the base's weights, so that the two only make sense together."""
+"""Configurations of LoRA that change the base as well, so that adapter and base only make sense together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_base(config: Any) -> bool:
-    """Whether putting this adapter on a model changes the model's own weights."""
-    init = getattr(config, "init_lora_weights", None)
-    return isinstance(init, str) and init.lower().startswith(_CHANGING)
+    """Whether putting this adapter on a model changes the model's own weights, or how often its layers run."""
+    return bool(_change(config))
 
 
 def check_repeatable(config: Any) -> None:
@@ -34,6 +33,16 @@ def check_undoable(config: Any, name: str, what: str) -> None:
     """
     if changes_base(config):
         raise ValueError(
-            f"Adapter {name!r} was made by changing the base's weights (init_lora_weights="
-            f"{config.init_lora_weights!r}), so it cannot be {what}: build the model anew."
+            f"Adapter {name!r} was made by changing the base itself ({_change(config)}), so it cannot be {what}: build "
+            "the model anew."
         )
+
+
+def _change(config: Any) -> str:
+    """The setting that changes the base; empty where none does."""
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.lower().startswith(_CHANGING):
+        return f"init_lora_weights={init!r}"
+    if getattr(config, "layer_replication", None):  # LoRA on a model in which some layers run several times
+        return f"layer_replication={config.layer_replication!r}"
+    return ""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from edits import close
 from tiny_models import tiny
 from torch import nn
 from tuning import Net, one_sentence, python
@@ -64,7 +65,7 @@ def test_the_merged_folder_gives_the_adapted_outputs_without_this_package(base: 
 
     model = adapted(base, lora("q_proj", "v_proj"), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     save_adapter(model, tmp_path / "adapter")
-    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base)) == "LlamaForCausalLM"
+    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base)).cls == "LlamaForCausalLM"
     python(READ, tmp_path / "merged", tmp_path / "logits.pt")
     merged = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(merged, model(IDS).logits, atol=1e-5, rtol=0)
@@ -74,7 +75,7 @@ def test_the_merged_folder_gives_the_adapted_outputs_without_this_package(base: 
 
 def test_the_base_an_adapter_names_is_taken_where_none_is_given(base: Path, tmp_path: Path) -> None:
     save_adapter(adapted(base, lora("q_proj", base_model_name_or_path=str(base))), tmp_path / "adapter")
-    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged") == "LlamaForCausalLM"
+    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged").cls == "LlamaForCausalLM"
 
 
 def test_the_class_is_the_one_that_was_adapted(base: Path, tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_the_class_is_the_one_that_was_adapted(base: Path, tmp_path: Path) -> No
 
     model = adapted(base, lora("q_proj"), auto="AutoModel")
     save_adapter(model, tmp_path / "adapter")
-    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base)) == "LlamaModel"
+    assert merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base)).cls == "LlamaModel"
     merged = AutoModel.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(IDS)[0], model(IDS)[0], atol=1e-5, rtol=0)
 
@@ -103,7 +104,12 @@ def test_the_dtype_is_the_bases_or_the_one_asked_for(base: Path, tmp_path: Path)
 
     save_adapter(adapted(base, lora("q_proj")), tmp_path / "adapter")
     merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base), "bfloat16")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    merged.save_pretrained(tmp_path / "half")
+    save_adapter(adapted(tmp_path / "half", lora("q_proj")), tmp_path / "other")
+    merge_pretrained(tmp_path / "other", tmp_path / "again", str(tmp_path / "half"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").dtype == torch.bfloat16
 
 
 def test_a_module_saved_whole_takes_its_originals_place(tmp_path: Path) -> None:
@@ -116,6 +122,88 @@ def test_a_module_saved_whole_takes_its_originals_place(tmp_path: Path) -> None:
     merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+PAIR = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+PAIR |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": 2, **SMALL}),
+    "t5": ("T5ForConditionalGeneration", {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}),
+    "bart": ("BartForConditionalGeneration", PAIR),
+    "marian": ("MarianMTModel", {"pad_token_id": 59, "decoder_vocab_size": 60, **PAIR}),
+    "albert": ("AlbertForMaskedLM", {"embedding_size": 8, **SMALL}),
+    "xlnet": ("XLNetLMHeadModel", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16}),
+}
+HEAD, INPUT = ("lm_head.weight", "model.embed_tokens.weight"), "model.shared.weight"
+REPEATED = {"layer_replication": [[0, 2], [1, 3]]}
+SHARING: dict[str, tuple[str, tuple[str, ...], dict[str, Any], tuple[str, ...]]] = {
+    "output embedding": ("llama", ("lm_head",), {}, HEAD),
+    "input embedding": ("llama", ("embed_tokens",), {}, HEAD),
+    "both": ("llama", ("embed_tokens", "lm_head"), {}, HEAD),
+    "both, tied by peft": ("llama", ("q_proj", "embed_tokens"), {"ensure_weight_tying": True}, ()),
+    "a trained copy": ("llama", ("q_proj",), {"modules_to_save": ["lm_head"]}, HEAD),
+    "repeated layers": ("llama", ("q_proj",), REPEATED, ()),
+    "T5's output": ("t5", ("lm_head", "q"), {}, ("lm_head.weight", "shared.weight")),
+    "BART's encoder": ("bart", ("encoder.embed_tokens",), {}, ("model.encoder.embed_tokens.weight", INPUT)),
+    "Marian's decoder": ("marian", ("decoder.embed_tokens",), {}, ("model.decoder.embed_tokens.weight", INPUT)),
+    "ALBERT's layer": ("albert", ("query",), {}, ()),
+    "XLNet's layer": ("xlnet", ("ff.layer_1",), {}, ()),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("bases")
+    for name, (cls, options) in BASES.items():
+        torch.manual_seed(0)
+        made = getattr(transformers, cls)
+        made(made.config_class(vocab_size=60, **options)).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", SHARING)
+def test_where_weights_are_shared_the_folder_computes_what_the_adapted_model_does(
+    case: str, bases: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    from lightning_peft.tuners.folders.probes import find_probe, outputs
+
+    kind, targets, options, untied = SHARING[case]
+    cls = getattr(transformers, BASES[kind][0])
+    model = cls.from_pretrained(bases / kind)
+    probe = find_probe(model)
+    assert probe is not None
+    before = outputs(model, probe)[0]
+    stack_of(model).add(lora(*targets, **options))
+    expected = outputs(change(model), probe)[0]
+    save_adapter(model, tmp_path / "adapter")
+    made = merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(bases / kind))
+    assert made.untied == untied and made.cls == cls.__name__
+    assert made.verification is not None and made.verification.error is not None and made.verification.error <= 1e-5
+    merged = outputs(cls.from_pretrained(tmp_path / "merged"), probe)[0]
+    assert close(merged, expected) and not close(expected, before, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_the_folder_holds_the_float32_merge_rounded_once(
+    dtype: str, base: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    model = adapted(base, lora("q_proj", "down_proj"))
+    save_adapter(model, tmp_path / "adapter")
+    made = merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(base), dtype)
+    stack_of(model).merge()
+    expected = {n.replace(".base_layer", ""): v.to(getattr(torch, dtype)) for n, v in model.state_dict().items()}
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert written and all(torch.equal(value, expected[name]) for name, value in written.items())
+    assert made.verification is not None and made.verification.error is not None
+    assert 1e-5 < made.verification.error <= (made.verification.allowed or 0) < 0.1
 
 
 def head_offsets(base: Path, positions: str) -> Any:
@@ -151,8 +239,8 @@ def hand_written(base: Path, folder: Path) -> None:
     save_adapter(net, folder)
 
 
-def tied_output(base: Path, folder: Path) -> None:
-    save_adapter(adapted(base, lora("q_proj", modules_to_save=["lm_head"])), folder)
+def new_tokens(base: Path, folder: Path) -> None:
+    save_adapter(adapted(base, lora("q_proj", trainable_token_indices={"embed_tokens": [5, 6]})), folder)
 
 
 CANNOT = {
@@ -160,7 +248,7 @@ CANNOT = {
     "not transformers": (hand_written, "load_from_checkpoint"),
     "answer positions": (lambda base, folder: save_adapter(head_offsets(base, "answer"), folder), "can be merged"),
     "no bias": (lambda base, folder: save_adapter(head_offsets(base, "all"), folder), "no place for"),
-    "tied and trained": (tied_output, "shares"),
+    "a tied weight in a wrapper": (new_tokens, "is not known for lm_head.weight"),
 }
 
 
