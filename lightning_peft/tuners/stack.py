@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.fingerprint import fingerprint, mismatch, without
 from lightning_peft.tuners.backbone.fused import check_called, unfuse
-from lightning_peft.tuners.backbone.modules import standalone_key
+from lightning_peft.tuners.backbone.modules import standalone_key, state_tensors
 from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.configs import check_numbers, config_to_json, nearest_names
 from lightning_peft.tuners.folders.files import AdapterError, check_finite
 from lightning_peft.tuners.folders.sharded import whole, write
+from lightning_peft.tuners.quantization import protect
 from lightning_peft.tuners.ways.head_training import saved_heads
 from lightning_peft.tuners.ways.initialisation import check_repeatable, check_undoable
 from lightning_peft.tuners.ways.injection import Injection
@@ -108,6 +109,7 @@ class AdapterStack:
         kind = kind_of(config)
         kind.check(self.backbone, config, name, [part.injection for part in self.parts], computed)
         self.unmerge()
+        protect(self.backbone)
         base = self.base if self.parts else fingerprint(self.backbone)
         flags = self._flags()
         # peft warns of a second configuration on one model; here that is the point, so it is shown a bare model
@@ -286,13 +288,18 @@ class AdapterStack:
             part.injection.switch(part.enabled)
 
     def keys(self, part: Part) -> dict[str, str]:
-        """The part's tensors: peft's key in a saved folder -> the name in `backbone.state_dict()`."""
+        """The part's tensors: peft's key in a saved folder -> the name in the backbone's state."""
         return part.injection.keys()
+
+    def live(self, part: Part) -> dict[str, Tensor]:
+        """The part's tensors themselves under their names in the backbone's state, to be written to."""
+        state = state_tensors(self.backbone)
+        return {name: state[name].detach() for name in self.keys(part).values()}
 
     def tensors(self, part: Part) -> dict[str, Tensor]:
         """The part's tensors under the keys of a saved peft folder; of a sharded module, all processes must ask."""
-        state = self.backbone.state_dict()
-        return {key: whole(state[name]) for key, name in self.keys(part).items()}
+        state = state_tensors(self.backbone)
+        return {key: whole(state[name].detach()) for key, name in self.keys(part).items()}
 
     def parameters(self, part: Part) -> dict[str, nn.Parameter]:
         """The part's parameters by their names in the backbone; of a sharded module, this process's handles on them."""
@@ -305,7 +312,7 @@ class AdapterStack:
         Raises:
             AdapterError: a key is missing or unknown, a shape differs, or a value is not finite.
         """
-        keys, state, tensors = self.keys(part), self.backbone.state_dict(), part.injection.spread(tensors)
+        keys, state, tensors = self.keys(part), state_tensors(self.backbone), part.injection.spread(tensors)
         check_same_keys(set(keys), set(tensors), f"{source} and adapter {part.name!r}")
         for key, name in keys.items():
             if state[name].shape != tensors[key].shape:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_key
+from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_key, state_tensors
 from lightning_peft.tuners.quantization import check_merge
 from lightning_peft.tuners.ways.own_forward import OwnForward, acts_on_calls, own_forward, task_of
 
@@ -118,7 +118,7 @@ class Injection:
                 yield module
 
     def keys(self) -> dict[str, str]:
-        """The adapter's tensors: peft's key in a saved folder -> the name in `backbone.state_dict()`."""
+        """The adapter's tensors: peft's key in a saved folder -> the name in the backbone's state."""
         from peft import get_peft_model_state_dict
 
         config = copy.copy(self.config)
@@ -129,7 +129,7 @@ class Injection:
         configs = {**self.backbone.__dict__.get("peft_config", {}), self.name: config}
         model = _PeftNames(self.tuner, configs)
         # peft only selects and renames entries, so names may stand in for tensors
-        state = {name: value for name, value in model.state_dict(keep_vars=True).items() if f".{STATE}." not in name}
+        state = {name: value for name, value in state_tensors(model).items() if f".{STATE}." not in name}
         names: dict[str, Any] = {name: name for name in state}
         selected = get_peft_model_state_dict(
             model, state_dict=names, adapter_name=self.name, save_embedding_layers=False
