@@ -18,7 +18,7 @@ from lightning_peft.callbacks.finite import FiniteLoss, check_finite_tensors, fi
 from lightning_peft.callbacks.frozen import check_frozen
 from lightning_peft.callbacks.modes import set_modes, stop_input_gradients
 from lightning_peft.callbacks.options import AdapterOptions
-from lightning_peft.callbacks.precision import forget_precise, keep_precise
+from lightning_peft.callbacks.precision import check_precise, forget_precise, keep_precise
 from lightning_peft.callbacks.report import print_table, summary
 from lightning_peft.checkpoint import fill_in, keep_adapters, restore_adapters
 from lightning_peft.positions import Positions, tracked
@@ -152,6 +152,7 @@ class PEFT(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.stack is not None
+        check_precise(self.stack, self.names)
         self._prepare_optimizers(trainer, pl_module)
         self._trained = strategies.trained_names(pl_module)
         stop_input_gradients(self.stack.backbone)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import lightning as L
+import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.tuners.folders.sharded import is_sharded
-from lightning_peft.tuners.stack import find_stacks
+from lightning_peft.tuners.stack import AdapterStack, find_stacks
 
 _CONVERT = "convert_module"
 _COPIES = ("LN_TUNING",)  # methods that train a copy of a layer, which computes in the layer's own precision
@@ -39,6 +40,21 @@ def keep_precise(trainer: L.Trainer) -> None:
         return module
 
     plugin.__dict__[_CONVERT] = convert
+
+
+def check_precise(stack: AdapterStack, names: Collection[str]) -> None:
+    """Raise `ValueError` where an adapter would be trained in float16, in which optimizers soon give NaN.
+
+    Methods that compute with copies of the base's own weights train in its precision; bfloat16 has float32's range.
+    """
+    for part in stack.parts:
+        tensors = stack.live(part) if part.name in names else {}
+        trained = {stack.keys(part)[key] for key in part.injection.trained} if tensors else set()
+        if half := [name for name in tensors if name in trained and tensors[name].dtype == torch.float16]:
+            raise ValueError(
+                f"{type(part.config).__name__} trains in the base's own precision, and {half[0]} is float16, in which "
+                "small steps are lost: load the base in bfloat16 or float32."
+            )
 
 
 def forget_precise(trainer: L.Trainer) -> None:

@@ -100,6 +100,7 @@ class Injection:
 
         tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type]
         tuner = tuner_class(self.backbone, {self.name: self.config}, self.name)
+        _to_float32(tuner, self.name)
         if self.config.peft_type == "SHIRA":
             _register_indices(self.backbone)
         return tuner
@@ -199,6 +200,20 @@ class _PeftNames(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_model"), name)
+
+
+def _to_float32(tuner: Any, name: str) -> None:
+    """Keep an adapter on a half-precision base in float32, as `get_peft_model` does: half rounds small steps away."""
+    if hasattr(tuner, "_cast_adapter_dtype"):
+        flags = {key: p.requires_grad for key, p in tuner.named_parameters(remove_duplicate=False)}
+        tuner._cast_adapter_dtype(adapter_name=name)
+        for key, parameter in tuner.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(flags[key])  # peft would train all that it has cast
+    for layer in tuner.modules():
+        for attribute in getattr(layer, "other_param_names", ()):
+            held = getattr(layer, attribute, None)
+            if isinstance(held, nn.ParameterDict) and name in held:
+                held[name].requires_grad_(False)  # and what it has moved to the base's precision
 
 
 def take_out(backbone: nn.Module, cls: Any, name: str) -> None:
