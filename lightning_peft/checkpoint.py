@@ -22,7 +22,6 @@ from lightning_peft.tuners.configs import config_from_json, different_fields
 from lightning_peft.tuners.folders.files import AdapterError, check_finite
 from lightning_peft.tuners.folders.saving import write_described
 from lightning_peft.tuners.folders.sharded import has_shards, is_sharded, write
-from lightning_peft.tuners.quantization import protect
 from lightning_peft.tuners.stack import (
     AdapterStack,
     check_same_keys,
@@ -411,8 +410,9 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
 
 def _whole_state(module: nn.Module) -> dict[str, Any]:
     """All that a strict load asks for."""
-    protect(module)
-    return nn.Module.state_dict(module)
+    parts = module.named_modules(remove_duplicate=False)
+    extra = {name: part for name, part in parts if type(part).get_extra_state is not nn.Module.get_extra_state}
+    return state_tensors(module) | {_join(name, "_extra_state"): part.get_extra_state() for name, part in extra.items()}
 
 
 def _is_inside(key: str, backbones: Iterable[str]) -> bool:
