@@ -25,7 +25,7 @@ from lightning_peft.callbacks.report import print_table
 from lightning_peft.testing.methods import METHODS
 from lightning_peft.tuners.backbone.fingerprint import fingerprint
 from lightning_peft.tuners.backbone.modules import state_tensors
-from lightning_peft.tuners.quantization import quantized_layers, weight_bytes
+from lightning_peft.tuners.quantization import protect, quantized_layers, weight_bytes
 from lightning_peft.tuners.stack import stack_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -274,8 +274,10 @@ CALLS: dict[str, Callable[[Loaded, Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("seen", [True, False], ids=["used", "unused"])
+UNUSED = ("look-ups", "folders", "CAA", "training", "resuming", "quantizing", "the whole state")  # look at weights
+
+
+@pytest.mark.parametrize(("call", "seen"), [*((call, True) for call in CALLS), *((call, False) for call in UNUSED)])
 def test_nothing_that_is_called_changes_the_base(folder: Path, tmp_path: Path, call: str, seen: bool) -> None:
     expected = computed(Loaded(str(folder), "nf4"))
     module = Loaded(str(folder), "nf4")
@@ -292,7 +294,7 @@ def test_nothing_that_is_called_changes_the_base(folder: Path, tmp_path: Path, c
     assert all(map(torch.equal, computed(module), expected)) and alike(after, packed(module))
 
 
-@pytest.mark.parametrize("call", ["look-ups", "dial", "training", "resuming", "averaging", "the whole state", "CAA"])
+@pytest.mark.parametrize("call", ["dial", "training", "averaging", "the whole state", "CAA"])
 @pytest.mark.parametrize("kind", ["nf4 twice", "fp4", "int8"])
 def test_nor_in_other_kinds(folder: Path, tmp_path: Path, call: str, kind: str) -> None:
     expected = computed(Loaded(str(folder), kind))
@@ -300,3 +302,35 @@ def test_nor_in_other_kinds(folder: Path, tmp_path: Path, call: str, kind: str) 
     computed(module)
     CALLS[call](module, tmp_path)
     assert all(map(torch.equal, off(module), expected))
+
+
+# -- layers alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [bnb.nn.LinearNF4, bnb.nn.LinearFP4, bnb.nn.Linear4bit])
+@pytest.mark.parametrize("outputs", [64, 40])  # one that bitsandbytes repacks, one that it cannot
+def test_a_gradient_passes_a_layer_that_was_used(cls: Any, outputs: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(cls(64, outputs).to("cpu")).eval()
+    protect(module)
+    x = torch.randn(3, 64)
+    seen = module(x)
+    weight = bnb.functional.dequantize_4bit(module[0].weight.data, module[0].weight.quant_state)
+    x.requires_grad_(True)
+    out = module(x)
+    torch.testing.assert_close(out, x @ weight.T + module[0].bias)
+    torch.testing.assert_close(out, seen, rtol=0.02, atol=0.02)  # the kernel computes in bfloat16
+    out.square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * out.detach() @ weight)
+    assert torch.equal(module(x.detach()), seen)
+
+
+def test_weights_that_are_loaded_later_are_the_ones_computed_with() -> None:
+    torch.manual_seed(0)
+    one, two = (nn.Sequential(bnb.nn.LinearNF4(64, 64).to("cpu")).eval() for _ in range(2))
+    protect(one)
+    protect(two)
+    x = torch.randn(3, 64)
+    assert not torch.equal(one(x), two(x))
+    one.load_state_dict(two.state_dict())
+    assert torch.equal(one(x), two(x))
