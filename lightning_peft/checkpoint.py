@@ -81,7 +81,7 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
         return
     filled = filled or fill_in(module, checkpoint)
     names = checkpoint_names(module, stacks)
-    outside = {}
+    outside: dict[str, list[str]] = {}
     for entry in filled:
         own = checkpoint.get(entry) or {}
         state = {**filled[entry], **own}
