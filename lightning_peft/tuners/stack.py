@@ -77,6 +77,7 @@ class AdapterStack:
         self.backbone = backbone
         self.parts: list[Part] = []
         self.base: dict[str, Any] = {}  # fingerprint of the backbone before the first adapter
+        self._reading: dict[str, Any] | None = None  # the same, while nothing else can change the backbone
         self.strict_base = True  # whether what was made for another base is refused, or loaded with a warning
 
     def add(
@@ -110,7 +111,7 @@ class AdapterStack:
         kind.check(self.backbone, config, name, [part.injection for part in self.parts], computed)
         self.unmerge()
         protect(self.backbone)
-        base = self.base if self.parts else fingerprint(self.backbone)
+        base = self._base()
         flags = self._flags()
         # peft warns of a second configuration on one model; here that is the point, so it is shown a bare model
         configs = self.backbone.__dict__.pop("peft_config", {})
@@ -208,6 +209,9 @@ class AdapterStack:
 
     @contextmanager
     def _switched_off(self, name: str | None = None) -> Iterator[None]:
+        if not self.parts:
+            yield
+            return
         before = [part.enabled for part in self.parts]
         self.unmerge()
         for part in self.parts if name is None else [self[name]]:
@@ -265,6 +269,8 @@ class AdapterStack:
 
     def _flags(self) -> dict[nn.Parameter, bool]:
         """Which parameters of adapters are trained."""
+        if not self.parts:
+            return {}
         parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
         live = (name for part in self.parts for name in self.keys(part).values() if name in parameters)
         return {parameters[name]: parameters[name].requires_grad for name in live}
@@ -306,13 +312,22 @@ class AdapterStack:
         every = dict(self.backbone.named_parameters(remove_duplicate=False))
         return {name: every[name] for name in self.keys(part).values() if name in every}
 
-    def load_tensors(self, part: Part, tensors: Mapping[str, Tensor], source: str) -> None:
+    def load_tensors(
+        self, part: Part, tensors: Mapping[str, Tensor], source: str, keys: Mapping[str, str] | None = None
+    ) -> None:
         """Copy saved tensors into a part, after checking every key, shape and value.
+
+        Args:
+            part: the part.
+            tensors: what was saved.
+            source: what to call it in messages.
+            keys: the part's keys, where they are known.
 
         Raises:
             AdapterError: a key is missing or unknown, a shape differs, or a value is not finite.
         """
-        keys, state, tensors = self.keys(part), state_tensors(self.backbone), part.injection.spread(tensors)
+        keys = self.keys(part) if keys is None else keys
+        state, tensors = state_tensors(self.backbone), part.injection.spread(tensors)
         check_same_keys(set(keys), set(tensors), f"{source} and adapter {part.name!r}")
         for key, name in keys.items():
             if state[name].shape != tensors[key].shape:
@@ -341,6 +356,24 @@ class AdapterStack:
             ],
         }
 
+    @contextmanager
+    def reading_base_once(self) -> Iterator[None]:
+        """Within, the bare backbone's fingerprint is taken once, since nothing but adapters changes the backbone."""
+        self._reading = {}
+        try:
+            yield
+        finally:
+            self._reading = None
+
+    def _base(self) -> dict[str, Any]:
+        """The fingerprint of the backbone without adapters."""
+        if self.parts:
+            return self.base
+        if self._reading is None:
+            return fingerprint(self.backbone)
+        self._reading = self._reading or fingerprint(self.backbone)
+        return self._reading
+
     def check_base(self, expected: Mapping[str, Any], source: str, heads: Collection[str] = ()) -> None:
         """See that the backbone is the one that a saved adapter was made for.
 
@@ -354,7 +387,7 @@ class AdapterStack:
         """
         if not expected:
             return
-        found = self.base if self.parts else fingerprint(self.backbone)
+        found = self._base()
         if difference := mismatch(dict(expected), without(found, heads)):
             problem = f"{source} was made for another base model: {difference}"
             if self.strict_base:

@@ -40,15 +40,19 @@ def state_tensors(module: nn.Module) -> dict[str, Tensor]:
     their state is taken. What adapters keep beside the modules is asked, since a prompt may follow from an encoder.
     """
     fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    if any(isinstance(part, fsdp) for part in module.modules()):
-        return nn.Module.state_dict(module, keep_vars=True)  # nothing else knows the shapes of what it has flattened
     found: dict[str, Any] = {}
     for name, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, fsdp):  # nothing but its own state knows the shapes of what it has flattened
+            return nn.Module.state_dict(module, keep_vars=True)
         start = f"{name}." if name else ""
         if isinstance(part, AdapterState):
             found |= part.state_dict(prefix=start, keep_vars=True)
-        own = part._parameters | {k: v for k, v in part._buffers.items() if k not in part._non_persistent_buffers_set}
-        found |= {start + key: value for key, value in own.items() if value is not None}
+        for key, value in part._parameters.items():
+            if value is not None:
+                found[start + key] = value
+        for key, buffer in part._buffers.items():
+            if buffer is not None and key not in part._non_persistent_buffers_set:
+                found[start + key] = buffer
     return found
 
 

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_key, state_tensors
@@ -18,6 +19,7 @@ from lightning_peft.tuners.quantization import check_merge
 from lightning_peft.tuners.ways.own_forward import OwnForward, acts_on_calls, own_forward, task_of
 
 _PREFIX = "base_model.model."  # what PeftModel puts before the name of every tensor in the backbone
+_HALF = (torch.float16, torch.bfloat16)
 _TUNER = "base_model."  # and before what the tuner itself holds
 
 
@@ -85,11 +87,12 @@ class Injection:
         self._keep(state)
         self.own_forward = self._own_forward()
         self.trained: set[str] = set()  # the keys of those tensors that training the adapter means
+        self.noted: dict[str, str] = {}  # all keys when it was put on; later wrappers give other names
 
     def note_trained(self) -> None:
-        """Remember what peft would train; others may freeze it."""
-        parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
-        self.trained = {k for k, live in self.keys().items() if live in parameters and parameters[live].requires_grad}
+        """Remember what peft would train, since others may freeze it, and the keys as they are now."""
+        self.noted, state = self.keys(), state_tensors(self.backbone)
+        self.trained = {key for key, live in self.noted.items() if state[live].requires_grad}
 
     def _task(self, backbone: nn.Module) -> str:
         task = task_of(backbone)
@@ -204,6 +207,8 @@ class _PeftNames(nn.Module):
 
 def _to_float32(tuner: Any, name: str) -> None:
     """Keep an adapter on a half-precision base in float32, as `get_peft_model` does: half rounds small steps away."""
+    if all(parameter.dtype not in _HALF for parameter in tuner.parameters()):
+        return
     if hasattr(tuner, "_cast_adapter_dtype"):
         flags = {key: p.requires_grad for key, p in tuner.named_parameters(remove_duplicate=False)}
         tuner._cast_adapter_dtype(adapter_name=name)
