@@ -152,7 +152,7 @@ class PEFT(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.stack is not None
-        check_precise(self.stack, self.names)
+        check_precise(self.stack)
         self._prepare_optimizers(trainer, pl_module)
         self._trained = strategies.trained_names(pl_module)
         stop_input_gradients(self.stack.backbone)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import lightning as L
 import torch
@@ -42,19 +42,18 @@ def keep_precise(trainer: L.Trainer) -> None:
     plugin.__dict__[_CONVERT] = convert
 
 
-def check_precise(stack: AdapterStack, names: Collection[str]) -> None:
+def check_precise(stack: AdapterStack) -> None:
     """Raise `ValueError` where an adapter would be trained in float16, in which optimizers soon give NaN.
 
     Methods that compute with copies of the base's own weights train in its precision; bfloat16 has float32's range.
     """
     for part in stack.parts:
-        tensors = stack.live(part) if part.name in names else {}
-        trained = {stack.keys(part)[key] for key in part.injection.trained} if tensors else set()
-        if half := [name for name in tensors if name in trained and tensors[name].dtype == torch.float16]:
-            raise ValueError(
-                f"{type(part.config).__name__} trains in the base's own precision, and {half[0]} is float16, in which "
-                "small steps are lost: load the base in bfloat16 or float32."
-            )
+        for name, parameter in stack.parameters(part).items():
+            if parameter.requires_grad and parameter.dtype == torch.float16:
+                raise ValueError(
+                    f"{type(part.config).__name__} trains in the base's own precision, and {name} is float16, in which "
+                    "small steps are lost: load the base in bfloat16 or float32."
+                )
 
 
 def forget_precise(trainer: L.Trainer) -> None:
