@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import eager_key, standalone_key, uncompiled
+from lightning_peft.tuners.backbone.modules import eager_key, standalone_key, state_tensors, uncompiled
 from lightning_peft.tuners.configs import config_from_json, different_fields
 from lightning_peft.tuners.folders.files import AdapterError, check_finite
 from lightning_peft.tuners.folders.saving import write_described
@@ -35,34 +35,77 @@ META = "lightning_peft"
 _STATES = ("state_dict", "current_model_state")
 
 M = TypeVar("M", bound=nn.Module)
+States = dict[str, dict[str, Tensor]]  # an entry of a checkpoint that holds weights -> live name -> tensor
 
 
-def keep_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+def fill_in(module: nn.Module, checkpoint: dict[str, Any]) -> States:
+    """Put what is trained inside the backbones into a checkpoint's states, where the module's own state lacks it.
+
+    A module may leave entries out of its `state_dict()`, or rename them, by overriding it or by hooks. Outside the
+    backbones that is its own affair.
+
+    Args:
+        module: the LightningModule the checkpoint is made from.
+        checkpoint: changed in place.
+
+    Returns:
+        What is trained inside the backbones, for each state.
+    """
+    tensors, stacks = state_tensors(module), find_stacks(module)
+    trained = [live for live in checkpoint_names(module, stacks, tensors).values() if _is_inside(live, stacks)]
+    # of an average there is no other source, and of a sharded tensor none that one process could read alone
+    ours = {name: tensors[name].detach() for name in trained if not is_sharded(tensors[name])}
+    found = {}
+    for entry in _STATES:
+        if entry in checkpoint:
+            elsewhere = not checkpoint[entry] and has_shards(module)  # gathered by another process
+            if not elsewhere and (entry == _STATES[-1] or _STATES[-1] not in checkpoint):
+                checkpoint[entry] = {**ours, **checkpoint[entry]}
+            found[entry] = {name: checkpoint[entry][name] for name in trained if name in checkpoint[entry]}
+    return found
+
+
+def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States | None = None) -> None:
     """Take the frozen backbone out of a Lightning checkpoint and describe its adapters, in place.
 
     Args:
         module: the LightningModule the checkpoint was made from; without adapters nothing is changed.
         checkpoint: what `Trainer.save_checkpoint` is about to write.
+        filled: what `fill_in` returned, where something that may have left entries out has had the checkpoint since.
+
+    Raises:
+        AdapterError: something trained inside a backbone is missing, and cannot be filled in.
     """
     stacks = find_stacks(module)
     if not stacks:
         return
+    filled = filled or fill_in(module, checkpoint)
     names = checkpoint_names(module, stacks)
-    for entry in _STATES:
-        if entry in checkpoint:
-            state = checkpoint[entry]
-            # a sharded tensor is asked for by the name it has in the module
-            checkpoint[entry] = {
-                live if is_sharded(state[live]) else saved: state[live]
-                for saved, live in names.items()
-                if live in state
-            }
+    outside: dict[str, list[str]] = {}
+    for entry in filled:
+        own = checkpoint.get(entry) or {}
+        state = {**filled[entry], **own}
+        # a sharded tensor is asked for by the name it has in the module
+        kept = {
+            live if is_sharded(state[live]) else saved: state[live] for saved, live in names.items() if live in state
+        }
+        missing = [live for live in names.values() if live not in state and _is_inside(live, stacks)]
+        if missing and own:  # where it is gathered in one process, the others have nothing
+            raise AdapterError(
+                f"The checkpoint would lack {len(missing)} trained tensors, the first is {missing[0]}: let "
+                f"{type(module).__name__}.state_dict() hold them."
+            )
+        lives = set(names.values())
+        added = {name: value for name, value in own.items() if name not in lives and not _is_inside(name, stacks)}
+        checkpoint[entry] = kept | added
+        left_out = [saved for saved, live in names.items() if live not in state]
+        outside = outside or {"added": list(added), "left_out": left_out}
     described = {}
     for name, stack in stacks.items():
         description = described[_saved_name(name + ".").rstrip(".")] = stack.describe()
         for part in description["parts"]:
             part["keys"] = {eager_key(key): _saved_name(live) for key, live in part["keys"].items()}
-    checkpoint[META] = {"version": 1, "backbones": described}
+    checkpoint[META] = {"version": 1, "backbones": described, "outside": outside}
 
 
 def restore_adapters(
@@ -99,21 +142,31 @@ def restore_adapters(
         heads = saved_heads(config_from_json(part["config"]) for part in described["parts"])
         stack.check_base(described["fingerprint"], source, heads)
         _rebuild(stack, described["parts"], source)
-    names = checkpoint_names(module, find_stacks(module))
-    live_state = module.state_dict()
+    stacks, tensors = find_stacks(module), state_tensors(module)
+    names, noted = checkpoint_names(module, stacks, tensors), checkpoint[META].get("outside", {})
     for entry in _STATES:
         if entry not in checkpoint:
             continue
+        added = {key: value for key, value in checkpoint[entry].items() if key in noted.get("added", ())}
+        given = {key: value for key, value in checkpoint[entry].items() if key not in added}
         # a module with AdapterCheckpointMixin comes here twice, the second time with live names
-        state: dict[str, Tensor] = {_saved_name(key): value for key, value in checkpoint[entry].items()}
-        check_same_keys(set(names), set(state), f"{source} and {type(module).__name__}")
-        for saved, live in names.items():
-            if state[saved].shape != live_state[live].shape:
-                shapes = f"{tuple(state[saved].shape)} in {source}, {tuple(live_state[live].shape)} in the module"
+        state: dict[str, Tensor] = {_saved_name(key): value for key, value in given.items()}
+        if not noted:  # an earlier release kept what is outside, whatever it was
+            added = {key: state.pop(key) for key in state.keys() - names if not _is_inside(key, stacks)}
+        expected = names.keys() - set(noted.get("left_out", ()))
+        check_same_keys(expected, set(state), f"{source} and {type(module).__name__}")
+        own = {saved: names[saved] for saved in state}
+        for saved, live in own.items():
+            if state[saved].shape != tensors[live].shape:
+                shapes = f"{tuple(state[saved].shape)} in {source}, {tuple(tensors[live].shape)} in the module"
                 raise AdapterError(f"{saved} has different shapes: {shapes}.")
         check_finite(state, source)
-        restored = {names[saved]: value for saved, value in state.items()}
-        checkpoint[entry] = {**live_state, **restored} if complete else restored
+        if entry == _STATES[0]:  # the module's own `load_state_dict` may leave out or rename what it does not know
+            for saved, live in own.items():
+                if _is_inside(live, stacks):
+                    write(tensors[live], state[saved])
+        whole_state = _whole_state(module) if complete else {}
+        checkpoint[entry] = whole_state | {names[saved]: value for saved, value in state.items()} | added
 
 
 def restore_sharded(module: nn.Module, path: str | Path) -> None:
@@ -130,9 +183,10 @@ def restore_sharded(module: nn.Module, path: str | Path) -> None:
     """
     checkpoint = read_checkpoint(path, "cpu")
     restore_adapters(module, checkpoint, "the checkpoint")
-    state = module.state_dict()
+    state = state_tensors(module)
     for name, value in checkpoint["state_dict"].items():
-        write(state[name], value)
+        if name in state:
+            write(state[name], value)
 
 
 def load_from_checkpoint(
@@ -176,6 +230,48 @@ class AdapterCheckpointMixin:
             assert isinstance(self, nn.Module)
             restore_adapters(self, checkpoint, "the checkpoint", complete=True)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+
+def trained_inside(module: nn.Module) -> dict[str, str]:
+    """Return what is trained inside the backbones: the name it is saved under -> its live name."""
+    stacks = find_stacks(module)
+    return {saved: live for saved, live in checkpoint_names(module, stacks).items() if _is_inside(live, stacks)}
+
+
+def check_written(names: Mapping[str, str], path: Path) -> bool:
+    """Read back the names in a checkpoint, and say whether they could be read.
+
+    Args:
+        names: what must be in it, as `trained_inside` gives it.
+        path: the file, or the folder that FSDP2 writes.
+
+    Raises:
+        AdapterError: something is not in it.
+    """
+    try:
+        saved = _saved_keys(path)
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError):
+        return False  # not written yet, or by a plugin in a format of its own
+    if missing := [name for name, live in names.items() if not {name, live} & saved]:
+        raise AdapterError(
+            f"{path} lacks {len(missing)} of {len(names)} trained tensors, the first is {missing[0]}: keep what comes "
+            "after the module's on_save_checkpoint, such as a CheckpointIO plugin, from leaving them out."
+        )
+    return True
+
+
+def _saved_keys(path: Path) -> set[str]:
+    """The names of a checkpoint's weights, none where it does not describe any adapters."""
+    if path.is_dir():
+        from torch.distributed.checkpoint import FileSystemReader
+
+        checkpoint = torch.load(path / "meta.pt", weights_only=True, map_location="cpu")
+        found = FileSystemReader(path).read_metadata().state_dict_metadata
+        keys = {key.removeprefix("state_dict.") for key in found}
+    else:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        keys = set(checkpoint["state_dict"])
+    return keys if META in checkpoint else set()
 
 
 def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None = None) -> Path:
@@ -264,15 +360,15 @@ def checkpoint_names(
     Args:
         module: the LightningModule.
         stacks: its adapters.
-        state: the names in its state; default those of `module.state_dict()`.
+        state: the names in its state; default those of all its parameters and persistent buffers.
     """
     kept = {}
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     adapter = {
         _join(name, live) for name, stack in stacks.items() for p in stack.parts for live in stack.keys(p).values()
     }
-    for live in module.state_dict() if state is None else state:
-        if live in adapter or live in trainable or not any(_inside(live, name) for name in stacks):
+    for live in state_tensors(module) if state is None else state:
+        if live in adapter or live in trainable or not _is_inside(live, stacks):
             kept[_saved_name(live)] = live
     return kept
 
@@ -312,8 +408,15 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
             stack.scale(part_json["strength"], part_json["name"])
 
 
-def _inside(key: str, backbone: str) -> bool:
-    return backbone == "" or key.startswith(backbone + ".")
+def _whole_state(module: nn.Module) -> dict[str, Any]:
+    """All that a strict load asks for."""
+    parts = module.named_modules(remove_duplicate=False)
+    extra = {name: part for name, part in parts if type(part).get_extra_state is not nn.Module.get_extra_state}
+    return state_tensors(module) | {_join(name, "_extra_state"): part.get_extra_state() for name, part in extra.items()}
+
+
+def _is_inside(key: str, backbones: Iterable[str]) -> bool:
+    return any(name == "" or key.startswith(f"{name}.") for name in backbones)
 
 
 def _join(backbone: str, key: str) -> str:

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_peft.checkpoint import fill_in
 from lightning_peft.tuners.folders.sharded import is_sharded, whole, write
 from lightning_peft.tuners.stack import check_same_keys
 
@@ -193,6 +194,7 @@ class _SaveAverage:
         module.__dict__["on_save_checkpoint"] = self
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
+        fill_in(self.module, checkpoint)
         self.averaging.put_average(checkpoint["state_dict"])
         self.original(checkpoint)
 

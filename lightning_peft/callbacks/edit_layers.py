@@ -95,13 +95,12 @@ class EditLayers(Edit):
             config.tokens = edit.vectors.shape[1]  # type: ignore[attr-defined]
         part = stack.add(config, self.name, computed=True, record=record)
         values = {"layer_offsets": edit.vectors, "layer_offsets_probe": edit.probe}
-        state = stack.backbone.state_dict()
-        for live in stack.keys(part).values():
+        for live, tensor in stack.live(part).items():
             site, _, kind, _ = live.rsplit(".", 3)
             given = values[kind]
             assert given is not None
             # one vector for all targets, or one for each
-            state[live].copy_(given[self._targets.index(site) if len(given) > 1 else 0])
+            tensor.copy_(given[self._targets.index(site) if len(given) > 1 else 0])
         trainer.lightning_module.log("edited_parameters", float(edit.vectors.numel()), rank_zero_only=True)
 
 

@@ -86,9 +86,9 @@ class HeadGains(PEFT):
             gains = {key: torch.ones(len(value), 1) for key, value in offsets.items()}
             stack.load_tensors(part, tensors | directions | gains, self.init_from)
         elif new:
-            generator, state = torch.Generator().manual_seed(self.seed), stack.backbone.state_dict()
+            generator, tensors = torch.Generator().manual_seed(self.seed), stack.live(part)
             for key, live in sorted(stack.keys(part).items()):
                 if key.endswith(_DIRECTION):
-                    drawn = torch.randn(state[live].shape, generator=generator)
-                    write(state[live], drawn / drawn.norm(dim=1, keepdim=True))
+                    drawn = torch.randn(tensors[live].shape, generator=generator)
+                    write(tensors[live], drawn / drawn.norm(dim=1, keepdim=True))
         return part

@@ -187,7 +187,6 @@ def install(
     values = {"head_offsets": edit.offsets(sites)}
     if config.gate is not None:
         values["head_offsets_probe"] = edit.probes(sites)
-    state = stack.backbone.state_dict()
-    for live in stack.keys(part).values():
+    for live, tensor in stack.live(part).items():
         site, kind, _ = live.rsplit(".", 2)
-        state[live].copy_(values[kind][site])
+        tensor.copy_(values[kind][site])

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelSummary, StochasticWeight
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 
-from lightning_peft.callbacks import optimizers, strategies
+from lightning_peft.callbacks import optimizers, read_back, strategies
 from lightning_peft.callbacks.alive import PATIENCE, Reached
 from lightning_peft.callbacks.backbone import building_hooks, find_backbone, forget, when_built
 from lightning_peft.callbacks.checkpointing import checkpoint_blocks, stop_checkpointing
@@ -18,12 +18,13 @@ from lightning_peft.callbacks.finite import FiniteLoss, check_finite_tensors, fi
 from lightning_peft.callbacks.frozen import check_frozen
 from lightning_peft.callbacks.modes import set_modes, stop_input_gradients
 from lightning_peft.callbacks.options import AdapterOptions
-from lightning_peft.callbacks.precision import forget_precise, keep_precise
+from lightning_peft.callbacks.precision import check_precise, forget_precise, keep_precise
 from lightning_peft.callbacks.report import print_table, summary
-from lightning_peft.checkpoint import keep_adapters, restore_adapters
+from lightning_peft.checkpoint import fill_in, keep_adapters, restore_adapters
 from lightning_peft.positions import Positions, tracked
 from lightning_peft.tuners.backbone.modules import uncompiled
 from lightning_peft.tuners.configs import different_fields
+from lightning_peft.tuners.quantization import protect
 from lightning_peft.tuners.stack import AdapterStack, Part, find_stacks, stack_of
 from lightning_peft.tuners.ways.head_training import saved_heads, with_heads
 
@@ -137,6 +138,7 @@ class PEFT(Callback):
         keep_precise(trainer)
         if stage == "fit":
             self._check_data(trainer)
+            read_back.watch(trainer, pl_module)
 
         def place(name: str) -> None:
             self._inject(pl_module, name)
@@ -150,6 +152,7 @@ class PEFT(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.stack is not None
+        check_precise(self.stack)
         self._prepare_optimizers(trainer, pl_module)
         self._trained = strategies.trained_names(pl_module)
         stop_input_gradients(self.stack.backbone)
@@ -195,12 +198,14 @@ class PEFT(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         forget(pl_module)
+        read_back.forget(trainer)
         self._stop_checkpointing()
         forget_precise(trainer)
         strategies.explain(pl_module, exception)
         strategies.release(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        read_back.stop(trainer)
         self._stop_checkpointing()
         strategies.release(pl_module)
 
@@ -380,6 +385,7 @@ def hook_checkpoints(module: L.LightningModule) -> _CheckpointHooks:
     """
     if _HOOKS not in module.__dict__:
         module.strict_loading = False
+        protect(module)  # Lightning takes the whole module's state before any hook is called
         hooks = module.__dict__[_HOOKS] = _CheckpointHooks(module)
         module.__dict__["on_save_checkpoint"] = hooks.on_save_checkpoint
         module.__dict__["on_load_checkpoint"] = hooks.on_load_checkpoint
@@ -391,10 +397,13 @@ class _CheckpointHooks:
 
     def __init__(self, module: L.LightningModule) -> None:
         self.module, self.finite = module, True
+        names = ("on_save_checkpoint", "on_load_checkpoint")
+        self.own = {name: module.__dict__[name] for name in names if name in module.__dict__}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        type(self.module).on_save_checkpoint(self.module, checkpoint)
-        keep_adapters(self.module, checkpoint)
+        filled = fill_in(self.module, checkpoint)
+        self._call_own("on_save_checkpoint", checkpoint)
+        keep_adapters(self.module, checkpoint, filled)
         if self.finite:
             for stack in find_stacks(self.module).values():
                 for part in stack.parts:
@@ -406,7 +415,14 @@ class _CheckpointHooks:
             restore_adapters(self.module, checkpoint, "the checkpoint", complete="current_model_state" in checkpoint)
         else:
             strategies.restore_loaded(self.module, checkpoint)
-        type(self.module).on_load_checkpoint(self.module, checkpoint)
+        self._call_own("on_load_checkpoint", checkpoint)
+
+    def _call_own(self, name: str, checkpoint: dict[str, Any]) -> None:
+        """Call the module's own hook: one that was set on the module itself, or its class's."""
+        if name in self.own:
+            self.own[name](checkpoint)
+        else:
+            getattr(type(self.module), name)(self.module, checkpoint)
 
 
 def _callbacks(trainer: L.Trainer) -> list[Callback]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import lightning as L
+import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.tuners.folders.sharded import is_sharded
-from lightning_peft.tuners.stack import find_stacks
+from lightning_peft.tuners.stack import AdapterStack, find_stacks
 
 _CONVERT = "convert_module"
 _COPIES = ("LN_TUNING",)  # methods that train a copy of a layer, which computes in the layer's own precision
@@ -39,6 +40,20 @@ def keep_precise(trainer: L.Trainer) -> None:
         return module
 
     plugin.__dict__[_CONVERT] = convert
+
+
+def check_precise(stack: AdapterStack) -> None:
+    """Raise `ValueError` where an adapter would be trained in float16, in which optimizers soon give NaN.
+
+    Methods that compute with copies of the base's own weights train in its precision; bfloat16 has float32's range.
+    """
+    for part in stack.parts:
+        for name, parameter in stack.parameters(part).items():
+            if parameter.requires_grad and parameter.dtype == torch.float16:
+                raise ValueError(
+                    f"{type(part.config).__name__} trains in the base's own precision, and {name} is float16, in which "
+                    "small steps are lost: load the base in bfloat16 or float32."
+                )
 
 
 def forget_precise(trainer: L.Trainer) -> None:

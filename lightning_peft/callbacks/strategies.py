@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.checkpoint import checkpoint_names, read_checkpoint, restore_adapters, restore_sharded
 from lightning_peft.tuners.folders.sharded import has_shards, is_sharded, write
@@ -106,7 +106,7 @@ def same_on_every_rank(module: L.LightningModule, stack: AdapterStack) -> Iterat
     finally:
         if not torch.equal(own, shared):  # where all were seeded alike, all go on alike
             torch.set_rng_state(own)
-    live = {name: value for part in stack.parts for name, value in _tensors(stack, part).items()}
+    live = {name: value for part in stack.parts for name, value in stack.live(part).items()}
     ours = {name: value for name, value in live.items() if not is_sharded(value) and not value.is_meta}
     sent = trainer.strategy.broadcast({name: value.detach().cpu() for name, value in ours.items()})
     for name, value in ours.items():
@@ -148,11 +148,6 @@ def explain(module: L.LightningModule, error: BaseException) -> None:
             restore_sharded(module, path)
         elif Path(path).is_file():
             read_checkpoint(path)
-
-
-def _tensors(stack: AdapterStack, part: Any) -> dict[str, Tensor]:
-    state = stack.backbone.state_dict()
-    return {name: state[name] for name in stack.keys(part).values()}
 
 
 def _save_adapters_only(module: nn.Module) -> None:

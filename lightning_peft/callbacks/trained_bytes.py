@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.callbacks import optimizers
 from lightning_peft.checkpoint import keep_adapters
+from lightning_peft.tuners.backbone.modules import state_tensors
 
 # what the Trainer adds to a checkpoint, in bytes: loops and versions; with optimizers also
 # the states of callbacks
@@ -67,7 +68,7 @@ def optimizer_bytes(made: list[Optimizer], trainable: list[nn.Parameter], notes:
 
 def checkpoint_bytes(module: L.LightningModule, made: list[Optimizer]) -> int:
     """Bytes of a checkpoint file: its tensors, and all else by writing it with tensors of one byte."""
-    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    checkpoint: dict[str, Any] = {"state_dict": state_tensors(module)}
     keep_adapters(module, checkpoint)
     if module.hparams:
         checkpoint["hyper_parameters"] = dict(module.hparams)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.callbacks.alive import Reached
 from lightning_peft.testing.cell import Cell, adapter_tensors, rows, take, trainable
+from lightning_peft.tuners.backbone.modules import state_tensors
 from lightning_peft.tuners.folders.saving import load_adapter, save_adapter
 from lightning_peft.tuners.stack import adapters
 
@@ -47,7 +48,7 @@ def frozen(cell: Cell) -> None:
     backbone = _name_of(module, stack.backbone)
     for part in reversed(list(stack.parts)):
         stack.remove(part.name)
-    pristine, state = cell.base().state_dict(), module.state_dict()
+    pristine, state = state_tensors(cell.base()), state_tensors(module)
     inside = {key for key in pristine if backbone == "" or key.startswith(f"{backbone}.")}
     if strange := (state.keys() ^ pristine.keys()):
         raise LawBroken(f"removing the adapters left {min(strange)} behind, or took it away.")

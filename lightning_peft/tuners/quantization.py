@@ -115,6 +115,13 @@ def quantize(
     return list(existing)
 
 
+def protect(module: nn.Module) -> None:
+    """Keep 4-bit layers that bitsandbytes made from changing while they are used; what they compute stays the same."""
+    for part in list(module.modules()):
+        if _descends(part, "Linear4bit"):
+            _import_layers().protect(part)
+
+
 def mark(module: nn.Module) -> None:
     """Set, on whatever holds quantised layers, the flags by which peft chooses its own layers."""
     for part in module.modules():

@@ -1,14 +1,15 @@
 """bitsandbytes' linear layers, made to stay as they were quantised; importing this imports bitsandbytes.
 
 bitsandbytes' own layers change while they are used: on some CPUs they repack their weights in evaluation (with loss,
-and only for some shapes), they cast their bias in place, take the precision to compute in from the first input they
-happen to see, lose the scales of int8 when a parent module moves, and cannot read back a 4-bit state they wrote. A
-frozen base must do none of that. These subclasses have nothing of their own, so an existing layer becomes one by a
-change of class (`adopt`).
+for some shapes only, and so that no gradient passes any more), and reading their state undoes that, wrongly. They cast
+their bias in place, take the precision to compute in from the first input they happen to see, lose the scales of int8
+when a parent module moves, and cannot read back a 4-bit state they wrote. A frozen base must do none of that. These
+subclasses need nothing of their own, so an existing layer becomes one by a change of class (`protect`, `adopt`).
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -55,6 +56,40 @@ class Linear4bit(bnb.nn.Linear4bit):
             unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(start)]
 
 
+class Loaded4bit(Linear4bit):
+    """A 4-bit layer that bitsandbytes made: it computes what it did, bit for bit, and its weight stays as it is.
+
+    Where bitsandbytes would repack the weight for a CPU's own kernel, a copy is packed and kept beside it: whoever
+    reads the weight (gradients, DoRA, `state_dict`, another device) finds it in the one known layout.
+    """
+
+    packed: tuple[Any, Tensor, Any] | None = None  # what it was packed from, the copy, and the copy's scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+            self.compute_type_is_set = True
+        rows = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        weight, state = self._repacked() if self._repacks(x) else (self.weight, self.weight.quant_state)
+        return bnb.matmul_4bit(rows, weight, quant_state=state, bias=bias).to(x.dtype)
+
+    def _repacks(self, x: Tensor) -> bool:
+        """Whether bitsandbytes would compute this by the CPU's own kernel, which has no gradient."""
+        if x.device.type != "cpu" or not getattr(self, "support_avx512bf16_for_cpu", False):
+            return False
+        (outputs, inputs), block = self.weight.quant_state.shape, self.weight.quant_state.blocksize
+        return not self.training and not x.requires_grad and outputs % 32 == 0 and inputs % block == 0
+
+    def _repacked(self) -> tuple[Tensor, Any]:
+        weight, state = self.weight, self.weight.quant_state
+        source = (weight.data_ptr(), weight._version, id(state))
+        if self.packed is None or self.packed[0] != source:
+            self.packed = (source, *bnb.functional._convert_weight_packed_for_cpu(weight.data, copy.copy(state)))
+        return self.packed[1:]
+
+
 class Linear8bit(bnb.nn.Linear8bitLt):
     """`[..., inputs] -> [..., outputs]` with a frozen weight in 8 bits; on GPUs so is the input, by row."""
 
@@ -99,16 +134,29 @@ def settle(layer: Any) -> None:
     state.is_training = True
 
 
+def protect(layer: Any) -> None:
+    """Let a 4-bit layer that bitsandbytes made compute what it does, and never change; others are left alone."""
+    if type(layer) in (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4):
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            _unpack(layer.weight)
+        layer.__class__ = Loaded4bit
+
+
 def adopt(layer: Any) -> None:
     """Make a layer of bitsandbytes one of the above, in place."""
-    cls = type(layer)
-    if cls is bnb.nn.Linear4bit:
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            layer.state_dict()  # undoes the repacking
-        layer.__class__ = Linear4bit
-    elif cls is bnb.nn.Linear8bitLt:
+    protect(layer)
+    if type(layer) is bnb.nn.Linear8bitLt:
         layer.__class__ = Linear8bit
         settle(layer)
+
+
+def _unpack(weight: Any) -> None:
+    """Undo a repacking; bitsandbytes' own way leaves the scales in another order, or quantises them once more."""
+    state = weight.quant_state
+    scales = state.absmax.T.reshape(-1).float()
+    state.original_nested = False
+    weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    weight.quant_state.absmax = scales
 
 
 def make(linear: Any, transposed: bool, quant_type: str, double_quant: bool, dtype: Any, threshold: float) -> Any:
@@ -159,8 +207,7 @@ def weight_of(layer: Any) -> Tensor:
 def settings_of(layer: Any) -> dict[str, Any]:
     """How a layer was quantised: `quant_type`, and `double_quant` where there is such a thing."""
     if _is_4bit(layer):
-        state = layer.weight.quant_state
-        return {"quant_type": layer.weight.quant_type, "double_quant": bool(state.nested)}
+        return {"quant_type": layer.weight.quant_type, "double_quant": bool(layer.weight.compress_statistics)}
     return {"quant_type": "int8"}
 
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.fingerprint import fingerprint, mismatch, without
 from lightning_peft.tuners.backbone.fused import check_called, unfuse
-from lightning_peft.tuners.backbone.modules import standalone_key
+from lightning_peft.tuners.backbone.modules import standalone_key, state_tensors
 from lightning_peft.tuners.backbone.shared import Own, undo
 from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.configs import check_numbers, config_to_json, nearest_names
 from lightning_peft.tuners.folders.files import AdapterError, check_finite
 from lightning_peft.tuners.folders.sharded import whole, write
+from lightning_peft.tuners.quantization import protect
 from lightning_peft.tuners.ways.head_training import saved_heads
 from lightning_peft.tuners.ways.initialisation import check_repeatable, check_undoable
 from lightning_peft.tuners.ways.injection import Injection
@@ -84,6 +85,7 @@ class AdapterStack:
         self.backbone = backbone
         self.parts: list[Part] = []
         self.base: dict[str, Any] = {}  # fingerprint of the backbone before the first adapter
+        self._reading: dict[str, Any] | None = None  # the same, while nothing else can change the backbone
         self.strict_base = True  # whether what was made for another base is refused, or loaded with a warning
         self._own: list[Own] = []  # what merged modules have for themselves and share otherwise
 
@@ -119,7 +121,8 @@ class AdapterStack:
         kind = kind_of(config)
         kind.check(self.backbone, config, name, [part.injection for part in self.parts], computed)
         self.unmerge()
-        base = self.base if self.parts else fingerprint(self.backbone)
+        protect(self.backbone)
+        base = self._base()
         flags = self._flags()
         # peft warns of a second configuration on one model; here that is the point, so it is shown a bare model
         configs = self.backbone.__dict__.pop("peft_config", {})
@@ -220,6 +223,9 @@ class AdapterStack:
 
     @contextmanager
     def _switched_off(self, name: str | None = None) -> Iterator[None]:
+        if not self.parts:
+            yield
+            return
         before = [part.enabled for part in self.parts]
         self.unmerge()
         for part in self.parts if name is None else [self[name]]:
@@ -274,6 +280,8 @@ class AdapterStack:
 
     def _flags(self) -> dict[nn.Parameter, bool]:
         """Which parameters of adapters are trained."""
+        if not self.parts:
+            return {}
         parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
         live = (name for part in self.parts for name in self.keys(part).values() if name in parameters)
         return {parameters[name]: parameters[name].requires_grad for name in live}
@@ -297,26 +305,40 @@ class AdapterStack:
             part.injection.switch(part.enabled)
 
     def keys(self, part: Part) -> dict[str, str]:
-        """The part's tensors: peft's key in a saved folder -> the name in `backbone.state_dict()`."""
+        """The part's tensors: peft's key in a saved folder -> the name in the backbone's state."""
         return part.injection.keys()
+
+    def live(self, part: Part) -> dict[str, Tensor]:
+        """The part's tensors themselves under their names in the backbone's state, to be written to."""
+        state = state_tensors(self.backbone)
+        return {name: state[name].detach() for name in self.keys(part).values()}
 
     def tensors(self, part: Part) -> dict[str, Tensor]:
         """The part's tensors under the keys of a saved peft folder; of a sharded module, all processes must ask."""
-        state = self.backbone.state_dict()
-        return {key: whole(state[name]) for key, name in self.keys(part).items()}
+        state = state_tensors(self.backbone)
+        return {key: whole(state[name].detach()) for key, name in self.keys(part).items()}
 
     def parameters(self, part: Part) -> dict[str, nn.Parameter]:
         """The part's parameters by their names in the backbone; of a sharded module, this process's handles on them."""
         every = dict(self.backbone.named_parameters(remove_duplicate=False))
         return {name: every[name] for name in self.keys(part).values() if name in every}
 
-    def load_tensors(self, part: Part, tensors: Mapping[str, Tensor], source: str) -> None:
+    def load_tensors(
+        self, part: Part, tensors: Mapping[str, Tensor], source: str, keys: Mapping[str, str] | None = None
+    ) -> None:
         """Copy saved tensors into a part, after checking every key, shape and value.
+
+        Args:
+            part: the part.
+            tensors: what was saved.
+            source: what to call it in messages.
+            keys: the part's keys, where they are known.
 
         Raises:
             AdapterError: a key is missing or unknown, a shape differs, or a value is not finite.
         """
-        keys, state, tensors = self.keys(part), self.backbone.state_dict(), part.injection.spread(tensors)
+        keys = self.keys(part) if keys is None else keys
+        state, tensors = state_tensors(self.backbone), part.injection.spread(tensors)
         check_same_keys(set(keys), set(tensors), f"{source} and adapter {part.name!r}")
         for key, name in keys.items():
             if state[name].shape != tensors[key].shape:
@@ -345,6 +367,24 @@ class AdapterStack:
             ],
         }
 
+    @contextmanager
+    def reading_base_once(self) -> Iterator[None]:
+        """Within, the bare backbone's fingerprint is taken once, since nothing but adapters changes the backbone."""
+        self._reading = {}
+        try:
+            yield
+        finally:
+            self._reading = None
+
+    def _base(self) -> dict[str, Any]:
+        """The fingerprint of the backbone without adapters."""
+        if self.parts:
+            return self.base
+        if self._reading is None:
+            return fingerprint(self.backbone)
+        self._reading = self._reading or fingerprint(self.backbone)
+        return self._reading
+
     def check_base(self, expected: Mapping[str, Any], source: str, heads: Collection[str] = ()) -> None:
         """See that the backbone is the one that a saved adapter was made for.
 
@@ -358,7 +398,7 @@ class AdapterStack:
         """
         if not expected:
             return
-        found = self.base if self.parts else fingerprint(self.backbone)
+        found = self._base()
         if difference := mismatch(dict(expected), without(found, heads)):
             problem = f"{source} was made for another base model: {difference}"
             if self.strict_base:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 STATE = "adapter_state"  # the backbone's child that holds what adapters have outside the backbone's own modules
 
@@ -30,6 +31,29 @@ def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside |= set(module.modules())
         if module not in inside:
             yield standalone_key(name + ".").rstrip("."), module
+
+
+def state_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a module under the names they have in its `state_dict()`.
+
+    That is not called: it may be a user's own, which leaves entries out or renames them, and some layers change when
+    their state is taken. What adapters keep beside the modules is asked, since a prompt may follow from an encoder.
+    """
+    fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    found: dict[str, Any] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, fsdp):  # nothing but its own state knows the shapes of what it has flattened
+            return nn.Module.state_dict(module, keep_vars=True)
+        start = f"{name}." if name else ""
+        if isinstance(part, AdapterState):
+            found |= part.state_dict(prefix=start, keep_vars=True)
+        for key, value in part._parameters.items():
+            if value is not None:
+                found[start + key] = value
+        for key, buffer in part._buffers.items():
+            if buffer is not None and key not in part._non_persistent_buffers_set:
+                found[start + key] = buffer
+    return found
 
 
 def standalone_key(key: str) -> str:

@@ -74,19 +74,20 @@ def load_adapter(
     stack.strict_base = strict_base
     read = [read_folder(path) for path in folders]
     heads = saved_heads(config for config, _, _ in read)
-    for path, (_, _, notes) in zip(folders, read, strict=True):
-        stack.check_base(notes.get("fingerprint", {}), str(path), heads)
-    try:
-        for path, (config, tensors, notes) in zip(folders, read, strict=True):
-            own = path.name if len(folders) > 1 else name or "default"
-            config.inference_mode = is_prompt_alone(config, tensors)
-            part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
-            added.append(part)
-            stack.load_tensors(part, tensors, str(path))
-    except Exception:
-        for part in reversed(added):
-            stack.remove(part.name)
-        raise
+    with stack.reading_base_once():
+        for path, (_, _, notes) in zip(folders, read, strict=True):
+            stack.check_base(notes.get("fingerprint", {}), str(path), heads)
+        try:
+            for path, (config, tensors, notes) in zip(folders, read, strict=True):
+                own = path.name if len(folders) > 1 else name or "default"
+                config.inference_mode = is_prompt_alone(config, tensors)
+                part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
+                added.append(part)
+                stack.load_tensors(part, tensors, str(path), part.injection.noted)
+        except Exception:
+            for part in reversed(added):
+                stack.remove(part.name)
+            raise
     return added
 
 

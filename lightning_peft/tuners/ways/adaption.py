@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.tuners.backbone.modules import state_tensors
 from lightning_peft.tuners.ways.injection import Injection
 
 _PREFIX = "base_model.model."
@@ -49,7 +50,7 @@ class AdaptionInjection(Injection):
         return iter(())
 
     def keys(self) -> dict[str, str]:
-        names = self.backbone.state_dict()
+        names = state_tensors(self.backbone)
         return {_PREFIX + name: name for name in names if name.rsplit(".", 1)[-1].startswith("adaption_")}
 
     def places(self) -> list[str]:

@@ -63,7 +63,8 @@ def saved_heads(configs: Iterable[PeftConfig]) -> set[str]:
 def without_heads(config: PeftConfig, heads: Collection[str]) -> PeftConfig:
     """Return a configuration as `with_heads` found it, but for targets inside the heads."""
     bare: Any = copy.copy(config)
-    bare.modules_to_save = [name for name in bare.modules_to_save or () if name not in heads] or None
+    if hasattr(bare, "modules_to_save"):
+        bare.modules_to_save = [name for name in bare.modules_to_save or () if name not in heads] or None
     _leave_out(bare, heads)
     return bare
 

@@ -11,13 +11,15 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_key
+from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_key, state_tensors
 from lightning_peft.tuners.quantization import check_merge
 from lightning_peft.tuners.ways.own_forward import OwnForward, acts_on_calls, own_forward, task_of
 
 _PREFIX = "base_model.model."  # what PeftModel puts before the name of every tensor in the backbone
+_HALF = (torch.float16, torch.bfloat16)
 _TUNER = "base_model."  # and before what the tuner itself holds
 
 
@@ -85,11 +87,12 @@ class Injection:
         self._keep(state)
         self.own_forward = self._own_forward()
         self.trained: set[str] = set()  # the keys of those tensors that training the adapter means
+        self.noted: dict[str, str] = {}  # all keys when it was put on; later wrappers give other names
 
     def note_trained(self) -> None:
-        """Remember what peft would train; others may freeze it."""
-        parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
-        self.trained = {k for k, live in self.keys().items() if live in parameters and parameters[live].requires_grad}
+        """Remember what peft would train, since others may freeze it, and the keys as they are now."""
+        self.noted, state = self.keys(), state_tensors(self.backbone)
+        self.trained = {key for key, live in self.noted.items() if state[live].requires_grad}
 
     def _task(self, backbone: nn.Module) -> str:
         task = task_of(backbone)
@@ -100,6 +103,7 @@ class Injection:
 
         tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type]
         tuner = tuner_class(self.backbone, {self.name: self.config}, self.name)
+        _to_float32(tuner, self.name)
         if self.config.peft_type == "SHIRA":
             _register_indices(self.backbone)
         return tuner
@@ -118,7 +122,7 @@ class Injection:
                 yield module
 
     def keys(self) -> dict[str, str]:
-        """The adapter's tensors: peft's key in a saved folder -> the name in `backbone.state_dict()`."""
+        """The adapter's tensors: peft's key in a saved folder -> the name in the backbone's state."""
         from peft import get_peft_model_state_dict
 
         config = copy.copy(self.config)
@@ -129,7 +133,7 @@ class Injection:
         configs = {**self.backbone.__dict__.get("peft_config", {}), self.name: config}
         model = _PeftNames(self.tuner, configs)
         # peft only selects and renames entries, so names may stand in for tensors
-        state = {name: value for name, value in model.state_dict(keep_vars=True).items() if f".{STATE}." not in name}
+        state = {name: value for name, value in state_tensors(model).items() if f".{STATE}." not in name}
         names: dict[str, Any] = {name: name for name in state}
         selected = get_peft_model_state_dict(
             model, state_dict=names, adapter_name=self.name, save_embedding_layers=False
@@ -199,6 +203,22 @@ class _PeftNames(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_model"), name)
+
+
+def _to_float32(tuner: Any, name: str) -> None:
+    """Keep an adapter on a half-precision base in float32, as `get_peft_model` does: half rounds small steps away."""
+    if all(parameter.dtype not in _HALF for parameter in tuner.parameters()):
+        return
+    if hasattr(tuner, "_cast_adapter_dtype"):
+        flags = {key: p.requires_grad for key, p in tuner.named_parameters(remove_duplicate=False)}
+        tuner._cast_adapter_dtype(adapter_name=name)
+        for key, parameter in tuner.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(flags[key])  # peft would train all that it has cast
+    for layer in tuner.modules():
+        for attribute in getattr(layer, "other_param_names", ()):
+            held = getattr(layer, attribute, None)
+            if isinstance(held, nn.ParameterDict) and name in held:
+                held[name].requires_grad_(False)  # and what it has moved to the base's precision
 
 
 def take_out(backbone: nn.Module, cls: Any, name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import STATE
+from lightning_peft.tuners.backbone.modules import STATE, state_tensors
 from lightning_peft.tuners.ways.injection import Injection, forget_state, take_out
 from lightning_peft.tuners.ways.own_forward import OwnForward, task_of
 from lightning_peft.tuners.ways.prompt_forward import PAST, PromptForward, unchanged
@@ -79,7 +79,7 @@ class PromptInjection(Injection):
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         inner = f"{STATE}.{self.name}.prompt."
-        names: dict[str, Any] = {name: name for name in self.backbone.state_dict()}
+        names: dict[str, Any] = {name: name for name in state_tensors(self.backbone)}
         simple = inner + _SAVED not in names
         found = {_key(name.removeprefix(inner), simple): name for name in names if name.startswith(inner)}
         for prefix, module in self.backbone.named_modules():  # heads saved whole
