@@ -30,7 +30,7 @@ def main(args: list[str]) -> Baked | ControlVector:
     options.add_argument("--questions", type=int, default=20, help="how many to measure on; 0 measures nothing")
     given = options.parse_args(args[1:])
     with one_sentence("bake"):
-        from lightning_peft.tuners.folders.bases import load_base, save_tokenizer
+        from lightning_peft.tuners.folders.bases import load_base
 
         if not Path(given.adapter).is_dir():
             raise FileNotFoundError(2, "", given.adapter)
@@ -45,8 +45,7 @@ def main(args: list[str]) -> Baked | ControlVector:
             return vector
         from lightning_peft.tuners.folders.baking import bake
 
-        baked = bake(model, given.adapter, given.output, batches)
-        save_tokenizer(base, Path(given.output))
+        baked = bake(model, given.adapter, given.output, batches, tokenizer=base)
         _print_baked(baked, given.output)
         return baked
 

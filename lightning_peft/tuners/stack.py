@@ -24,6 +24,7 @@ from lightning_peft.tuners.backbone.modules import standalone_key
 from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.configs import check_numbers, config_to_json, nearest_names
 from lightning_peft.tuners.folders.files import AdapterError, check_finite
+from lightning_peft.tuners.folders.names import check_folder_name
 from lightning_peft.tuners.folders.sharded import whole, write
 from lightning_peft.tuners.ways.head_training import saved_heads
 from lightning_peft.tuners.ways.initialisation import check_repeatable, check_undoable
@@ -116,6 +117,8 @@ class AdapterStack:
         try:
             with self._switched_off():  # an initialisation that reads or changes weights must see the base's own
                 injection = kind(self.backbone, own, name)
+            part = Part(name, copy.deepcopy(config), injection, computed, dict(record or {}))
+            part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         except Exception:
             kind.clean_up(self.backbone, own, name)
             if configs:
@@ -125,8 +128,6 @@ class AdapterStack:
             raise
         self.base = base
         self.backbone.__dict__["peft_config"] = {**configs, name: own}
-        part = Part(name, copy.deepcopy(config), injection, computed, dict(record or {}))
-        part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         self.parts.append(part)
         injection.note_trained()
         _set(flags)  # peft freezes all that is not of the kind it puts on
@@ -431,8 +432,7 @@ def _check_strangers(stack: AdapterStack) -> None:
 
 def _check_name(name: str, backbone: nn.Module) -> None:
     """An adapter's name must be a folder's, and none that peft, which sorts tensors by it, would find elsewhere."""
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"An adapter's name consists of letters, digits, - and _, unlike {name!r}.")
+    check_folder_name(name, "An adapter's name")
     if any(name in module.split(".") for module, _ in backbone.named_modules()):
         raise ValueError(f"{name!r} is the name of a module of the backbone: give the adapter another name.")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.modules import base_modules
-from lightning_peft.tuners.folders.bases import check_new
+from lightning_peft.tuners.folders.bases import check_new, save_tokenizer
 from lightning_peft.tuners.folders.bias_flags import Flag, find_flags, turned_on
 from lightning_peft.tuners.folders.divergence import Divergence, divergence
 from lightning_peft.tuners.quantization import is_quantized
 from lightning_peft.tuners.stack import Part, find_stacks, stack_of
 from lightning_peft.tuners.steering import reposition, steering
+from lightning_peft.whole import new_folder
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,11 @@ class Baked:
 
 
 def bake(
-    model: nn.Module, adapter: str | Path, output: str | Path, batches: Iterable[Mapping[str, Tensor]] = ()
+    model: nn.Module,
+    adapter: str | Path,
+    output: str | Path,
+    batches: Iterable[Mapping[str, Tensor]] = (),
+    tokenizer: str | None = None,
 ) -> Baked:
     """Bake a saved edit, or a stack that ends in one, into a transformers model, and save that.
 
@@ -60,6 +63,7 @@ def bake(
         adapter: a folder that `load_adapter` reads.
         output: where to write; must be new or empty.
         batches: texts to measure on what acting at every position changes; see `divergence`.
+        tokenizer: a folder or a name on the hub whose tokenizer or processor, where it has one, is written too.
 
     Raises:
         AdapterError: the adapter cannot be read or is for another base.
@@ -93,16 +97,13 @@ def bake(
         flags, added = find_flags(model, changed.keys() - own_parameters(model).keys())
         measured = divergence(model, batches, lambda: acting(positions), nullcontext)
     zeros = {name: _zero_bias(model, name) for name in sorted(added - changed.keys())}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as made:
-        folder = Path(made, "model")
+    with new_folder(output) as folder:
         with _written(model, changed | zeros), turned_on(model.config, flags):
             model.save_pretrained(folder)  # type: ignore[operator]
             if flags:
                 _check_reloaded(model, folder)
-        if output.exists():
-            output.rmdir()
-        shutil.move(folder, output)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder)
     were = tuple(dict.fromkeys(positions.values()))
     return Baked(type(model).__name__, tuple(sorted(changed)), flags, tuple(zeros), were, measured)
 

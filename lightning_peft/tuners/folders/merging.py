@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from lightning_peft.tuners.folders.bases import (
 )
 from lightning_peft.tuners.folders.saving import load_adapter
 from lightning_peft.tuners.stack import stack_of
+from lightning_peft.whole import new_folder
 
 
 def merge_pretrained(adapter: str | Path, output: str | Path, base: str | None = None, dtype: str = "auto") -> str:
@@ -58,13 +57,9 @@ def merge_pretrained(adapter: str | Path, output: str | Path, base: str | None =
         raise ValueError(f"{base} shares {changed[0]} with another weight, and only one of the two was trained.")
     plain.config.dtype = backbone.dtype
     plain.generation_config = backbone.generation_config if plain.can_generate() else None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as made:
-        plain.save_pretrained(Path(made, "model"))
-        save_tokenizer(base, Path(made, "model"))
-        if output.exists():
-            output.rmdir()
-        shutil.move(Path(made, "model"), output)
+    with new_folder(output) as made:
+        plain.save_pretrained(made)
+        save_tokenizer(base, made)
     return type(plain).__name__
 
 

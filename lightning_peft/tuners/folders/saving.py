@@ -9,10 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.tuners.configs import config_from_json, with_strength
-from lightning_peft.tuners.folders.files import adapter_folders, read_folder, write_folders
+from lightning_peft.tuners.folders.files import CONFIG, AdapterError, adapter_folders, read_folder, write_folders
 from lightning_peft.tuners.stack import Part, adapters, stack_of
 from lightning_peft.tuners.ways.head_training import saved_heads
 from lightning_peft.tuners.ways.prompts import is_prompt_alone
+
+# what peft raises where a setting is not of its type, which it does not check
+_WRONG_TYPES = (AttributeError, KeyError, IndexError, TypeError, OverflowError)
 
 
 def save_adapter(module: nn.Module, folder: str | Path) -> Path:
@@ -80,7 +83,10 @@ def load_adapter(
         for path, (config, tensors, notes) in zip(folders, read, strict=True):
             own = path.name if len(folders) > 1 else name or "default"
             config.inference_mode = is_prompt_alone(config, tensors)
-            part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
+            try:
+                part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
+            except _WRONG_TYPES as error:
+                raise AdapterError(f"{path / CONFIG} has a setting of the wrong type: {error!r}.") from error
             added.append(part)
             stack.load_tensors(part, tensors, str(path))
     except Exception:
