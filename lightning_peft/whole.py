@@ -26,7 +26,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = _beside(path)
+    made = path.with_name(f".{path.name}.new")
     clear(made)
     try:
         yield made
@@ -46,7 +46,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = _beside(path)
+    made = path.with_name(f".{path.name}.new")
     with locked(made):
         clear_folder(made)
         try:
@@ -57,6 +57,20 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         except BaseException:
             clear(made)
             raise
+
+
+@contextmanager
+def scratch_folder(path: str | Path) -> Iterator[Path]:
+    """Within, an empty folder beside a path, where what will be at the path is tried; afterwards it is gone."""
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".{path.name}.trial")
+    with locked(made):
+        clear_folder(made)
+        try:
+            yield made
+        finally:
+            clear(made)
 
 
 @contextmanager
@@ -132,7 +146,3 @@ def _is_at(handle: int, folder: Path) -> bool:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")

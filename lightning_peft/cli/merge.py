@@ -18,6 +18,11 @@ def main(args: list[str]) -> Path:
     )
     options.add_argument("--dtype", default="auto", help="to merge and save in; auto is the base's own")
     options.add_argument("--backbone", help="which backbone's adapters, where a checkpoint's module had several")
+    options.add_argument(
+        "--trust",
+        action="store_true",
+        help="unpickle the checkpoint, which runs code in it; only if you trust its author",
+    )
     given = options.parse_args(args[1:])
     with one_sentence("merge"), tempfile.TemporaryDirectory() as temporary:
         from lightning_peft.checkpoint import export_checkpoint, outside_backbones
@@ -25,8 +30,8 @@ def main(args: list[str]) -> Path:
 
         source, left = Path(given.adapter), []
         if source.is_file():
-            left = outside_backbones(source)
-            source = export_checkpoint(source, Path(temporary, "adapter"), given.backbone)
+            left = outside_backbones(source, given.trust)
+            source = export_checkpoint(source, Path(temporary, "adapter"), given.backbone, given.trust)
         elif not source.is_dir():
             raise FileNotFoundError(2, "", str(source))
         try:

@@ -254,7 +254,7 @@ def test_a_start_that_is_not_known_is_said(fitted: Path, tmp_path: Path, capsys:
 
 WRONG: dict[str, tuple[list[Any], str]] = {
     "export no file": (["export", "nowhere.ckpt", "out"], "nowhere.ckpt does not exist"),
-    "export no checkpoint": (["export", "lora.yaml", "out"], "holds more than tensors"),
+    "export no checkpoint": (["export", "lora.yaml", "out"], "lora.yaml is no checkpoint"),
     "merge nothing": (["merge", "nowhere", "out"], "nowhere does not exist"),
     "merge over something": (["merge", "adapter", "start", "--base", "base"], "is not an empty folder"),
     "merge without base": (["merge", "adapter", "out"], "names no base model"),
