@@ -21,7 +21,7 @@ from lightning_peft.pickles import read_file, unread
 from lightning_peft.shards import read_shards
 from lightning_peft.tuners.backbone.modules import eager_key, standalone_key, uncompiled
 from lightning_peft.tuners.configs import different_fields
-from lightning_peft.tuners.folders.files import AdapterError, check_finite
+from lightning_peft.tuners.folders.files import AdapterError, check_finite, check_kind
 from lightning_peft.tuners.folders.plain import Adapters, check_plain
 from lightning_peft.tuners.folders.saving import add_read, read_config, write_described
 from lightning_peft.tuners.folders.sharded import has_shards, is_sharded, write
@@ -118,6 +118,7 @@ def restore_adapters(
             if state[saved].shape != live_state[live].shape:
                 shapes = f"{tuple(state[saved].shape)} in {source}, {tuple(live_state[live].shape)} in the module"
                 raise AdapterError(f"{saved} has different shapes: {shapes}.")
+            check_kind(state[saved], live_state[live], f"{source}: {saved}")
         check_finite(state, source)
         restored = {names[saved]: value for saved, value in state.items()}
         checkpoint[entry] = {**live_state, **restored} if complete else restored
@@ -169,10 +170,11 @@ def load_from_checkpoint(
             holds as an object that is not read without `trust`.
     """
     checkpoint = read_checkpoint(path, map_location or "cpu", trust)
+    whole = not unread(checkpoint)
     missing = checkpoint[META].get("left_out", {}) | take_out_unread(checkpoint)
     check_arguments(cls, missing, kwargs, checkpoint, str(path))
     file: Any = path
-    if missing or Path(path).is_dir():  # Lightning reads files whole, and such as are open
+    if not whole or Path(path).is_dir():  # Lightning reads files whole, and such as are open
         file = io.BytesIO()
         torch.save(checkpoint, file)
         file.seek(0)
@@ -274,6 +276,10 @@ def _check_adapters(checkpoint: Any, source: str) -> None:
     if not isinstance(checkpoint, dict) or META not in checkpoint:
         raise AdapterError(f"{source} holds no adapters: it was not written with a lightning_peft callback.")
     check_plain(checkpoint[META], Adapters, f"What {source} says of its adapters")
+    if strange := unread(checkpoint[META]):
+        raise AdapterError(
+            f"What {source} says of its adapters holds a {next(iter(strange.values()))}, no plain value."
+        )
     for described in checkpoint[META]["backbones"].values():
         for part in described["parts"]:
             read_config(part["config"], f"What {source} says of adapter {part['name']!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ class Unread:
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+class _UnreadMapping(Unread):
+    """In place of a class whose objects are filled as dicts are; they remember its name."""
+
+    def __new__(cls, *_: Any) -> Any:
+        made: OrderedDict[Any, Any] = OrderedDict()
+        made.was = cls.was  # type: ignore[attr-defined]
+        return made
 
 
 def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any:
@@ -50,16 +60,19 @@ def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any
         if trust:
             return torch.load(path, map_location=map_location, weights_only=False)
         unknown = sorted(_unknown(path))
-        stand_ins: list[Any] = [(type(f"Unread[{name}]", (Unread,), {"was": name}), name) for name in unknown]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            return _read(path, map_location, unknown, Unread)
+        except pickle.UnpicklingError:
+            if not unknown:
+                raise
+            return _read(path, map_location, unknown, _UnreadMapping)
     except AdapterError:
         raise
     except Exception as error:  # whatever a damaged file makes of itself
         if trust:
             raise AdapterError(f"{path} is truncated, or cannot be unpickled here: {error!r}.") from error
         if unknown or isinstance(error, pickle.UnpicklingError):
-            what = f"more than tensors and plain values ({unknown[0][:80]})" if unknown else "what cannot be read"
+            what = f"more than tensors and plain values ({_shown(unknown[0])})" if unknown else "what cannot be read"
             raise AdapterError(
                 f"{path} holds {what}, in a form that only unpickling reads, which runs code: give trust=True "
                 "(--trust) if you trust its author."
@@ -74,8 +87,8 @@ def unread(value: Any) -> dict[str, str]:
     while waiting:
         place, item = waiting.pop()
         kind = item if isinstance(item, type) else type(item)
-        if issubclass(kind, Unread):
-            found[place] = kind.was
+        if issubclass(kind, Unread) or (kind is OrderedDict and hasattr(item, "was")):
+            found[_shown(place)] = _shown(item.was)
         elif isinstance(item, dict | list | tuple | set) and id(item) not in seen:
             seen.add(id(item))
             pairs = list(item.items() if isinstance(item, dict) else enumerate(item))
@@ -84,9 +97,21 @@ def unread(value: Any) -> dict[str, str]:
     return found
 
 
+def _shown(name: Any) -> str:
+    """A name from a file, on one line and not endless."""
+    return " ".join(str(name)[:120].split())
+
+
 def type_name(kind: type) -> str:
     """A type's full name, as a file would have it."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _read(path: Path, map_location: Any, unknown: list[str], kind: type) -> Any:
+    """The content of a file, with objects of a kind in place of those that PyTorch would not make by itself."""
+    stand_ins: list[Any] = [(type(f"Unread[{name}]", (kind,), {"was": name}), name) for name in unknown]
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _unknown(path: Path) -> list[str]:

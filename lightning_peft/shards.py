@@ -59,7 +59,7 @@ def read_shards(folder: Path, trust: bool = False) -> dict[str, Tensor]:
         return _unpickled(folder)
     try:
         index = read_index(folder)
-        places = {(at.fqn, at.offset): info for at, info in index.storage_data.items()}
+        places = {(at.fqn, getattr(at, "offset", None)): info for at, info in index.storage_data.items()}
         return {
             name.removeprefix(_PREFIX): _tensor(folder, name, entry, places)
             for name, entry in index.state_dict_metadata.items()

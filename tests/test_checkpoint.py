@@ -392,6 +392,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda c: c["state_dict"][A].fill_(float("nan")),
         rf"{A} holds NaN or infinite values\.$",
     ),
+    "integers": (
+        lambda c: c["state_dict"].update({A: c["state_dict"][A].int()}),
+        rf"{A} holds torch\.int32 where the model has torch\.float32\.$",
+    ),
     "shape": (
         lambda c: c["state_dict"].update({A: torch.zeros(2, 3)}),
         rf"{A} has different shapes: \(2, 3\) in .*, \(2, 16\) in the module\.$",

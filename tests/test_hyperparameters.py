@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import warnings
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +58,10 @@ class Sum:
         Sum.made += 1
 
 
+class Dotted(dict[str, Any]):
+    """A dict of the user's own."""
+
+
 class Free(L.LightningModule):
     """Takes anything as an argument and does not look at it."""
 
@@ -108,6 +112,8 @@ OBJECTS: dict[str, tuple[Any, str]] = {  # a value -> the name of its type
     "a path in a list in a dict": ({"a": [1, (Path("b"),)]}, "pathlib.PosixPath"),
     "numpy's number": (np.float64(0.5), "numpy._core.multiarray.scalar"),
     "an array": (np.ones(3), "numpy._core.multiarray._reconstruct"),
+    "a dict of another class": (Dotted(a=1), f"{__name__}.Dotted"),
+    "a dict with a default": (defaultdict(list, a=[1]), "collections.defaultdict"),
     "an object": (Sum(), f"{__name__}.Sum"),
 }
 PLAIN = [None, 1, 0.5, "text", [1, {"a": (2, "b")}], {"w": torch.ones(3)}, torch.ones(2), torch.float16, {1, 2}, b"ab"]

@@ -23,7 +23,7 @@ from lightning_peft.tuners.backbone.fused import check_called, unfuse
 from lightning_peft.tuners.backbone.modules import standalone_key
 from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.configs import check_numbers, config_to_json, nearest_names
-from lightning_peft.tuners.folders.files import AdapterError, check_finite
+from lightning_peft.tuners.folders.files import AdapterError, check_finite, check_kind
 from lightning_peft.tuners.folders.names import check_folder_name
 from lightning_peft.tuners.folders.sharded import whole, write
 from lightning_peft.tuners.ways.head_training import saved_heads
@@ -312,6 +312,7 @@ class AdapterStack:
             if state[name].shape != tensors[key].shape:
                 shapes = f"has shape {tuple(tensors[key].shape)}, the model needs {tuple(state[name].shape)}"
                 raise AdapterError(f"{source}: {key} {shapes}.")
+            check_kind(tensors[key], state[name], f"{source}: {key}")
         check_finite(tensors, source)
         self.unmerge()
         for key, name in keys.items():

@@ -27,6 +27,7 @@ __all__ = [
     "AdapterError",
     "adapter_folders",
     "check_finite",
+    "check_kind",
     "read_folder",
     "write_folders",
 ]
@@ -118,3 +119,9 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     for key, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise AdapterError(f"{source}: {key} holds NaN or infinite values.")
+
+
+def check_kind(saved: Tensor, live: Tensor, what: str) -> None:
+    """Raise `AdapterError` unless both hold numbers of a kind: those with a fraction, or those without."""
+    if saved.is_floating_point() != live.is_floating_point():
+        raise AdapterError(f"{what} holds {saved.dtype} where the model has {live.dtype}.")

@@ -80,6 +80,10 @@ DAMAGE = {
         lambda d: rewrite(d / WEIGHTS, lambda t: t.update(extra=torch.ones(1))),
         r"do not fit: 1 tensors are unknown, the first is extra\.$",
     ),
+    "integers": (
+        lambda d: rewrite(d / WEIGHTS, lambda t: t.update({first(t): t[first(t)].int()})),
+        r"head_offsets holds torch\.int32 where the model has torch\.float32\.$",
+    ),
     "another shape": (
         lambda d: rewrite(d / WEIGHTS, lambda t: t.update({first(t): torch.ones(1, 9)})),
         r"head_offsets has shape \(1, 9\), the model needs \(1, 8\)\.$",
