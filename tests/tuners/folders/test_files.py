@@ -53,7 +53,7 @@ DAMAGE = {
     ),
     "config of a method that is none": (
         lambda d: (d / CONFIG).write_text('{"peft_type": [1]}'),
-        r"adapter_config\.json is not a peft configuration: ",
+        r"adapter_config\.json is not what this package writes: peft_type is \[1\], not a str\.$",
     ),
     "endless config": (
         lambda d: (d / CONFIG).write_text("[" * 10**5),
