@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tuning import QUIET, Net, fit, one_sentence, points, trainer
+from tuning import QUIET, Net, one_sentence, points, trainer
 
 from lightning_peft import export_checkpoint, load_adapter, load_from_checkpoint
 from lightning_peft.callbacks import LoRA
@@ -120,7 +120,15 @@ PLAIN = [None, 1, 0.5, "text", [1, {"a": (2, "b")}], {"w": torch.ones(3)}, torch
 
 
 def saved(folder: Path, module: L.LightningModule) -> Path:
-    fit(module, LoRA(r=2, backbone="net")).save_checkpoint(folder / "a.ckpt")
+    """A checkpoint of the module with an adapter that has been moved, without training it."""
+    LoRA(r=2, backbone="net").apply(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    fitted = trainer()
+    fitted.strategy.connect(module)
+    fitted.save_checkpoint(folder / "a.ckpt")
     return folder / "a.ckpt"
 
 

@@ -43,7 +43,7 @@ def adapters(seed: int, *names: str) -> Adapters:
 
 
 ONE, OTHER = adapters(1, "default"), adapters(2, "default")
-STACK, STACKS = adapters(3, "lora", "edit"), adapters(4, "edit", "more")
+STACK = adapters(3, "lora", "edit")
 PACKED = adapters(5, "default")
 
 
@@ -83,9 +83,7 @@ CHANGES: dict[str, tuple[Adapters, Adapters]] = {
     "one by another": (ONE, OTHER),
     "a stack by one": (STACK, ONE),
     "one by a stack": (ONE, STACK),
-    "a stack by another": (STACK, STACKS),
     "compressed by plain": (PACKED, ONE),
-    "plain by compressed": (ONE, PACKED),
     "nothing by one": ({}, ONE),
 }
 
