@@ -67,7 +67,7 @@ ELSEWHERE = {
     # folders
     "a damaged adapter folder": "tuners/folders/test_files.py::test_a_damaged_folder_is_one_sentence_and_leaves_the_model_alone",  # noqa: E501
     "a folder of another base": "tuners/test_stack.py::test_another_base_is_refused_and_left_alone",
-    "a crash leaves half a folder": "tuners/folders/test_replacing.py::test_old_or_new_is_there_whenever_the_writer_dies",
+    "a crash leaves half a folder": "tuners/folders/test_replacing.py::test_old_or_new_is_there_whenever_the_writer_dies",  # noqa: E501
     # editing and data
     "activations that are NaN": "callbacks/test_iti.py::test_activations_that_are_not_finite",
     "labels of one class only": "callbacks/test_iti.py::test_data_without_both_labels",
