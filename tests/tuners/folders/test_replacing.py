@@ -89,7 +89,7 @@ CHANGES: dict[str, tuple[Adapters, Adapters]] = {
 
 
 DEATHS = [(change, WAYS[0]) for change in CHANGES]
-DEATHS += [(change, way) for change in ("a stack by one", "nothing by one") for way in WAYS[1:]]
+DEATHS += [(change, way) for change in ("one by another", "nothing by one") for way in WAYS[1:]]
 
 
 @pytest.mark.parametrize(("change", "way"), DEATHS)
