@@ -17,10 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.hyperparameters import check_arguments, leave_out_modules, take_out_unread
+from lightning_peft.pickles import read_file, unread
+from lightning_peft.shards import read_index, read_shards
 from lightning_peft.tuners.backbone.modules import eager_key, standalone_key, state_tensors, uncompiled
-from lightning_peft.tuners.configs import config_from_json, different_fields
-from lightning_peft.tuners.folders.files import AdapterError, check_finite
-from lightning_peft.tuners.folders.saving import write_described
+from lightning_peft.tuners.configs import different_fields
+from lightning_peft.tuners.folders.files import AdapterError, check_finite, check_kind
+from lightning_peft.tuners.folders.plain import Adapters, check_plain
+from lightning_peft.tuners.folders.saving import add_read, read_config, write_described
 from lightning_peft.tuners.folders.sharded import has_shards, is_sharded, write
 from lightning_peft.tuners.stack import (
     AdapterStack,
@@ -68,6 +72,8 @@ def fill_in(module: nn.Module, checkpoint: dict[str, Any]) -> States:
 def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States | None = None) -> None:
     """Take the frozen backbone out of a Lightning checkpoint and describe its adapters, in place.
 
+    It is taken out of the hyperparameters too, where it was an argument of the module.
+
     Args:
         module: the LightningModule the checkpoint was made from; without adapters nothing is changed.
         checkpoint: what `Trainer.save_checkpoint` is about to write.
@@ -106,6 +112,8 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
         for part in description["parts"]:
             part["keys"] = {eager_key(key): _saved_name(live) for key, live in part["keys"].items()}
     checkpoint[META] = {"version": 1, "backbones": described, "outside": outside}
+    if modules := leave_out_modules(module, checkpoint):
+        checkpoint[META]["left_out"] = modules
 
 
 def restore_adapters(
@@ -139,7 +147,7 @@ def restore_adapters(
             raise AdapterError(f"{source} adapts {name!r}, which {type(module).__name__} does not have.") from None
         stack = stack_of(uncompiled(backbone))
         stack.strict_base = stack.strict_base if strict_base is None else strict_base
-        heads = saved_heads(config_from_json(part["config"]) for part in described["parts"])
+        heads = saved_heads(read_config(part["config"], source) for part in described["parts"])
         stack.check_base(described["fingerprint"], source, heads)
         _rebuild(stack, described["parts"], source)
     stacks, tensors = find_stacks(module), state_tensors(module)
@@ -160,6 +168,7 @@ def restore_adapters(
             if state[saved].shape != tensors[live].shape:
                 shapes = f"{tuple(state[saved].shape)} in {source}, {tuple(tensors[live].shape)} in the module"
                 raise AdapterError(f"{saved} has different shapes: {shapes}.")
+            check_kind(state[saved], tensors[live], f"{source}: {saved}")
         check_finite(state, source)
         if entry == _STATES[0]:  # the module's own `load_state_dict` may leave out or rename what it does not know
             for saved, live in own.items():
@@ -190,7 +199,12 @@ def restore_sharded(module: nn.Module, path: str | Path) -> None:
 
 
 def load_from_checkpoint(
-    cls: type[M], path: str | Path, map_location: Any = None, strict_base: bool = True, **kwargs: Any
+    cls: type[M],
+    path: str | Path,
+    map_location: Any = None,
+    strict_base: bool = True,
+    trust: bool = False,
+    **kwargs: Any,
 ) -> M:
     """Load a LightningModule and its adapters from an adapter-only checkpoint, without a Trainer.
 
@@ -199,24 +213,32 @@ def load_from_checkpoint(
         path: the checkpoint, a file or the folder that FSDP2 writes.
         map_location: as in `torch.load`.
         strict_base: refuse an adapter made for another base model, instead of warning once.
+        trust: unpickle hyperparameters that are no plain values, and whatever else is in the file: this runs the code
+            that it names.
         **kwargs: arguments of `cls`, over those saved in the checkpoint.
 
     Returns:
         The module, its adapters in place and loaded.
 
     Raises:
-        AdapterError: as `restore_adapters`.
+        AdapterError: as `restore_adapters`; or the class needs an argument that the checkpoint does not hold, or
+            holds as an object that is not read without `trust`.
     """
-    checkpoint = read_checkpoint(path, map_location or "cpu")
+    checkpoint = read_checkpoint(path, map_location or "cpu", trust)
+    whole = not unread(checkpoint)
+    missing = checkpoint[META].get("left_out", {}) | take_out_unread(checkpoint)
+    check_arguments(cls, missing, kwargs, checkpoint, str(path))
     file: Any = path
-    if Path(path).is_dir():  # Lightning reads files, and such as are open
+    if not whole or Path(path).is_dir():  # Lightning reads files whole, and such as are open
         file = io.BytesIO()
         torch.save(checkpoint, file)
         file.seek(0)
     with warnings.catch_warnings():
         # Lightning builds the module without adapters, so every adapter key is a stranger to it at first
         warnings.filterwarnings("ignore", message="Found keys that are")
-        module = cls.load_from_checkpoint(file, map_location=map_location, strict=False, **kwargs)  # type: ignore[attr-defined]
+        module = cls.load_from_checkpoint(  # type: ignore[attr-defined]
+            file, map_location=map_location, strict=False, weights_only=not trust, **kwargs
+        )
     restore_adapters(module, checkpoint, str(path), strict_base=strict_base)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     return module
@@ -250,7 +272,7 @@ def check_written(names: Mapping[str, str], path: Path) -> bool:
     """
     try:
         saved = _saved_keys(path)
-    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError):
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError, AdapterError):
         return False  # not written yet, or by a plugin in a format of its own
     if missing := [name for name, live in names.items() if not {name, live} & saved]:
         raise AdapterError(
@@ -263,24 +285,22 @@ def check_written(names: Mapping[str, str], path: Path) -> bool:
 def _saved_keys(path: Path) -> set[str]:
     """The names of a checkpoint's weights, none where it does not describe any adapters."""
     if path.is_dir():
-        from torch.distributed.checkpoint import FileSystemReader
-
         checkpoint = torch.load(path / "meta.pt", weights_only=True, map_location="cpu")
-        found = FileSystemReader(path).read_metadata().state_dict_metadata
-        keys = {key.removeprefix("state_dict.") for key in found}
+        keys = {key.removeprefix("state_dict.") for key in read_index(path).state_dict_metadata}
     else:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        checkpoint = read_file(path)
         keys = set(checkpoint["state_dict"])
     return keys if META in checkpoint else set()
 
 
-def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None = None) -> Path:
+def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None = None, trust: bool = False) -> Path:
     """Turn an adapter-only Lightning checkpoint into the plain peft folder that `save_adapter` would write.
 
     Args:
         path: the checkpoint, a file or the folder that FSDP2 writes; no model is built.
         folder: where to write.
         backbone: which backbone's adapters, where the module had several.
+        trust: as in `load_from_checkpoint`; nothing that is exported needs it, but an index of shards may.
 
     Returns:
         The folder.
@@ -288,7 +308,7 @@ def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None
     Raises:
         AdapterError: the file holds no adapters, or those of several backbones and none was named.
     """
-    checkpoint = read_checkpoint(path, "cpu")
+    checkpoint = read_checkpoint(path, "cpu", trust)
     backbones = checkpoint[META]["backbones"]
     names = ", ".join(map(repr, backbones))
     if backbone is None and len(backbones) > 1:
@@ -297,13 +317,16 @@ def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None
     if name not in backbones:
         raise AdapterError(f"{path} holds no adapters of {name!r}, but of {names}.")
     described, state = backbones[name], checkpoint["state_dict"]
+    saved = {_join(name, key) for part in described["parts"] for key in part["keys"].values()}
+    if lost := sorted(saved - state.keys()):
+        raise AdapterError(f"{path} is damaged: it lacks {len(lost)} tensors of its adapters, the first is {lost[0]}.")
     weights = [{key: state[_join(name, saved)] for key, saved in part["keys"].items()} for part in described["parts"]]
     return write_described(described, weights, Path(folder), base=None)
 
 
-def outside_backbones(path: str | Path) -> list[str]:
+def outside_backbones(path: str | Path, trust: bool = False) -> list[str]:
     """The names of a checkpoint's weights that belong to no adapter, such as a head's: no peft folder holds them."""
-    checkpoint = read_checkpoint(path, "cpu")
+    checkpoint = read_checkpoint(path, "cpu", trust)
     adapter = {
         _join(name, saved)
         for name, described in checkpoint[META]["backbones"].items()
@@ -313,43 +336,53 @@ def outside_backbones(path: str | Path) -> list[str]:
     return [key for key in checkpoint["state_dict"] if key not in adapter]
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint with adapters in it; only tensors and plain values are read."""
-    try:
-        if Path(path).is_dir():
-            checkpoint = torch.load(Path(path) / "meta.pt", map_location=map_location, weights_only=True)
-            checkpoint["state_dict"] = _gather(Path(path))
-        else:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise AdapterError(f"{path} is truncated or holds more than tensors and plain values.") from error
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", trust: bool = False) -> dict[str, Any]:
+    """A checkpoint with adapters in it. Tensors and plain values are read, of anything else only its name (`unread`).
+
+    Args:
+        path: the checkpoint, a file or the folder that FSDP2 writes.
+        map_location: as in `torch.load`.
+        trust: unpickle it whole, which runs the code that it names.
+
+    Raises:
+        AdapterError: it is damaged, or holds no adapters, or not as this package writes them.
+    """
+    path = Path(path)
+    checkpoint = read_file(path / "meta.pt" if path.is_dir() else path, map_location, trust)
+    if path.is_dir() and isinstance(checkpoint, dict):
+        checkpoint["state_dict"] = {_saved_name(name): value for name, value in read_shards(path, trust).items()}
     _check_adapters(checkpoint, str(path))
     return checkpoint
 
 
-def _gather(folder: Path) -> dict[str, Tensor]:
-    """The whole weights of a checkpoint that is a folder of parts, in this process alone."""
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    reader, prefix = FileSystemReader(folder), "state_dict."
-    entries = reader.read_metadata().state_dict_metadata.items()
-    state: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(state, storage_reader=reader, no_dist=True)
-    return {_saved_name(name.removeprefix(prefix)): value for name, value in state.items()}
+def check_readable(path: str | Path) -> None:
+    """Raise `AdapterError` in one sentence where a Trainer cannot read a checkpoint with adapters as it is."""
+    if strange := unread(read_checkpoint(path)):
+        (place, kind), more = next(iter(strange.items())), len(strange) - 1
+        raise AdapterError(
+            f"{path} holds {place}, a {kind}{f', and {more} more that are no plain values' if more else ''}: give the "
+            "Trainer's method weights_only=False, which runs code of the file, if you trust its author, or save the "
+            "module with plain hyperparameters."
+        )
 
 
-def _check_adapters(checkpoint: dict[str, Any], source: str) -> None:
-    if not checkpoint.get(META, {}).get("backbones"):
+def _check_adapters(checkpoint: Any, source: str) -> None:
+    if not isinstance(checkpoint, dict) or META not in checkpoint:
         raise AdapterError(f"{source} holds no adapters: it was not written with a lightning_peft callback.")
+    check_plain(checkpoint[META], Adapters, f"What {source} says of its adapters")
+    if strange := unread(checkpoint[META]):
+        raise AdapterError(
+            f"What {source} says of its adapters holds a {next(iter(strange.values()))}, no plain value."
+        )
+    for described in checkpoint[META]["backbones"].values():
+        for part in described["parts"]:
+            read_config(part["config"], f"What {source} says of adapter {part['name']!r}")
+    state = checkpoint.get("state_dict", {})  # which a strategy may have taken out of it
+    if not isinstance(state, dict):
+        raise AdapterError(f"{source} is damaged: its state_dict is no dict.")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise AdapterError(f"{source} is damaged: {str(key)[:80]!r} of its state_dict is no tensor.")
 
 
 def checkpoint_names(
@@ -380,7 +413,7 @@ def _saved_name(live: str) -> str:
 
 def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> None:
     """Make the stack's parts those described; a part that is there already must have been asked for alike."""
-    saved = {part["name"]: config_from_json(part["config"]) for part in parts}
+    saved = {part["name"]: read_config(part["config"], source) for part in parts}
     for part in stack.parts:
         if part.name not in saved:
             raise AdapterError(f"{source} has no adapter {part.name!r}; it has {', '.join(map(repr, saved))}.")
@@ -401,7 +434,7 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
         for part in reversed(list(stack.parts)):
             stack.remove(part.name)
         for part_json in parts:
-            stack.add(saved[part_json["name"]], part_json["name"], computed=part_json["computed"])
+            add_read(stack, saved[part_json["name"]], part_json["name"], part_json["computed"], None, source)
     for part_json in parts:
         stack[part_json["name"]].record = part_json["record"]
         if part_json["strength"] != 1.0:

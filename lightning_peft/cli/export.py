@@ -15,14 +15,19 @@ def main(args: list[str]) -> Path:
     options.add_argument("checkpoint", help="a checkpoint written with a lightning_peft callback")
     options.add_argument("folder", help="where to write; adapter files there are replaced")
     options.add_argument("--backbone", help="which backbone's adapters, where the module had several")
+    options.add_argument(
+        "--trust",
+        action="store_true",
+        help="unpickle the checkpoint, which runs code in it; only if you trust its author",
+    )
     given = options.parse_args(args[1:])
     with one_sentence("export"):
         from lightning_peft.checkpoint import export_checkpoint, outside_backbones
         from lightning_peft.tuners.folders.files import WEIGHTS, adapter_folders
 
-        folder = export_checkpoint(given.checkpoint, given.folder, given.backbone)
+        folder = export_checkpoint(given.checkpoint, given.folder, given.backbone, given.trust)
         for path in adapter_folders(folder):
             print(f"Wrote {path} ({(path / WEIGHTS).stat().st_size:,} bytes of weights).")
-        if left := outside_backbones(given.checkpoint):
+        if left := outside_backbones(given.checkpoint, given.trust):
             print(f"Not in it, being no adapter's: {', '.join(left)}.")
     return folder

@@ -23,6 +23,11 @@ def main(args: list[str]) -> Path:
         action="store_true",
         help="do not compare what was written with the adapted base, for a model too large to be run here in float32",
     )
+    options.add_argument(
+        "--trust",
+        action="store_true",
+        help="unpickle the checkpoint, which runs code in it; only if you trust its author",
+    )
     given = options.parse_args(args[1:])
     with one_sentence("merge"), tempfile.TemporaryDirectory() as temporary:
         from lightning_peft.checkpoint import export_checkpoint, outside_backbones
@@ -30,8 +35,8 @@ def main(args: list[str]) -> Path:
 
         source, left = Path(given.adapter), []
         if source.is_file():
-            left = outside_backbones(source)
-            source = export_checkpoint(source, Path(temporary, "adapter"), given.backbone)
+            left = outside_backbones(source, given.trust)
+            source = export_checkpoint(source, Path(temporary, "adapter"), given.backbone, given.trust)
         elif not source.is_dir():
             raise FileNotFoundError(2, "", str(source))
         try:

@@ -14,6 +14,7 @@ from lightning_peft.compare.scoring import Scoring
 from lightning_peft.truthfulqa import Question, SideEffects
 from lightning_peft.truthfulqa.folds import assign_folds
 from lightning_peft.truthfulqa.protocols import ProtocolName, protocol_named
+from lightning_peft.tuners.folders.names import check_folder_name
 
 Kind = Literal["base", "prompt", "decoded", "tuned", "edited", "control", "stack"]
 
@@ -135,7 +136,11 @@ class Plan:
 
 def check(plan: Plan) -> None:
     """Raise `ValueError` in one sentence for a plan that could not be run to its end."""
+    if plan.output is None:
+        check_folder_name(plan.name, "A comparison's name")
     names = [row.name for row in plan.rows]
+    for name in names:
+        check_folder_name(name, "A row's name")
     if len(set(names)) < len(names):
         raise ValueError(f"The rows' names must differ, got {', '.join(names)}.")
     bases = [row.name for row in plan.rows if row.kind == "base"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.editing.examples import check_examples
+from lightning_peft.whole import new_file
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,8 @@ class GroupedMoments:
             for key, moments in self.of.items()
             for name in ("count", "mean", "scatter")
         }
-        part = Path(f"{path}.part")
-        save_file(tensors, part)
-        os.replace(part, path)
+        with new_file(path) as made:
+            save_file(tensors, made)
 
     @classmethod
     def load(cls, path: str | Path) -> GroupedMoments:

@@ -11,6 +11,7 @@ from lightning_peft.compare.plan import Data
 from lightning_peft.editing.directions import DIRECTIONS
 from lightning_peft.positions import check_policy
 from lightning_peft.tokens import Tokens
+from lightning_peft.tuners.folders.names import check_folder_name
 
 
 @dataclass
@@ -75,6 +76,8 @@ _NOT_RESULTS = ("name", "rows", "chunk", "output", "device", "choose")
 
 def check(plan: Sweep) -> None:
     """Raise `ValueError` in one sentence for a sweep that could not be run to its end."""
+    if plan.output is None:
+        check_folder_name(plan.name, "A sweep's name")
     for name, values in (("num_heads", plan.num_heads), ("alphas", plan.alphas)):
         if len(set(values)) < len(values):
             raise ValueError(f"{name} names a value twice: {', '.join(map(str, values))}.")

@@ -24,7 +24,8 @@ from lightning_peft.tuners.backbone.modules import standalone_key, state_tensors
 from lightning_peft.tuners.backbone.shared import Own, undo
 from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.configs import check_numbers, config_to_json, nearest_names
-from lightning_peft.tuners.folders.files import AdapterError, check_finite
+from lightning_peft.tuners.folders.files import AdapterError, check_finite, check_kind
+from lightning_peft.tuners.folders.names import check_folder_name
 from lightning_peft.tuners.folders.sharded import whole, write
 from lightning_peft.tuners.quantization import protect
 from lightning_peft.tuners.ways.head_training import saved_heads
@@ -133,6 +134,8 @@ class AdapterStack:
                 with one_sentence(self.backbone, config):
                     injection = kind(self.backbone, own, name)
                 check_layers(self.backbone, list(injection.layers()), own)
+            part = Part(name, copy.deepcopy(config), injection, computed, dict(record or {}))
+            part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         except Exception:
             kind.clean_up(self.backbone, own, name)
             if configs:
@@ -142,8 +145,6 @@ class AdapterStack:
             raise
         self.base = base
         self.backbone.__dict__["peft_config"] = {**configs, name: own}
-        part = Part(name, copy.deepcopy(config), injection, computed, dict(record or {}))
-        part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         self.parts.append(part)
         injection.note_trained()
         _set(flags)  # peft freezes all that is not of the kind it puts on
@@ -344,6 +345,7 @@ class AdapterStack:
             if state[name].shape != tensors[key].shape:
                 shapes = f"has shape {tuple(tensors[key].shape)}, the model needs {tuple(state[name].shape)}"
                 raise AdapterError(f"{source}: {key} {shapes}.")
+            check_kind(tensors[key], state[name], f"{source}: {key}")
         check_finite(tensors, source)
         self.unmerge()
         for key, name in keys.items():
@@ -482,8 +484,7 @@ def _check_strangers(stack: AdapterStack) -> None:
 
 def _check_name(name: str, backbone: nn.Module) -> None:
     """An adapter's name must be a folder's, and none that peft, which sorts tensors by it, would find elsewhere."""
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"An adapter's name consists of letters, digits, - and _, unlike {name!r}.")
+    check_folder_name(name, "An adapter's name")
     if any(name in module.split(".") for module, _ in backbone.named_modules()):
         raise ValueError(f"{name!r} is the name of a module of the backbone: give the adapter another name.")
 

@@ -60,14 +60,14 @@ ELSEWHERE = {
     "a checkpoint of other settings": "test_checkpoint.py::test_a_callback_with_other_settings_is_one_sentence",
     "a checkpoint without adapters": "test_checkpoint.py::test_a_checkpoint_of_a_plain_module_is_refused_by_the_callback",  # noqa: E501
     "a truncated or foreign file": "test_checkpoint.py::test_a_truncated_or_foreign_file_is_one_sentence",
-    "code in a checkpoint": "test_checkpoint.py::test_nothing_is_unpickled",
+    "code in a checkpoint": "test_nothing_runs.py::test_a_checkpoint_runs_nothing",
     "a resumed run that is not the same run": "test_checkpoint.py::test_training_on_in_a_new_process_equals_training_through",  # noqa: E501
     "a backbone that load_from_checkpoint cannot see": "test_checkpoint.py::test_a_backbone_built_in_setup_cannot_be_loaded_without_a_trainer",  # noqa: E501
     "an edit makes no optimizer step, so no checkpoint": "callbacks/test_iti.py::test_a_checkpoint_is_written_and_restores_the_edit_bit_for_bit",  # noqa: E501
     # folders
     "a damaged adapter folder": "tuners/folders/test_files.py::test_a_damaged_folder_is_one_sentence_and_leaves_the_model_alone",  # noqa: E501
     "a folder of another base": "tuners/test_stack.py::test_another_base_is_refused_and_left_alone",
-    "a crash leaves half a folder": "tuners/folders/test_files.py::test_a_half_written_folder_never_appears",
+    "a crash leaves half a folder": "tuners/folders/test_replacing.py::test_old_or_new_is_there_whenever_the_writer_dies",  # noqa: E501
     # editing and data
     "activations that are NaN": "callbacks/test_iti.py::test_activations_that_are_not_finite",
     "labels of one class only": "callbacks/test_iti.py::test_data_without_both_labels",
@@ -235,7 +235,7 @@ def test_a_truncated_checkpoint_given_to_a_trainer(tmp_path: Path, stage: str) -
     fit(classifier(), lora()).save_checkpoint(path)
     path.write_bytes(path.read_bytes()[:3000])
     message = read(lambda: getattr(trainer(lora()), stage)(classifier(), points(), ckpt_path=path), AdapterError)
-    assert message == f"{path} is truncated or holds more than tensors and plain values."
+    assert message == f"{path} is truncated or damaged."
 
 
 def test_an_error_in_training_is_left_as_it_is(tmp_path: Path) -> None:

@@ -204,6 +204,30 @@ def test_what_stands_outside_the_backbone_is_named(
     assert printed.count("head.weight, head.bias") == 2 and "LlamaModel" in printed
 
 
+def test_a_checkpoint_that_only_unpickling_reads_is_refused_unless_it_is_trusted(fitted: Path, tmp_path: Path) -> None:
+    whole = torch.load(fitted / "lora.ckpt", weights_only=True)
+    # made by a call of what another call gives, which nothing can stand for
+    whole["callbacks"]["mine"] = MadeByMethod()
+    torch.save(whole, tmp_path / "odd.ckpt")
+    for command in (["export"], ["merge", "--base", fitted / "base"]):
+        given = [command[0], tmp_path / "odd.ckpt", tmp_path / command[0], *command[1:]]
+        said = failure(*given)
+        assert "builtins.getattr" in said and "(--trust)" in said and not (tmp_path / command[0]).exists()
+        main([*map(str, given), "--trust"])
+        assert (tmp_path / command[0]).is_dir()
+
+
+class MadeByMethod:
+    """An object that is pickled as a call of its class's method."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MadeByMethod.make, ()
+
+    @classmethod
+    def make(cls) -> MadeByMethod:
+        return cls()
+
+
 # -- compress --------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +278,7 @@ def test_a_start_that_is_not_known_is_said(fitted: Path, tmp_path: Path, capsys:
 
 WRONG: dict[str, tuple[list[Any], str]] = {
     "export no file": (["export", "nowhere.ckpt", "out"], "nowhere.ckpt does not exist"),
-    "export no checkpoint": (["export", "lora.yaml", "out"], "holds more than tensors"),
+    "export no checkpoint": (["export", "lora.yaml", "out"], "lora.yaml is no checkpoint"),
     "merge nothing": (["merge", "nowhere", "out"], "nowhere does not exist"),
     "merge over something": (["merge", "adapter", "start", "--base", "base"], "is not an empty folder"),
     "merge without base": (["merge", "adapter", "out"], "names no base model"),

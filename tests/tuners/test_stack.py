@@ -148,7 +148,9 @@ def test_a_name_is_given_once() -> None:
 
 @pytest.mark.parametrize("name", ["a.b", "a/b", "../up", ""])
 def test_a_name_must_do_for_a_folder(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^An adapter's name consists of letters, digits, - and _, unlike '"):
+    with pytest.raises(
+        ValueError, match=r"^An adapter's name consists of letters, digits, - and _, at most 100 of them, unlike '"
+    ):
         stack_of(tiny("llama")).add(LoraConfig(target_modules=["q_proj"]), name)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.modules import base_modules
-from lightning_peft.tuners.folders.bases import check_new, new_folder
+from lightning_peft.tuners.folders.bases import check_new, save_tokenizer
 from lightning_peft.tuners.folders.bias_flags import Flag, find_flags, turned_on
 from lightning_peft.tuners.folders.divergence import Divergence, divergence
 from lightning_peft.tuners.folders.probes import find_probe, outputs
@@ -21,6 +21,7 @@ from lightning_peft.tuners.folders.verifying import verify as verify_folder
 from lightning_peft.tuners.quantization import is_quantized
 from lightning_peft.tuners.stack import Part, find_stacks, stack_of
 from lightning_peft.tuners.steering import reposition, steering
+from lightning_peft.whole import new_folder
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def bake(
     adapter: str | Path,
     output: str | Path,
     batches: Iterable[Mapping[str, Tensor]] = (),
+    tokenizer: str | None = None,
     verify: bool = True,
 ) -> Baked:
     """Bake a saved edit, or a stack that ends in one, into a transformers model, and save that.
@@ -69,6 +71,7 @@ def bake(
         adapter: a folder that `load_adapter` reads.
         output: where to write; must be new or empty.
         batches: texts to measure on what acting at every position changes; see `divergence`.
+        tokenizer: a folder or a name on the hub whose tokenizer or processor, where it has one, is written too.
         verify: compare. The written model is loaded beside the given one, its weights mapped from the files where that
             is on a CPU, and one in half precision is float32 meanwhile; leave it out for what is too large for this.
 
@@ -115,6 +118,8 @@ def bake(
             made = _edited(model, adapter, changed, zeros)
         dtype: Any = model.dtype
         verification = verify_folder(folder, type(model), dtype, made) if made is not None else None
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder)
     were = tuple(dict.fromkeys(positions.values()))
     return Baked(type(model).__name__, tuple(sorted(changed)), flags, tuple(zeros), were, measured, verification)
 

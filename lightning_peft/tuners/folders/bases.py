@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +119,6 @@ def check_new(output: Path) -> None:
     """Raise `ValueError` unless a folder can be written there without touching what is there."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not an empty folder: name another to write to.")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write in that takes the place of `output` once all within has passed; else nothing is left of it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as made:
-        folder = Path(made, "model")
-        yield folder
-        if output.exists():
-            output.rmdir()
-        shutil.move(folder, output)
 
 
 def save_tokenizer(base: str, folder: Path) -> None:

@@ -15,8 +15,6 @@ Which of these holds is not looked up but measured.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from lightning_peft.tuners.backbone.structure import blocks
 from lightning_peft.tuners.folders.baking import acting, changes, everywhere, own_parameters
 from lightning_peft.tuners.folders.divergence import Divergence, divergence
 from lightning_peft.tuners.stack import stack_of
+from lightning_peft.whole import new_file
 
 
 @dataclass(frozen=True)
@@ -152,9 +151,7 @@ def _import_writer() -> Any:
 
 
 def _write(writer: Any, file: Path, vectors: Mapping[int, Tensor], model: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as made:
-        path = Path(made, "vector.gguf")
+    with new_file(file) as path:
         written = writer(path, "controlvector")
         written.add_string("controlvector.model_hint", str(model.config.model_type))
         written.add_int32("controlvector.layer_count", len(blocks(model)))
@@ -164,4 +161,3 @@ def _write(writer: Any, file: Path, vectors: Mapping[int, Tensor], model: Any) -
         written.write_kv_data_to_file()
         written.write_tensors_to_file()
         written.close()
-        os.replace(path, file)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +11,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_peft.tuners.folders.names import COMPRESSED, CONFIG, NOTES, ORDER, WEIGHTS
+from lightning_peft.tuners.folders.plain import AdapterError, Config, Notes, Order, check_plain, read_json
+from lightning_peft.tuners.folders.replacing import finish, replacing
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
-COMPRESSED = "adapter_model.compressed.safetensors"  # in place of the weights; see compression.py
-ORDER = "stack.json"
-
-
-class AdapterError(ValueError):
-    """A saved adapter cannot be used: unreadable, incomplete, not finite, or made for another base model."""
+__all__ = [
+    "COMPRESSED",
+    "CONFIG",
+    "NOTES",
+    "ORDER",
+    "WEIGHTS",
+    "AdapterError",
+    "adapter_folders",
+    "check_finite",
+    "check_kind",
+    "read_folder",
+    "write_folders",
+]
 
 
 def write_folders(
@@ -33,8 +41,7 @@ def write_folders(
 ) -> None:
     """Write one adapter as a peft folder, or several as a subfolder each with their order in `stack.json`.
 
-    Everything is written beside its place and renamed once all of it is there. What says that a folder is whole, its
-    configuration or the order, goes first and comes last: a crash leaves no mixture of old and new.
+    Whenever this is cut off, `adapter_folders` gives what was there before, or all of this.
 
     Args:
         root: the folder; made if need be.
@@ -44,31 +51,21 @@ def write_folders(
     """
     from safetensors.torch import save_file
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    places = {name: name if len(adapters) > 1 else "" for name in adapters}
-    with tempfile.TemporaryDirectory(dir=root.parent) as made:
+    places = {name: f"{name}/" if len(adapters) > 1 else "" for name in adapters}
+    files = [place + file for place in places.values() for file in (weights, NOTES, CONFIG)]
+    with replacing(root, [*files, ORDER] if len(adapters) > 1 else files) as made:
         for name, (config, tensors, notes) in adapters.items():
-            folder = Path(made, places[name])
-            folder.mkdir(exist_ok=True)
+            folder = made / places[name]
             contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             save_file(contiguous, folder / weights, metadata={"format": "pt"})
             (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
             config = copy.deepcopy(config)
             config.inference_mode = True  # as peft saves it
             config.save_pretrained(str(folder))
-        if check is not None:
-            check(Path(made))
-        Path(made, ORDER).write_text(json.dumps({"parts": list(adapters)}, indent=2) + "\n")
-        for file in (ORDER, CONFIG, *(f"{place}/{CONFIG}" for place in places.values() if place)):
-            (root / file).unlink(missing_ok=True)
-        for place in places.values():
-            (root / place).mkdir(parents=True, exist_ok=True)
-            for stale in {WEIGHTS, COMPRESSED} - {weights}:
-                (root / place / stale).unlink(missing_ok=True)
-            for file in (weights, NOTES, CONFIG):
-                os.replace(Path(made, place, file), root / place / file)
         if len(adapters) > 1:
-            os.replace(Path(made, ORDER), root / ORDER)
+            (made / ORDER).write_text(json.dumps({"parts": list(adapters)}, indent=2) + "\n")
+        if check is not None:
+            check(made)
 
 
 def adapter_folders(root: Path) -> list[Path]:
@@ -77,12 +74,12 @@ def adapter_folders(root: Path) -> list[Path]:
     Raises:
         AdapterError: the stack's order cannot be read.
     """
+    finish(root)
     if not (root / ORDER).exists():
         return [root]
-    try:
-        return [root / Path(name).name for name in json.loads((root / ORDER).read_text())["parts"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{root / ORDER} is truncated or not the order of a stack: {error!r}.") from error
+    order = read_json(root / ORDER)
+    check_plain(order, Order, str(root / ORDER))
+    return [root / name for name in order["parts"]]
 
 
 def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, Any]]:
@@ -99,6 +96,7 @@ def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, 
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} is not an adapter folder: it has no {name}.")
+    check_plain(read_json(folder / CONFIG), Config, str(folder / CONFIG))
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,12 +113,8 @@ def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, 
             tensors = restore(tensors, folder)
         except ValueError as error:
             raise AdapterError(f"{folder / weights} cannot be read: {error}") from error
-    try:
-        notes = json.loads((folder / NOTES).read_text()) if (folder / NOTES).is_file() else {}
-    except ValueError as error:
-        raise AdapterError(f"{folder / NOTES} is not JSON: {error}.") from error
-    if not isinstance(notes, dict):
-        raise AdapterError(f"{folder / NOTES} is not what this package writes.")
+    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    check_plain(notes, Notes, str(folder / NOTES))
     return config, tensors, notes
 
 
@@ -129,3 +123,9 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     for key, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise AdapterError(f"{source}: {key} holds NaN or infinite values.")
+
+
+def check_kind(saved: Tensor, live: Tensor, what: str) -> None:
+    """Raise `AdapterError` unless both hold numbers of a kind: those with a fraction, or those without."""
+    if saved.is_floating_point() != live.is_floating_point():
+        raise AdapterError(f"{what} holds {saved.dtype} where the model has {live.dtype}.")

@@ -19,7 +19,6 @@ from lightning_peft.tuners.folders.bases import (
     check_new,
     fitting_class,
     named_base,
-    new_folder,
     save_tokenizer,
 )
 from lightning_peft.tuners.folders.places import PlainModel, plain_model
@@ -27,6 +26,7 @@ from lightning_peft.tuners.folders.saving import load_adapter
 from lightning_peft.tuners.folders.verifying import Verification, reference
 from lightning_peft.tuners.folders.verifying import verify as verify_folder
 from lightning_peft.tuners.stack import stack_of
+from lightning_peft.whole import new_folder
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_peft.tuners.configs import config_from_json, with_strength
-from lightning_peft.tuners.folders.files import adapter_folders, read_folder, write_folders
-from lightning_peft.tuners.stack import Part, adapters, stack_of
+from lightning_peft.tuners.folders.files import CONFIG, AdapterError, adapter_folders, read_folder, write_folders
+from lightning_peft.tuners.stack import AdapterStack, Part, adapters, stack_of
 from lightning_peft.tuners.ways.head_training import saved_heads
 from lightning_peft.tuners.ways.prompts import is_prompt_alone
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# what peft raises where a setting is not of its type, which it does not check
+_WRONG_TYPES = (AttributeError, KeyError, IndexError, TypeError, OverflowError)
 
 
 def save_adapter(module: nn.Module, folder: str | Path) -> Path:
@@ -81,7 +87,9 @@ def load_adapter(
             for path, (config, tensors, notes) in zip(folders, read, strict=True):
                 own = path.name if len(folders) > 1 else name or "default"
                 config.inference_mode = is_prompt_alone(config, tensors)
-                part = stack.add(config, own, notes.get("computed", False), notes.get("record"))
+                part = add_read(
+                    stack, config, own, notes.get("computed", False), notes.get("record"), str(path / CONFIG)
+                )
                 added.append(part)
                 stack.load_tensors(part, tensors, str(path), part.injection.noted)
         except Exception:
@@ -89,6 +97,38 @@ def load_adapter(
                 stack.remove(part.name)
             raise
     return added
+
+
+def read_config(values: Mapping[str, Any], source: str) -> PeftConfig:
+    """The configuration in a checkpoint.
+
+    Raises:
+        AdapterError: it is none.
+    """
+    try:
+        return config_from_json(values)
+    except (ValueError, *_WRONG_TYPES) as error:
+        raise AdapterError(f"{source} holds no peft configuration: {error!r}.") from error
+
+
+def add_read(
+    stack: AdapterStack,
+    config: PeftConfig,
+    name: str,
+    computed: bool,
+    record: dict[str, Any] | None,
+    source: str,
+) -> Part:
+    """Put an adapter on a stack as it was read from a file.
+
+    Raises:
+        AdapterError: a setting is not of the type that it should be.
+        ValueError: as `AdapterStack.add`.
+    """
+    try:
+        return stack.add(config, name, computed, record)
+    except _WRONG_TYPES as error:
+        raise AdapterError(f"{source} has a setting of the wrong type: {error!r}.") from error
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,148 @@
+"""Files and folders that appear whole: written under another name beside their place, then renamed.
+
+What is written stands under one fixed name for each target, so that the next writer clears away what a killed one left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Within, write the file that is given; left without an error, it takes its place, else it is gone.
+
+    Args:
+        path: the file to make or replace; folders above it are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".{path.name}.new")
+    clear(made)
+    try:
+        yield made
+        sync(made)
+        os.replace(made, path)
+    except BaseException:
+        clear(made)
+        raise
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Within, write into the folder that is given; left without an error, it takes its place, else it is gone.
+
+    Args:
+        path: a folder that does not exist yet or is empty; folders above it are made.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".{path.name}.new")
+    with locked(made):
+        clear_folder(made)
+        try:
+            yield made
+            if os.name == "nt" and path.exists():
+                path.rmdir()  # elsewhere a rename takes the place of an empty folder at once
+            os.replace(made, path)
+        except BaseException:
+            clear(made)
+            raise
+
+
+@contextmanager
+def scratch_folder(path: str | Path) -> Iterator[Path]:
+    """Within, an empty folder beside a path, where what will be at the path is tried; afterwards it is gone."""
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".{path.name}.trial")
+    with locked(made):
+        clear_folder(made)
+        try:
+            yield made
+        finally:
+            clear(made)
+
+
+@contextmanager
+def locked(folder: Path, make: bool = True) -> Iterator[None]:
+    """Within, no other process is within the same folder's lock, which ends with its process.
+
+    Args:
+        folder: the folder; whoever holds its lock may move it away or remove it.
+        make: make it where it is not there.
+
+    Raises:
+        FileNotFoundError: it is not there and not to be made.
+    """
+    while True:
+        if make:
+            _make(folder)
+        if fcntl is None:
+            yield
+            return
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            if make:  # and it has been removed meanwhile
+                continue
+            raise
+        try:
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # whoever had the lock before may have moved the folder away: then this is the lock of another
+            if _is_at(handle, folder):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def clear(path: Path) -> None:
+    """Remove what stands there, of a link the link alone."""
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove everything in a folder."""
+    for path in folder.iterdir():
+        clear(path)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file to the disk, so that a rename cannot get there before its content."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _make(folder: Path) -> None:
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    with suppress(FileExistsError):
+        os.mkdir(folder)
+
+
+def _is_at(handle: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), folder.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
