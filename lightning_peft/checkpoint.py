@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import eager_key, standalone_key, uncompiled
+from lightning_peft.tuners.backbone.modules import eager_key, flat_key, standalone_name, uncompiled, with_nested_keys
 from lightning_peft.tuners.configs import config_from_json, different_fields
 from lightning_peft.tuners.folders.files import AdapterError, check_finite
 from lightning_peft.tuners.folders.saving import write_described
@@ -43,26 +43,31 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     Args:
         module: the LightningModule the checkpoint was made from; without adapters nothing is changed.
         checkpoint: what `Trainer.save_checkpoint` is about to write.
+
+    Raises:
+        AdapterError: two tensors would be saved under one name, or one that was trained is not among those to write.
     """
     stacks = find_stacks(module)
     if not stacks:
         return
     names = checkpoint_names(module, stacks)
+    renamed: dict[str, str] = {}
     for entry in _STATES:
         if entry in checkpoint:
             state = checkpoint[entry]
             # a sharded tensor is asked for by the name it has in the module
+            sharded = {live: saved for saved, live in names.items() if live in state and is_sharded(state[live])}
             checkpoint[entry] = {
-                live if is_sharded(state[live]) else saved: state[live]
-                for saved, live in names.items()
-                if live in state
+                live if live in sharded else saved: state[live] for saved, live in names.items() if live in state
             }
+            _check_saved(checkpoint[entry], {live if live in sharded else saved for saved, live in names.items()})
+            renamed |= sharded
     described = {}
     for name, stack in stacks.items():
-        description = described[_saved_name(name + ".").rstrip(".")] = stack.describe()
+        description = described[_saved_name(module, name)] = stack.describe()
         for part in description["parts"]:
-            part["keys"] = {eager_key(key): _saved_name(live) for key, live in part["keys"].items()}
-    checkpoint[META] = {"version": 1, "backbones": described}
+            part["keys"] = {eager_key(key): _saved_name(stack.backbone, live) for key, live in part["keys"].items()}
+    checkpoint[META] = {"version": 1, "backbones": described, "renamed": renamed}
 
 
 def restore_adapters(
@@ -104,8 +109,7 @@ def restore_adapters(
     for entry in _STATES:
         if entry not in checkpoint:
             continue
-        # a module with AdapterCheckpointMixin comes here twice, the second time with live names
-        state: dict[str, Tensor] = {_saved_name(key): value for key, value in checkpoint[entry].items()}
+        state = _with_saved_names(checkpoint[entry], names)
         check_same_keys(set(names), set(state), f"{source} and {type(module).__name__}")
         for saved, live in names.items():
             if state[saved].shape != live_state[live].shape:
@@ -222,7 +226,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     try:
         if Path(path).is_dir():
             checkpoint = torch.load(Path(path) / "meta.pt", map_location=map_location, weights_only=True)
-            checkpoint["state_dict"] = _gather(Path(path))
+            checkpoint["state_dict"] = _gather(Path(path), checkpoint.get(META, {}).get("renamed"))
         else:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
@@ -233,7 +237,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     return checkpoint
 
 
-def _gather(folder: Path) -> dict[str, Tensor]:
+def _gather(folder: Path, renamed: Mapping[str, str] | None) -> dict[str, Tensor]:
     """The whole weights of a checkpoint that is a folder of parts, in this process alone."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -248,7 +252,10 @@ def _gather(folder: Path) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(state, storage_reader=reader, no_dist=True)
-    return {_saved_name(name.removeprefix(prefix)): value for name, value in state.items()}
+    found = {name.removeprefix(prefix): value for name, value in state.items()}
+    if renamed is None:  # an earlier release did not note what it saved under names of the module
+        return {eager_key(flat_key(name)): value for name, value in found.items()}
+    return {renamed.get(name, name): value for name, value in found.items()}
 
 
 def _check_adapters(checkpoint: dict[str, Any], source: str) -> None:
@@ -265,21 +272,47 @@ def checkpoint_names(
         module: the LightningModule.
         stacks: its adapters.
         state: the names in its state; default those of `module.state_dict()`.
+
+    Raises:
+        AdapterError: two of them would be saved under one name.
     """
-    kept = {}
+    kept: dict[str, str] = {}
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     adapter = {
         _join(name, live) for name, stack in stacks.items() for p in stack.parts for live in stack.keys(p).values()
     }
     for live in module.state_dict() if state is None else state:
         if live in adapter or live in trainable or not any(_inside(live, name) for name in stacks):
-            kept[_saved_name(live)] = live
+            saved = _saved_name(module, live)
+            if saved in kept:
+                raise AdapterError(
+                    f"{kept[saved]} and {live} would both be saved as {saved}, and one of them lost: rename one."
+                )
+            kept[saved] = live
     return kept
 
 
-def _saved_name(live: str) -> str:
-    """As if the adapter stood alone on a model that is not compiled."""
-    return eager_key(standalone_key(live))
+def _check_saved(state: Mapping[str, Tensor], expected: set[str]) -> None:
+    """Raise `AdapterError` where a checkpoint about to be written does not hold all that it must."""
+    # where one process writes for all, Lightning gives the others an empty state
+    if (missing := sorted(expected - set(state))) and (state or not torch.distributed.is_initialized()):
+        raise AdapterError(
+            f"The checkpoint would be written without {len(missing)} tensors that belong in it, the first is "
+            f"{missing[0]}: see that neither the module's state_dict nor an on_save_checkpoint takes them out."
+        )
+
+
+def _saved_name(root: nn.Module, live: str) -> str:
+    """The name of a tensor or module, as if its adapter stood alone on a model that is not compiled."""
+    return eager_key(standalone_name(root, live))
+
+
+def _with_saved_names(state: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """A checkpoint's state under saved names, of which `names` gives the live ones."""
+    # a module with AdapterCheckpointMixin comes here twice, the second time with live names
+    if set(state) == set(names.values()):
+        return {saved: state[live] for saved, live in names.items()}
+    return with_nested_keys(state, names)
 
 
 def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.fingerprint import fingerprint, mismatch, without
 from lightning_peft.tuners.backbone.fused import check_called, unfuse
-from lightning_peft.tuners.backbone.modules import standalone_key
+from lightning_peft.tuners.backbone.modules import base_modules, with_nested_keys
 from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.configs import check_numbers, config_to_json, nearest_names
 from lightning_peft.tuners.folders.files import AdapterError, check_finite
@@ -305,7 +305,8 @@ class AdapterStack:
         Raises:
             AdapterError: a key is missing or unknown, a shape differs, or a value is not finite.
         """
-        keys, state, tensors = self.keys(part), self.backbone.state_dict(), part.injection.spread(tensors)
+        keys, state = self.keys(part), self.backbone.state_dict()
+        tensors = with_nested_keys(part.injection.spread(tensors), keys)
         check_same_keys(set(keys), set(tensors), f"{source} and adapter {part.name!r}")
         for key, name in keys.items():
             if state[name].shape != tensors[key].shape:
@@ -439,8 +440,12 @@ def _check_name(name: str, backbone: nn.Module) -> None:
 
 def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
     """Every target named in a list must exist (peft is content if one of them does), and be called."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, backbone, None)  # names of older models, as peft will read them
     targets = getattr(config, "target_modules", None)
-    modules = [standalone_key(name + ".").rstrip(".") for name, _ in backbone.named_modules() if name]
+    modules = [name for name, _ in base_modules(backbone) if name]
     if isinstance(targets, str):
         check_called((name for name in modules if re.fullmatch(targets, name)), backbone)
         return

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_key
+from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_name
+from lightning_peft.tuners.folders.files import AdapterError
 from lightning_peft.tuners.quantization import check_merge
 from lightning_peft.tuners.ways.own_forward import OwnForward, acts_on_calls, own_forward, task_of
 
@@ -118,7 +119,11 @@ class Injection:
                 yield module
 
     def keys(self) -> dict[str, str]:
-        """The adapter's tensors: peft's key in a saved folder -> the name in `backbone.state_dict()`."""
+        """The adapter's tensors: peft's key in a saved folder -> the name in `backbone.state_dict()`.
+
+        Raises:
+            AdapterError: two tensors would have one key.
+        """
         from peft import get_peft_model_state_dict
 
         config = copy.copy(self.config)
@@ -136,13 +141,18 @@ class Injection:
         )
         found = {id(value): name for name, value in state.items()}  # SHiRA looks up some tensors itself
         named = {key: value if isinstance(value, str) else found[id(value)] for key, value in selected.items()}
-        return {standalone_key(key): self._live(name) for key, name in named.items()}
+        keys: dict[str, str] = {}
+        for key, name in named.items():
+            live = self._live(name)
+            if (other := keys.setdefault(self._alone(key), live)) != live:
+                raise AdapterError(f"{other} and {live} would both be saved as {self._alone(key)}, and one lost.")
+        return keys
 
     def places(self) -> list[str]:
         """The modules the adapter is on, by the names they have without adapters."""
         live = (n for n in self.keys().values() if not n.startswith(f"{STATE}.") and ".modules_to_save." not in n)
         mark = getattr(self.tuner, "child", self.tuner.prefix)
-        return list(dict.fromkeys(standalone_key(name + ".").split(f".{mark}")[0] for name in live))
+        return list(dict.fromkeys(standalone_name(self.backbone, name.split(f".{mark}")[0]) for name in live))
 
     def check_merge(self) -> None:
         """Raise `ValueError` where the adapter cannot be written into the weights."""
@@ -172,6 +182,11 @@ class Injection:
             handle.remove()
         take_out(self.backbone, self.tuner.tuner_layer_cls, self.name)
         forget_state(self.backbone, self.name)
+
+    def _alone(self, key: str) -> str:
+        """Peft's key in a saved folder, as it is where no other adapter is on the backbone."""
+        inside = key.startswith(_PREFIX)
+        return _PREFIX + standalone_name(self.backbone, key.removeprefix(_PREFIX), self.name) if inside else key
 
     def _live(self, name: str) -> str:
         """The name in the backbone's state of what `PeftModel` would call `name`."""
@@ -213,7 +228,7 @@ def take_out(backbone: nn.Module, cls: Any, name: str) -> None:
     for _, _, layer in wrappers:
         layer._active_adapter = []  # so that peft need not choose, and warn of, another
         layer.delete_adapter(name)
-    for parent, child_name, layer in wrappers:
+    for parent, child_name, layer in reversed(wrappers):  # inner ones first, where one adapter's are nested
         # a layer that stands beside the module's own parameters has taken itself out
         if not layer._get_available_adapters() - {name} and hasattr(layer, "base_layer"):
             for beside in [child for child in layer.children() if hasattr(child, "attach")]:
