@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.tuners.backbone.fused import never_called, read_by_kernels
 from lightning_peft.tuners.backbone.modules import base_modules, is_linear, is_matrix
 from lightning_peft.tuners.backbone.structure import is_fused
+from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.quantization import is_quantized
 
 
@@ -55,7 +56,7 @@ def every_matrix(backbone: nn.Module) -> list[str]:
     Left out are layers that an adapter could not act on: those whose weights are read without calling them, and
     subclasses of `nn.Linear` that compute something else, such as a router that gives a choice. A net with at least
     one convolution for two linear layers has its convolutions adapted, depthwise ones not, and its linear layers but
-    the last, which is its classifier.
+    those of its head, see `task_heads`, or where that cannot be told the last.
 
     Raises:
         ValueError: there are neither.
@@ -69,7 +70,8 @@ def every_matrix(backbone: nn.Module) -> list[str]:
     convolutions = [name for name in able if name not in set(linear)]
     if 2 * len(convolutions) < len(linear):
         return linear
-    if names := [name for name in able if name not in linear[-1:]]:
+    heads = task_heads(backbone) or linear[-1:]
+    if names := [name for name in able if not any(f"{name}.".startswith(f"{head}.") for head in heads)]:
         return names
     raise ValueError(f"{type(backbone).__name__} has no linear layer to adapt; {_advice(backbone)}.")
 
