@@ -18,8 +18,15 @@ from tuning import QUIET, trainer
 
 from lightning_peft import adapters
 from lightning_peft.callbacks import PEFT
-from lightning_peft.checkpoint import META, export_checkpoint, keep_adapters, load_from_checkpoint
+from lightning_peft.checkpoint import (
+    META,
+    export_checkpoint,
+    keep_adapters,
+    load_from_checkpoint,
+    restore_adapters,
+)
 from lightning_peft.complete import check_complete
+from lightning_peft.tuners.backbone.modules import flat_key
 from lightning_peft.tuners.bottleneck import BottleneckConfig
 from lightning_peft.tuners.folders.files import AdapterError, read_folder
 from lightning_peft.tuners.stack import find_stacks, stack_of
@@ -152,3 +159,34 @@ def test_a_checkpoint_from_which_a_trained_tensor_is_missing_is_not_written(tmp_
     with pytest.raises(AdapterError, match=r"without \d+ tensors that belong in it, the first is model\..*lora_A"):
         run.save_checkpoint(tmp_path / "filtered.ckpt")
     assert not (tmp_path / "filtered.ckpt").exists()
+
+
+class Attending(L.LightningModule):
+    """PyTorch's attention, in which peft wraps the whole and, inside, its output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True), "out": nn.Linear(8, 8)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net["out"](self.net["attention"](x, x, x)[0])
+
+
+def test_a_checkpoint_whose_names_leave_out_wrappers_is_restored() -> None:
+    module = Attending()
+    stack = stack_of(module.net)
+    stack.add(LoraConfig(r=2, target_modules=["attention", "out"], bias="all"), "lora")
+    with torch.no_grad():
+        for parameter in trained(module).values():
+            parameter.normal_()
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    keep_adapters(module, checkpoint)
+    flat = {flat_key(name): value for name, value in checkpoint["state_dict"].items()}
+    assert flat.keys() != checkpoint["state_dict"].keys() and len(flat) == len(checkpoint["state_dict"])
+    checkpoint["state_dict"] = flat
+    del checkpoint[META]["renamed"]
+    fresh, x = Attending(), torch.randn(2, 3, 8)
+    restore_adapters(fresh, checkpoint, "the checkpoint")
+    fresh.load_state_dict(checkpoint["state_dict"], strict=False)
+    assert torch.equal(fresh.eval()(x), module.eval()(x))

@@ -201,3 +201,13 @@ def test_nothing_is_said_of_a_backbone_that_is_adapted_as_a_whole() -> None:
         warnings.simplefilter("error")
         for kind in ("hand_written", "vit", "convolutional"):
             LoRA().make_config(tiny(kind))
+
+
+def test_the_head_of_a_convolutional_network_of_transformers_is_left_out() -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3)  # type: ignore[call-arg]
+    model = ResNetForImageClassification(config)
+    names = every_matrix(model)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert names == convolutions and len(names) > 4
