@@ -150,8 +150,12 @@ def test_a_folder_is_what_plain_peft_writes_and_reads(
 EDIT = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
 STACKS: dict[str, list[PeftConfig]] = {
     "the same experts": [LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS) for _ in range(2)],
-    # peft puts a wrapper for the second's inner parameter outside the first's
-    "other experts": [
+    # peft puts a wrapper of the second inside the first's, in the one case where it is alone, in the other not
+    "the first parameter below": [
+        LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS[:1]),
+        LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS),
+    ],
+    "the second parameter below": [
         LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS[1:]),
         LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS),
     ],
@@ -172,7 +176,7 @@ def test_in_a_stack_each_adapter_has_the_keys_it_has_alone(name: str, tmp_path: 
     base, both = look(make()), look(model)
     for part, config in zip(stack.parts, configs, strict=True):
         alone, one = adapted(make, config)
-        assert list(stack.keys(part)) == list(one.keys(one.parts[0]))
+        assert stack.keys(part).keys() == one.keys(one.parts[0]).keys()
         one.load_tensors(one.parts[0], stack.tensors(part), "the stack")
         with stack.disabled():
             stack.enable(True, part.name)
@@ -184,6 +188,18 @@ def test_in_a_stack_each_adapter_has_the_keys_it_has_alone(name: str, tmp_path: 
     for part in reversed(list(stack.parts)):
         stack.remove(part.name)
     assert torch.equal(look(model), base) and dict(model.named_modules()).keys() == dict(make().named_modules()).keys()
+
+
+def test_an_adapter_put_on_again_after_calls_is_nested_as_on_a_fresh_model(tmp_path: Path) -> None:
+    make, both = MIXTURES["qwen3_moe"], LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS)
+    model, _ = adapted(make, both)
+    expected = look(model)
+    save_adapter(model, tmp_path)
+    other, stack = adapted(make, LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS[:1]))
+    look(other)  # in which the wrapped parameter is taken out and registered again, as the last
+    stack.remove("part0")
+    load_adapter(other, tmp_path)
+    assert torch.equal(look(other), expected)
 
 
 @pytest.mark.parametrize("name", ["attention", "biases"])

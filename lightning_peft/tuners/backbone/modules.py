@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lightning_peft.tuners.backbone.parameter_order import parameter_order
+
 T = TypeVar("T")
 _UNNAMED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")  # FSDP1, its checkpointing, compile
 
@@ -100,7 +102,7 @@ def _depth_alone(wrappers: list[Any], own: list[Any], depth: int) -> int:
         return sum(wrapper in own for wrapper in wrappers[:depth])
     # peft wraps a module once for each parameter, in the order in which the module registers them; in a stack, a
     # wrapper that another adapter has put there already is used again, so that the order may be another
-    order = [*wrappers[-1].base_layer._parameters]
+    order = parameter_order(wrappers[-1].base_layer)
     names = [getattr(wrapper, "parameter_name", None) for wrapper in own]
     if all(name in order for name in names):
         own = sorted(own, key=lambda wrapper: -order.index(wrapper.parameter_name))

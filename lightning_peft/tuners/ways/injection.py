@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_name
+from lightning_peft.tuners.backbone.parameter_order import keep_parameter_order
 from lightning_peft.tuners.folders.files import AdapterError
 from lightning_peft.tuners.quantization import check_merge
 from lightning_peft.tuners.ways.own_forward import OwnForward, acts_on_calls, own_forward, task_of
@@ -100,7 +101,9 @@ class Injection:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type]
+        keep_parameter_order(self.backbone)
         tuner = tuner_class(self.backbone, {self.name: self.config}, self.name)
+        keep_parameter_order(self.backbone)
         if self.config.peft_type == "SHIRA":
             _register_indices(self.backbone)
         return tuner
@@ -239,6 +242,7 @@ def take_out(backbone: nn.Module, cls: Any, name: str) -> None:
             child.delete_adapter(name, [])
             if not child._adapters:
                 setattr(parent, child_name, child.original_module)
+    keep_parameter_order(backbone)
 
 
 def _register_indices(backbone: nn.Module) -> None:
