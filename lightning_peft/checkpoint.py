@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from lightning_peft.hyperparameters import check_arguments, leave_out_modules, take_out_unread
 from lightning_peft.pickles import read_file, unread
 from lightning_peft.shards import read_index, read_shards
-from lightning_peft.tuners.backbone.modules import eager_key, standalone_key, state_tensors, uncompiled
+from lightning_peft.tuners.backbone.modules import (
+    eager_key,
+    flat_key,
+    standalone_name,
+    state_tensors,
+    uncompiled,
+    with_nested_keys,
+)
 from lightning_peft.tuners.configs import different_fields
 from lightning_peft.tuners.folders.files import AdapterError, check_finite, check_kind
 from lightning_peft.tuners.folders.plain import Adapters, check_plain
@@ -80,7 +87,8 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
         filled: what `fill_in` returned, where something that may have left entries out has had the checkpoint since.
 
     Raises:
-        AdapterError: something trained inside a backbone is missing, and cannot be filled in.
+        AdapterError: two tensors would be saved under one name, or something that was trained inside a backbone is
+            missing and cannot be filled in.
     """
     stacks = find_stacks(module)
     if not stacks:
@@ -88,13 +96,14 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
     filled = filled or fill_in(module, checkpoint)
     names = checkpoint_names(module, stacks)
     outside: dict[str, list[str]] = {}
+    renamed: dict[str, str] = {}
     for entry in filled:
         own = checkpoint.get(entry) or {}
         state = {**filled[entry], **own}
         # a sharded tensor is asked for by the name it has in the module
-        kept = {
-            live if is_sharded(state[live]) else saved: state[live] for saved, live in names.items() if live in state
-        }
+        sharded = {live: saved for saved, live in names.items() if live in state and is_sharded(state[live])}
+        kept = {live if live in sharded else saved: state[live] for saved, live in names.items() if live in state}
+        renamed |= sharded
         missing = [live for live in names.values() if live not in state and _is_inside(live, stacks)]
         if missing and own:  # where it is gathered in one process, the others have nothing
             raise AdapterError(
@@ -108,10 +117,10 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
         outside = outside or {"added": list(added), "left_out": left_out}
     described = {}
     for name, stack in stacks.items():
-        description = described[_saved_name(name + ".").rstrip(".")] = stack.describe()
+        description = described[_saved_name(module, name)] = stack.describe()
         for part in description["parts"]:
-            part["keys"] = {eager_key(key): _saved_name(live) for key, live in part["keys"].items()}
-    checkpoint[META] = {"version": 1, "backbones": described, "outside": outside}
+            part["keys"] = {eager_key(key): _saved_name(stack.backbone, live) for key, live in part["keys"].items()}
+    checkpoint[META] = {"version": 1, "backbones": described, "outside": outside, "renamed": renamed}
     if modules := leave_out_modules(module, checkpoint):
         checkpoint[META]["left_out"] = modules
 
@@ -157,8 +166,7 @@ def restore_adapters(
             continue
         added = {key: value for key, value in checkpoint[entry].items() if key in noted.get("added", ())}
         given = {key: value for key, value in checkpoint[entry].items() if key not in added}
-        # a module with AdapterCheckpointMixin comes here twice, the second time with live names
-        state: dict[str, Tensor] = {_saved_name(key): value for key, value in given.items()}
+        state = _with_saved_names(given, names)
         if not noted:  # an earlier release kept what is outside, whatever it was
             added = {key: state.pop(key) for key in state.keys() - names if not _is_inside(key, stacks)}
         expected = names.keys() - set(noted.get("left_out", ()))
@@ -350,7 +358,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", trust: bool = F
     path = Path(path)
     checkpoint = read_file(path / "meta.pt" if path.is_dir() else path, map_location, trust)
     if path.is_dir() and isinstance(checkpoint, dict):
-        checkpoint["state_dict"] = {_saved_name(name): value for name, value in read_shards(path, trust).items()}
+        checkpoint["state_dict"] = _as_saved(read_shards(path, trust), checkpoint.get(META))
     _check_adapters(checkpoint, str(path))
     return checkpoint
 
@@ -364,6 +372,14 @@ def check_readable(path: str | Path) -> None:
             "Trainer's method weights_only=False, which runs code of the file, if you trust its author, or save the "
             "module with plain hyperparameters."
         )
+
+
+def _as_saved(shards: dict[str, Tensor], meta: Any) -> dict[str, Tensor]:
+    """What a folder of shards holds, under the names that a file would have."""
+    renamed = meta.get("renamed") if isinstance(meta, dict) else None
+    if not isinstance(renamed, dict):  # an earlier release did not note what it saved under names of the module
+        return {eager_key(flat_key(name)): value for name, value in shards.items()}
+    return {renamed.get(name, name): value for name, value in shards.items()}
 
 
 def _check_adapters(checkpoint: Any, source: str) -> None:
@@ -394,21 +410,38 @@ def checkpoint_names(
         module: the LightningModule.
         stacks: its adapters.
         state: the names in its state; default those of all its parameters and persistent buffers.
+
+    Raises:
+        AdapterError: two of them would be saved under one name.
     """
-    kept = {}
+    kept: dict[str, str] = {}
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     adapter = {
         _join(name, live) for name, stack in stacks.items() for p in stack.parts for live in stack.keys(p).values()
     }
     for live in state_tensors(module) if state is None else state:
         if live in adapter or live in trainable or not _is_inside(live, stacks):
-            kept[_saved_name(live)] = live
+            saved = _saved_name(module, live)
+            if saved in kept:
+                raise AdapterError(
+                    f"{kept[saved]} and {live} would both be saved as {saved}, and one of them lost: rename one."
+                )
+            kept[saved] = live
     return kept
 
 
-def _saved_name(live: str) -> str:
-    """As if the adapter stood alone on a model that is not compiled."""
-    return eager_key(standalone_key(live))
+def _saved_name(root: nn.Module, live: str) -> str:
+    """The name of a tensor or module, as if its adapter stood alone on a model that is not compiled."""
+    return eager_key(standalone_name(root, live))
+
+
+def _with_saved_names(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """A checkpoint's state under saved names, of which `names` gives the live ones."""
+    # a module with AdapterCheckpointMixin comes here twice, the second time with live names
+    saved = {live: name for name, live in names.items()}
+    if not set(state) <= set(names) and set(state) <= set(saved):
+        return {saved[live]: value for live, value in state.items()}
+    return dict(with_nested_keys(state, names))
 
 
 def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> None:

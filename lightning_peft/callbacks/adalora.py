@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.tuners.backbone.defaults import known_targets
 from lightning_peft.tuners.backbone.targets import Layers, Within, choose_targets
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class AdaLoRA(PEFT):
 
         targets: Any = self.target_modules
         if targets is None and self.within is None:
-            targets = KNOWN.get(getattr(getattr(backbone, "config", None), "model_type", ""))
+            targets = known_targets(backbone, KNOWN)
         return AdaLoraConfig(
             init_r=self.init_r,
             target_r=self.target_r,

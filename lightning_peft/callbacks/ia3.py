@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
 from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.tuners.backbone.defaults import every_matrix, known_targets, takes_adapters
+from lightning_peft.tuners.backbone.modules import base_modules
 from lightning_peft.tuners.backbone.structure import blocks
-from lightning_peft.tuners.backbone.targets import Layers, choose_targets, every_matrix, matching
+from lightning_peft.tuners.backbone.targets import Layers, choose_targets, matching
 
 if TYPE_CHECKING:
     from lightning_peft.tuners.configs import PeftConfig
@@ -24,8 +27,9 @@ class IA3(PEFT):
     Args:
         target_modules: names of the modules to adapt (or ends of names, or a regular expression), feed-forward ones
             included. Default: peft's choice for the model's type; else by structure the keys and values of each
-            attention (where they are one matrix with the queries, that one) and each block's last feed-forward matrix;
-            without attention, every linear layer.
+            attention (where they are one matrix with the queries, that one) and each block's last feed-forward matrix
+            (experts that are fused into parameters have none, which a warning says); without attention, every linear
+            layer.
         feedforward_modules: those among them whose inputs, not outputs, are multiplied; default likewise.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
         backbone: see `PEFT`.
@@ -85,12 +89,19 @@ def _default(backbone: nn.Module) -> tuple[list[str], list[str]]:
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
     )
 
-    kind = getattr(getattr(backbone, "config", None), "model_type", None)
-    if kind in TARGETS:
-        return list(TARGETS[kind]), list(FEEDFORWARD[kind])
     found = blocks(backbone)
+    if fused := [name for block in found for name in block.experts]:
+        warnings.warn(
+            f"IA3 leaves the experts of {type(backbone).__name__} alone, which are fused into {len(fused)} parameters "
+            f"such as {fused[0]}: it multiplies what modules take or give.",
+            stacklevel=2,
+        )
+    known, inner = known_targets(backbone, TARGETS), known_targets(backbone, FEEDFORWARD)
+    if isinstance(known, list) and not isinstance(inner, str):
+        return known, inner or []
     # registered in the order query, key, value, output wherever they are apart
-    spans = [span.matrices for block in found for span in block.attention]
+    named = dict(base_modules(backbone))
+    spans = [[n for n in span.matrices if takes_adapters(named[n])] for block in found for span in block.attention]
     attention = [name for matrices in spans for name in (matrices[1:3] if len(matrices) > 2 else matrices[:1])]
-    feedforward = [block.mlp.last for block in found if block.mlp]
+    feedforward = [block.mlp.last for block in found if block.mlp and takes_adapters(named[block.mlp.last])]
     return (attention + feedforward, feedforward) if attention else (every_matrix(backbone), [])

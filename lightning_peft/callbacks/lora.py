@@ -11,7 +11,7 @@ from torch import nn
 from lightning_peft.callbacks.data_init import look
 from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
-from lightning_peft.tuners.backbone.targets import Layers, Within, choose_targets
+from lightning_peft.tuners.backbone.targets import Layers, Within, beside_experts, choose_with_experts
 from lightning_peft.tuners.ways.eva import Inputs
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class LoRA(PEFT):
         alpha: the scaling is `alpha / r`.
         dropout: dropout on the input of A, in training.
         target_modules: names of the modules to adapt (or suffixes; a string is a regular expression). Default: peft's
-            choice for the model's type, else every linear layer of the backbone.
+            choice for the model's type, else every linear layer of the backbone, or every convolution of a net of
+            those. `"all-linear"` is every linear layer whatever the type.
         layers: which blocks to adapt: numbers (0-based), or a rule such as `Layers(last=4)`; default all. Needs the
             backbone's blocks in a numbered list; each block that is named must exist.
         within: adapt only modules in `"attention"`, or only those in the `"mlp"`.
@@ -47,9 +48,13 @@ class LoRA(PEFT):
         name: the adapter's name.
         backbone_dropout: see `PEFT`.
         gradient_checkpointing: see `PEFT`.
-        **options: see `AdapterOptions`.
         invocation_tokens: for `variant="alora"`: token ids.
         init_batches: for `init="eva"`: how many training batches to look at.
+        target_parameters: names (or ends of names) of parameters to adapt besides, such as the fused experts of a
+            mixture, `["experts.gate_up_proj", "experts.down_proj"]`; r is then each expert's rank. Default: the experts
+            where `within="mlp"` asks for the feed-forward parts, or `"all-linear"` for those of some `layers`. Peft
+            adapts parameters with `variant="lora"` or `"rslora"`, and without dropout.
+        **options: see `AdapterOptions`.
 
     Raises:
         ValueError: an argument out of its range; at fit start with `"eva"`, manual optimization or a layer that no
@@ -79,6 +84,7 @@ class LoRA(PEFT):
         gradient_checkpointing: bool = False,
         invocation_tokens: list[int] | None = None,
         init_batches: int = 16,
+        target_parameters: list[str] | None = None,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if r < 1:
@@ -95,7 +101,8 @@ class LoRA(PEFT):
             raise ValueError(f"init_batches must be at least 1, got {init_batches}.")
         super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.target_modules, self.layers, self.within = target_modules, layers, within
+        self.target_modules, self.target_parameters = target_modules, target_parameters
+        self.layers, self.within = layers, within
         self.variant, self.init, self.bias = variant, init, bias
         self.invocation_tokens, self.init_batches = invocation_tokens, init_batches
         if variant == "alora":
@@ -106,11 +113,20 @@ class LoRA(PEFT):
 
         if self.init == "loftq" and not torch.cuda.is_available():
             raise ValueError('peft computes init="loftq" on CUDA alone, and there is none: use another init.')
+        chosen = choose_with_experts(backbone, self.target_modules, self.target_parameters, self.layers, self.within)
+        modules, parameters = beside_experts(backbone, *chosen)
+        if parameters and (self.dropout or self.variant not in ("lora", "rslora")):
+            raise ValueError(
+                f"{parameters[0]} is adapted as a parameter, which peft can do without dropout and by the variants "
+                f"lora and rslora alone, not with dropout={self.dropout} and variant={self.variant!r}: change these, "
+                "or name target_modules without it."
+            )
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
-            target_modules=choose_targets(backbone, self.target_modules, self.layers, self.within),
+            target_modules=modules,
+            target_parameters=parameters or None,
             use_rslora=self.variant == "rslora",
             use_dora=self.variant == "dora",
             task_type="CAUSAL_LM" if self.variant == "alora" else None,

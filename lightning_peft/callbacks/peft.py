@@ -21,6 +21,7 @@ from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.precision import check_precise, forget_precise, keep_precise
 from lightning_peft.callbacks.report import print_table, summary
 from lightning_peft.checkpoint import fill_in, keep_adapters, restore_adapters
+from lightning_peft.complete import check_complete
 from lightning_peft.positions import Positions, tracked
 from lightning_peft.tuners.backbone.modules import uncompiled
 from lightning_peft.tuners.configs import different_fields
@@ -154,6 +155,7 @@ class PEFT(Callback):
         assert self.stack is not None
         check_precise(self.stack)
         self._prepare_optimizers(trainer, pl_module)
+        check_complete(pl_module, find_stacks(pl_module))
         self._trained = strategies.trained_names(pl_module)
         stop_input_gradients(self.stack.backbone)
         if trainer.is_global_zero:

@@ -13,7 +13,8 @@ from lightning_peft.callbacks.lora import LoRA
 from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.paging import PAGED, PagedOptimizer, page_optimizers
 from lightning_peft.callbacks.quantize import Quantize, check_strategy
-from lightning_peft.tuners.backbone.targets import Layers, Within, every_matrix
+from lightning_peft.tuners.backbone.defaults import every_matrix, unambiguous
+from lightning_peft.tuners.backbone.targets import Layers, Within
 from lightning_peft.tuners.stack import Part
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class QLoRA(LoRA):
         if self.target_modules is not None or self.within is not None:
             return super().make_config(backbone)
         everywhere = copy.copy(self)
-        everywhere.target_modules = every_matrix(backbone)
+        everywhere.target_modules = unambiguous(backbone, every_matrix(backbone))
         return everywhere.make_config(backbone)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -8,10 +8,11 @@ from torch import nn
 
 from lightning_peft.callbacks.options import AdapterOptions
 from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.tuners.backbone.defaults import every_matrix, takes_adapters
 from lightning_peft.tuners.backbone.fused import never_called
 from lightning_peft.tuners.backbone.modules import base_modules, is_linear
 from lightning_peft.tuners.backbone.structure import blocks
-from lightning_peft.tuners.backbone.targets import Layers, Within, choose_targets, every_matrix
+from lightning_peft.tuners.backbone.targets import Layers, Within, choose_targets
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -68,5 +69,5 @@ def linear_layers(backbone: nn.Module) -> list[str]:
     named = dict(base_modules(backbone))
     inside = [name for block in blocks(backbone) for span in block.spans() for name in span.matrices]
     unreached = never_called(backbone)
-    found = [name for name in inside or every_matrix(backbone) if is_linear(named[name])]
+    found = [n for n in inside or every_matrix(backbone) if is_linear(named[n]) and takes_adapters(named[n])]
     return [name for name in found if name not in unreached]

@@ -95,6 +95,12 @@ class Strata(Composite):
             if isinstance(parameters := getattr(config, "target_parameters", None), list):
                 modules = set(adapted[_stratum(key)])
                 config.target_parameters = [p for p in parameters if p.rpartition(".")[0] not in modules]
+                if not config.target_parameters:
+                    raise ValueError(
+                        f"{type(self.methods[key]).__name__} has nothing left to train in blocks "
+                        f"{strata[_stratum(key)]}: the other methods of that stratum adapt all the modules whose "
+                        "parameters it would train, so leave it out there."
+                    )
         return configs
 
     def _strata(self, backbone: nn.Module) -> list[list[int]]:

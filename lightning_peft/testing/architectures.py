@@ -23,7 +23,7 @@ class Architecture:
         make_module: builds the LightningModule, always with the same weights.
         batches: what it is trained on and looked at with.
         has: what a method may need: `"transformers"`, `"attention"`, `"tokens"`, `"position_ids"` (it takes them),
-            `"decoder"` (it generates).
+            `"decoder"` (it generates), `"mlp"` (a matrix gives the output of its feed-forward parts).
     """
 
     name: str
@@ -82,7 +82,7 @@ def _batches(kind: str) -> tuple[dict[str, Tensor], ...]:
     return tuple(made)
 
 
-_TEXT = frozenset({"transformers", "attention", "tokens"})
+_TEXT = frozenset({"transformers", "attention", "tokens", "mlp"})
 _DECODER = _TEXT | {"position_ids", "decoder"}
 _HAVE = {
     "gpt2": _DECODER,
@@ -90,11 +90,12 @@ _HAVE = {
     "wide_llama": _DECODER,
     "gpt_neox": _DECODER,
     "opt": _DECODER,
+    "qwen3_moe": _DECODER - {"mlp"},
     "bert": _TEXT | {"position_ids"},
     "t5": _TEXT | {"decoder"},
-    "vit": frozenset({"transformers", "attention"}),
-    "hand_written": frozenset({"tokens", "position_ids"}),
-    "convolutional": frozenset[str](),
+    "vit": frozenset({"transformers", "attention", "mlp"}),
+    "hand_written": frozenset({"tokens", "position_ids", "mlp"}),
+    "convolutional": frozenset({"mlp"}),
 }
 ARCHITECTURES = {
     kind: Architecture(kind, functools.partial(TinyModule, kind), _batches(kind), has) for kind, has in _HAVE.items()

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.tuners.backbone.defaults import every_matrix
 from lightning_peft.tuners.backbone.modules import is_linear, is_matrix
-from lightning_peft.tuners.backbone.structure import Span, blocks, matrix_shape
-from lightning_peft.tuners.backbone.targets import Layers, Within, choose_targets, every_matrix
+from lightning_peft.tuners.backbone.structure import Span, blocks, matrix_shape, width
+from lightning_peft.tuners.backbone.targets import Layers, Within, choose_targets
 
 Shape = tuple[int, int]
 
@@ -46,9 +47,23 @@ def linear(backbone: nn.Module) -> list[Shape]:
 
 
 def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
-    """Inputs of the first and outputs of the last matrix of each feed-forward part, with `attention` of those too."""
-    spans = [block.mlp for block in blocks(backbone) if block.mlp]
-    return [_ends(backbone, span) for span in spans] + (_attentions(backbone) if attention else [])
+    """Inputs of the first and outputs of the last matrix of each feed-forward part, with `attention` of those too.
+
+    A mixture of experts, which has no such matrices, is as wide as the stream.
+    """
+    found = [block for block in blocks(backbone) if block.mlp or block.experts]
+    stream = (width(backbone), width(backbone))
+    ends = [stream if block.experts else _ends(backbone, block.mlp) for block in found]  # type: ignore[arg-type]
+    return ends + (_attentions(backbone) if attention else [])
+
+
+def last_mlp(backbone: nn.Module, r: int) -> int:
+    """LoRA of rank r in the last block's feed-forward part, for each matrix and each expert; an encoder's as well."""
+    count = 0
+    for block in {block.stack: block for block in blocks(backbone)}.values():
+        count += sum(r * (i + o) for i, o in map(matrix_shape, _modules(backbone, block.mlp)))
+        count += sum(r * e * (i + o) for e, i, o in (backbone.get_parameter(name).shape for name in block.experts))
+    return count
 
 
 def attention_inputs(backbone: nn.Module) -> list[int]:
@@ -115,6 +130,10 @@ def ia3(backbone: nn.Module) -> int:
 def everything(backbone: nn.Module) -> int:
     """Every parameter, shared ones once."""
     return sum(parameter.numel() for parameter in backbone.parameters())
+
+
+def _modules(backbone: nn.Module, span: Span | None) -> list[nn.Module]:
+    return [backbone.get_submodule(name) for name in (span.matrices if span else ())]
 
 
 def _ends(backbone: nn.Module, span: Span) -> Shape:

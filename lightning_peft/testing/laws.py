@@ -10,9 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_peft.callbacks.alive import Reached
+from lightning_peft.checkpoint import read_checkpoint, restore_adapters
 from lightning_peft.testing.cell import Cell, adapter_tensors, rows, take, trainable
 from lightning_peft.tuners.backbone.modules import state_tensors
 from lightning_peft.tuners.folders.saving import load_adapter, save_adapter
@@ -106,6 +108,58 @@ def round_trip(cell: Cell) -> None:
     size, tensors = sum(p.numel() * p.element_size() for p in parameters), len(adapter_tensors(trained))
     if saved > 1.01 * size + 512 * len(files) + 256 * tensors:
         raise LawBroken(f"the files have {saved} bytes for {size} bytes of trainable parameters.")
+
+
+def complete(cell: Cell) -> None:
+    """Every tensor that was trained has a key of its own in checkpoint and folder, and comes back from both."""
+    trainer, untrained = cell.train(1), dict(cell.adapted(noise=0.0)[0].named_parameters())
+    module: Any = trainer.lightning_module.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, saved = _written(trainer, Path(folder))
+        for where, loaded in (("checkpoint", _restored(cell, checkpoint)), ("folder", _reloaded(cell, module, saved))):
+            for batch in cell.batches:
+                now, before = cell.look(loaded.eval(), batch), cell.look(module, batch)
+                _equal(now, before, 0.0, f"outputs before saving and after loading the {where}")
+    # each tensor that training has moved is marked by a number of its own, which must then be found
+    inside = {id(parameter) for parameter in adapters(module).backbone.parameters()}
+    moved = [n for n, p in trainable(module).items() if n not in untrained or not torch.equal(p, untrained[n])]
+    marks = {float(number): name for number, name in enumerate(moved, 1)}
+    with torch.no_grad():
+        for mark, name in marks.items():
+            module.get_parameter(name).fill_(mark)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, saved = _written(trainer, Path(folder))
+        entries = [tensor.float() for tensor in checkpoint["state_dict"].values() if tensor.is_floating_point()]
+        stored = [value for file in saved.rglob("*.safetensors") for value in load_file(file).values()]
+    for mark, name in marks.items():
+        parameter = module.get_parameter(name)
+        if not any(entry.shape == parameter.shape and bool((entry == mark).all()) for entry in entries):
+            raise LawBroken(f"{name} was trained, and the checkpoint does not hold it.")
+        if id(parameter) in inside and not any(bool((value == mark).any()) for value in stored):
+            raise LawBroken(f"{name} was trained, and the folder does not hold it.")
+
+
+def _written(trainer: L.Trainer, folder: Path) -> tuple[dict[str, Any], Path]:
+    """The module's checkpoint, read back, and its adapters in a folder."""
+    trainer.save_checkpoint(folder / "saved.ckpt")
+    save_adapter(trainer.lightning_module, folder / "adapter")
+    return read_checkpoint(folder / "saved.ckpt"), folder / "adapter"
+
+
+def _restored(cell: Cell, checkpoint: dict[str, Any]) -> L.LightningModule:
+    fresh = cell.make_module()
+    restore_adapters(fresh, checkpoint, "the checkpoint")
+    fresh.load_state_dict(checkpoint["state_dict"], strict=False)
+    return fresh
+
+
+def _reloaded(cell: Cell, module: L.LightningModule, folder: Path) -> L.LightningModule:
+    """A fresh module with the adapters of a folder, and what no folder holds as the trained module has it."""
+    fresh, name = cell.make_module(), _name_of(module, adapters(module).backbone)
+    outside = {key: v for key, v in module.state_dict().items() if name and not key.startswith(f"{name}.")}
+    fresh.load_state_dict(outside, strict=False)
+    load_adapter(fresh.get_submodule(name), folder)
+    return fresh
 
 
 def padding(cell: Cell) -> None:
@@ -203,6 +257,7 @@ LAWS: dict[str, Callable[[Cell], None]] = {
     "off": off,
     "merge": merge,
     "round trip": round_trip,
+    "complete": complete,
     "padding": padding,
     "causality": causality,
     "cache": cache,

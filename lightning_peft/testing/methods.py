@@ -20,6 +20,7 @@ from lightning_peft.testing.counts import (
     everything,
     ia3,
     last_blocks,
+    last_mlp,
     linear,
     matrices,
     parts,
@@ -84,7 +85,8 @@ def _all_parts(backbone: nn.Module) -> list[tuple[int, int]]:
 
 
 WHERE: dict[str, Any] = {"backbone": "backbone"}
-ATTENTION, TRANSFORMERS = frozenset({"attention"}), frozenset({"attention", "transformers"})
+ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp"})
+TRANSFORMERS = ATTENTION | {"transformers"}
 R, M = 2, 4  # rank, width of a bottleneck
 METHODS: dict[str, Method] = {
     "LoRA": Method(lambda: c.LoRA(r=R, alpha=4, **WHERE), _sum(lambda i, o: R * (i + o))),
@@ -92,7 +94,7 @@ METHODS: dict[str, Method] = {
     "DoRA": Method(lambda: c.LoRA(r=R, alpha=4, variant="dora", **WHERE), _sum(lambda i, o: R * (i + o) + o)),
     "LoRA of the last layer's MLP": Method(
         lambda: c.LoRA(r=R, alpha=4, layers=Layers(last=1), within="mlp", **WHERE),
-        _sum(lambda i, o: R * (i + o), lambda b: matrices(b, Layers(last=1), "mlp")),
+        lambda b: last_mlp(b, R),
     ),
     "AdaLoRA": Method(
         lambda: c.AdaLoRA(init_r=4, target_r=2, total_steps=4, **WHERE),
@@ -123,25 +125,28 @@ METHODS: dict[str, Method] = {
     ),
     "IA3 in 4 bits": Method(lambda: _unmerged(c.IA3(**WHERE)), ia3, prepare=_in_four_bits),
     "Pfeiffer in 4 bits": Method(
-        lambda: c.Pfeiffer(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, parts), prepare=_in_four_bits
+        lambda: c.Pfeiffer(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, parts), MLP, prepare=_in_four_bits
     ),
-    "Houlsby": Method(lambda: c.Houlsby(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, _all_parts)),
-    "Pfeiffer": Method(lambda: c.Pfeiffer(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, parts)),
+    "Houlsby": Method(lambda: c.Houlsby(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, _all_parts), MLP),
+    "Pfeiffer": Method(lambda: c.Pfeiffer(size=M, **WHERE), _sum(lambda _, o: 2 * o * M + M + o, parts), MLP),
     "ParallelAdapter": Method(
-        lambda: c.ParallelAdapter(size=M, **WHERE), _sum(lambda i, o: i * M + M + M * o + o, parts)
+        lambda: c.ParallelAdapter(size=M, **WHERE), _sum(lambda i, o: i * M + M + M * o + o, parts), MLP
     ),
     "ScaledParallelAdapter": Method(
-        lambda: c.ScaledParallelAdapter(size=M, **WHERE), _sum(lambda i, o: i * M + M + M * o + o, parts)
+        lambda: c.ScaledParallelAdapter(size=M, **WHERE), _sum(lambda i, o: i * M + M + M * o + o, parts), MLP
     ),
     "AdapterPlus": Method(
         lambda: c.AdapterPlus(size=M, init="lora", drop_path=0.0, **WHERE),
         _sum(lambda _, o: 2 * o * M + M + 2 * o, parts),
+        MLP,
     ),
     "Compacter": Method(
-        lambda: c.Compacter(n=4, size=M, **WHERE), _add(lambda _: 4**3, _sum(lambda _, o: 3 * (o + M), _all_parts))
+        lambda: c.Compacter(n=4, size=M, **WHERE), _add(lambda _: 4**3, _sum(lambda _, o: 3 * (o + M), _all_parts)), MLP
     ),
     "CompacterPlusPlus": Method(
-        lambda: c.CompacterPlusPlus(n=4, size=M, **WHERE), _add(lambda _: 4**3, _sum(lambda _, o: 3 * (o + M), parts))
+        lambda: c.CompacterPlusPlus(n=4, size=M, **WHERE),
+        _add(lambda _: 4**3, _sum(lambda _, o: 3 * (o + M), parts)),
+        MLP,
     ),
     "AttentionPrefix": Method(
         lambda: c.AttentionPrefix(length=3, **WHERE), lambda b: sum(2 * 3 * w + 1 for w, _ in prefixes(b)), TRANSFORMERS
@@ -149,7 +154,7 @@ METHODS: dict[str, Method] = {
     "MAM": Method(
         lambda: c.MAM(prefix_length=3, size=M, **WHERE),
         _add(lambda b: sum(2 * 3 * w + 1 for w, _ in prefixes(b)), _sum(lambda i, o: i * M + M + M * o + o, parts)),
-        TRANSFORMERS,
+        TRANSFORMERS | MLP,
     ),
     "UniPELT": Method(
         lambda: c.UniPELT(r=R, prefix_length=3, size=M, **WHERE),
@@ -158,7 +163,7 @@ METHODS: dict[str, Method] = {
             _sum(lambda _, o: 2 * o * M + M + o + o + 1, parts),
             lambda b: sum(2 * 3 * w + 1 + i + 1 for w, i in prefixes(b)),
         ),
-        TRANSFORMERS,
+        TRANSFORMERS | MLP,
     ),
     "FullFineTuning": Method(lambda: c.FullFineTuning(**WHERE), everything),
     "TopLayers": Method(lambda: c.TopLayers(k=1, head=False, final_norm=False, **WHERE), last_blocks),
@@ -166,12 +171,14 @@ METHODS: dict[str, Method] = {
     "LTSFT": Method(lambda: c.LTSFT(density=0.05, full_steps=1, **WHERE), everything),
     "LotteryTicket": Method(lambda: c.LotteryTicket(rounds=1, round_steps=1, **WHERE), everything),
     "Strata": Method(
-        lambda: c.Strata(boundaries=(1, 2), r=R, add_missing=True, **WHERE), lambda b: strata(b, R), ATTENTION
+        lambda: c.Strata(boundaries=(1, 2), r=R, add_missing=True, **WHERE), lambda b: strata(b, R), ATTENTION | MLP
     ),
     "HeadOffsets": Method(lambda: c.HeadOffsets(**WHERE), lambda b: sum(attention_inputs(b)), TRANSFORMERS),
-    "LayerOffsets": Method(lambda: c.LayerOffsets(**WHERE), _sum(lambda _, o: o, parts), TRANSFORMERS | {"decoder"}),
+    "LayerOffsets": Method(
+        lambda: c.LayerOffsets(**WHERE), _sum(lambda _, o: o, parts), TRANSFORMERS | MLP | {"decoder"}
+    ),
     "LayerOffsets of feed-forward parts": Method(
-        lambda: c.LayerOffsets(sites="mlp", **WHERE), _sum(lambda _, o: o, parts)
+        lambda: c.LayerOffsets(sites="mlp", **WHERE), _sum(lambda _, o: o, parts), MLP
     ),
     "LayerOffsets of answers": Method(
         lambda: c.LayerOffsets(positions="answer", **WHERE),

@@ -12,8 +12,9 @@ VOCABULARY = 64
 
 def tiny(kind: str) -> nn.Module:
     """A small random model of an architecture: `llama` (grouped queries, tied), `wide_llama` (explicit head_dim),
-    `gpt2`, `gpt_neox`, `opt`, `bert` (an encoder with a masked-language head), `t5`, `vit` (an image classifier),
-    `hand_written` (a causal language model without transformers), `convolutional` (features of an image)."""
+    `gpt2`, `gpt_neox`, `opt`, `qwen3_moe` (a mixture of fused experts), `bert` (an encoder with a masked-language
+    head), `t5`, `vit` (an image classifier), `hand_written` (a causal language model without transformers),
+    `convolutional` (features of an image)."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -59,6 +60,20 @@ def tiny(kind: str) -> nn.Module:
             **common,
         )
         model = t.OPTForCausalLM(config)
+    elif kind == "qwen3_moe":
+        config = t.Qwen3MoeConfig(
+            hidden_size=32,
+            moe_intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,  # type: ignore[call-arg]
+            num_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=128,
+            **common,
+        )
+        model = t.Qwen3MoeForCausalLM(config)
     elif kind == "bert":
         config = t.BertConfig(
             hidden_size=32,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.fingerprint import fingerprint, mismatch, without
 from lightning_peft.tuners.backbone.fused import check_called, unfuse
-from lightning_peft.tuners.backbone.modules import standalone_key, state_tensors
+from lightning_peft.tuners.backbone.modules import base_modules, state_tensors, with_nested_keys
 from lightning_peft.tuners.backbone.shared import Own, undo
 from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.configs import check_numbers, config_to_json, nearest_names
@@ -339,7 +339,7 @@ class AdapterStack:
             AdapterError: a key is missing or unknown, a shape differs, or a value is not finite.
         """
         keys = self.keys(part) if keys is None else keys
-        state, tensors = state_tensors(self.backbone), part.injection.spread(tensors)
+        state, tensors = state_tensors(self.backbone), with_nested_keys(part.injection.spread(tensors), keys)
         check_same_keys(set(keys), set(tensors), f"{source} and adapter {part.name!r}")
         for key, name in keys.items():
             if state[name].shape != tensors[key].shape:
@@ -491,8 +491,12 @@ def _check_name(name: str, backbone: nn.Module) -> None:
 
 def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
     """Every target named in a list must exist (peft is content if one of them does), and be called."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, backbone, None)  # names of older models, as peft will read them
     targets = getattr(config, "target_modules", None)
-    modules = [standalone_key(name + ".").rstrip(".") for name, _ in backbone.named_modules() if name]
+    modules = [name for name, _ in base_modules(backbone) if name]
     if isinstance(targets, str):
         check_called((name for name in modules if re.fullmatch(targets, name)), backbone)
         return

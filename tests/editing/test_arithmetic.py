@@ -17,7 +17,7 @@ from tuning import one_sentence
 
 from lightning_peft import load_adapter, save_adapter
 from lightning_peft.editing import checkpoint_difference, combine, head_offsets_config, head_sites
-from lightning_peft.tuners.backbone.modules import standalone_key
+from lightning_peft.tuners.backbone.modules import standalone_name
 from lightning_peft.tuners.folders.files import NOTES, AdapterError, read_folder
 from lightning_peft.tuners.layer_offsets import LayerOffsetsConfig
 from lightning_peft.tuners.stack import stack_of
@@ -67,7 +67,7 @@ def added(folder: Path) -> Deltas:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     load_adapter(model, folder)
     stack_of(model).merge()
-    after = {standalone_key(name): value for name, value in model.state_dict().items()}
+    after = {standalone_name(model, name): value for name, value in model.state_dict().items()}
     return {name: after[name] - value for name, value in before.items() if not torch.equal(after[name], value)}
 
 

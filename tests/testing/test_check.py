@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_peft import adapters
 from lightning_peft.callbacks import LoRA
 from lightning_peft.testing import LAWS, LawBroken, check_adaptation
 from lightning_peft.testing.architectures import ARCHITECTURES, TinyModule
@@ -60,6 +61,24 @@ class Noisy(TinyModule):
         return super().training_step(batch, batch_idx) * torch.rand(())
 
 
+class Thinning(TinyModule):
+    """Takes a part of what was trained out of its checkpoints."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if "q_proj.lora_A" not in k}
+
+
+class Losing(LoRA):
+    """Has no key for one of its tensors, as soon as it is trained."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        injection = adapters(pl_module)[self.name].injection
+        keys = injection.keys()
+        lost = next(key for key in keys if "lora_A" in key)
+        injection.keys = lambda: {k: v for k, v in keys.items() if k != lost}  # type: ignore[method-assign]
+
+
 class Forgetful(TinyModule):
     """Generates something else with a cache."""
 
@@ -107,6 +126,8 @@ def test_lora_obeys_every_law() -> None:
         ("off", lambda: check(lora(Scratching)), "disabled and base outputs differ by"),
         ("merge", lambda: check(lora(Shy)), "merging it raised nothing"),
         ("round trip", lambda: check(lora(Scratching)), "loaded and saved outputs differ by"),
+        ("complete", lambda: check(lora(), lambda: Thinning("llama")), "would be written without 3 tensors"),
+        ("complete", lambda: check(lora(Losing)), "do not fit: 1 tensors are missing"),
         ("padding", lambda: check(lora(), outputs=mixing_rows), "a row padded and alone differ by"),
         ("causality", lambda: check(lora(), outputs=seeing_the_future), "outputs before the changed tokens differ by"),
         ("cache", lambda: check(lora(), lambda: Forgetful("llama")), "other tokens are generated"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import base_modules, eager_key, standalone_key
+from lightning_peft.tuners.backbone.modules import base_modules, eager_key, flat_key, standalone_name
 from lightning_peft.tuners.quantization import was_conv1d
 
 _SAMPLES = 8  # values read from each tensor
@@ -28,9 +28,10 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
     parameters = _base_parameters(backbone)
     turned = {id(module.weight) for module in backbone.modules() if was_conv1d(module)}
     digest = hashlib.sha256()
-    for name, parameter in parameters.items():
+    for name in sorted(parameters, key=flat_key):
+        parameter = parameters[name]
         shape = tuple(_shape(parameter))
-        digest.update(f"{name} {shape[::-1] if id(parameter) in turned else shape}\n".encode())
+        digest.update(f"{flat_key(name)} {shape[::-1] if id(parameter) in turned else shape}\n".encode())
     tensors = parameters | _saved_buffers(backbone)
     return {
         "names": digest.hexdigest(),
@@ -80,7 +81,7 @@ def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def _base_parameters(backbone: nn.Module) -> dict[str, Tensor]:
     """Parameters that are not an adapter's, under the names they have in the bare model, each once."""
     own = {id(p) for _, module in base_modules(backbone) for p in module.parameters(recurse=False)}
-    named = {eager_key(standalone_key(n)): p for n, p in backbone.named_parameters() if id(p) in own}
+    named = {eager_key(standalone_name(backbone, n)): p for n, p in backbone.named_parameters() if id(p) in own}
     return dict(sorted(named.items()))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lightning_peft.tuners.backbone.modules import base_modules
+from lightning_peft.tuners.backbone.modules import base_modules, is_linear, is_matrix
 
 _BEFORE = "_lightning_peft_activation"
 
@@ -28,6 +28,21 @@ def unfuse(backbone: nn.Module, acting: bool) -> None:
 def never_called(backbone: nn.Module) -> set[str]:
     """The names of linear layers whose weights only are read: output projections in `nn.MultiheadAttention`."""
     return {f"{n}.out_proj" for n, m in base_modules(backbone) if isinstance(m, nn.MultiheadAttention)}
+
+
+def read_by_kernels(backbone: nn.Module) -> set[str]:
+    """The names of matrices in state-space mixers, such as Mamba's, that are read without being called.
+
+    Which they are depends on the model and on whether its kernels are installed: the time step's almost everywhere,
+    the output's and others in a fused kernel. The first linear layer, which takes the mixer's input, is none of them.
+    """
+    found = set()
+    for name, module in base_modules(backbone):
+        if {"A_log", "D"} <= module._parameters.keys():
+            children = [n for n, child in module.named_children() if is_matrix(child)]
+            first = next((n for n in children if is_linear(module._modules[n])), None)  # type: ignore[arg-type]
+            found |= {f"{name}.{n}" for n in children if n != first}
+    return found
 
 
 def check_called(targets: Iterable[str], backbone: nn.Module) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_peft.tuners.backbone.modules import base_modules
 from lightning_peft.tuners.backbone.structure import Span, blocks, matrix_shape
-from lightning_peft.tuners.backbone.targets import Layers, choose_targets
+from lightning_peft.tuners.backbone.targets import Layers, choose_targets, choose_with_experts
 
 
 def part_ends(backbone: nn.Module, attention: bool, layers: Layers | list[int] | None = None) -> list[Span]:
@@ -18,17 +18,22 @@ def part_ends(backbone: nn.Module, attention: bool, layers: Layers | list[int] |
         layers: which blocks; default all.
 
     Raises:
-        ValueError: there are none, a block that was asked for does not exist, or a part's output is not as wide as
-            its input, as in a mixture of experts: there its last matrix is not what gives the output.
+        ValueError: there are none, a block that was asked for does not exist, a feed-forward part is a mixture of fused
+            experts, or a part's output is not as wide as its input: there its last matrix is not what gives the output.
     """
-    spans = {
-        span.last: span for block in blocks(backbone) for span in (block.spans() if attention else (block.mlp,)) if span
-    }
-    if not spans:
+    found, named = blocks(backbone), dict(base_modules(backbone))
+    spans = {span.last: span for block in found for span in (block.spans() if attention else (block.mlp,)) if span}
+    mixtures = {block.experts[0]: block for block in found if block.experts}
+    if not spans and not mixtures:
         what = "an attention or feed-forward part" if attention else "a feed-forward part"
         raise ValueError(f"{type(backbone).__name__} has no block with {what}: name the target_modules.")
+    if choose_with_experts(backbone, list(spans), list(mixtures), layers)[1]:
+        raise ValueError(
+            f"The feed-forward parts of {type(backbone).__name__} are mixtures of experts, fused into parameters such "
+            f"as {next(iter(mixtures))}, and no matrix gives their output: name target_modules where the callback "
+            'takes them, or adapt the experts by LoRA(within="mlp") or FullFineTuning(within="mlp").'
+        )
     chosen = [spans[name] for name in choose_targets(backbone, list(spans), layers)]
-    named = dict(base_modules(backbone))
     for span in chosen:
         inputs, outputs = matrix_shape(named[span.first])[0], matrix_shape(named[span.last])[1]
         if inputs != outputs:

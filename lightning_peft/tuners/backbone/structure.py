@@ -10,8 +10,9 @@ from torch import nn
 
 from lightning_peft.tuners.backbone.modules import base_modules, is_matrix
 
-# transformers, timm and most hand-written models call the class of their attention one of these
+# transformers, timm and most hand-written models call the class of their attention one of these, and of their experts
 _ATTENTION = re.compile(r"Attention|Attn|MHA")
+_EXPERTS = re.compile(r"Expert|MoE|Moe")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Block:
         stack: the name of the list it stands in, e.g. `model.layers`.
         number: its place in that list, from 0.
         attention: one span for each attention in it: none, one, or two where there is cross-attention.
-        mlp: the feed-forward part, or None.
+        mlp: the matrices of the feed-forward part, or None.
+        experts: full names of the feed-forward part's parameters that hold one matrix for each of several experts,
+            as transformers fuses them; what is beside them, such as a shared expert, is in `mlp`.
         module: the block itself.
     """
 
@@ -51,6 +54,7 @@ class Block:
     number: int
     attention: tuple[Span, ...]
     mlp: Span | None
+    experts: tuple[str, ...]
     module: nn.Module
 
     def spans(self) -> tuple[Span, ...]:
@@ -111,7 +115,19 @@ def _block(name: str, stack: str, number: int, module: nn.Module, named: dict[st
     inner = [tuple(n for n in matrices if n.startswith(f"{a}.")) for a in attentions]
     spans = tuple(Span(_output_last(names, stream, named)) for names in inner if names)
     rest = tuple(n for n in matrices if not any(n.startswith(f"{a}.") for a in attentions))
-    return Block(name, stack, number, spans, Span(rest) if rest else None, module)
+    experts = [
+        f"{n}.{own}"
+        for n, m in inside.items()
+        if not any(f"{n}.".startswith(f"{a}.") for a in attentions)
+        for own, parameter in m.named_parameters(recurse=False)
+        if is_fused(m, parameter)
+    ]
+    return Block(name, stack, number, spans, Span(rest) if rest else None, tuple(experts), module)
+
+
+def is_fused(owner: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds a matrix for each of several experts, `[experts, ., .]`."""
+    return parameter.dim() == 3 and _EXPERTS.search(type(owner).__name__) is not None
 
 
 def _output_last(names: tuple[str, ...], stream: int, named: dict[str, nn.Module]) -> tuple[str, ...]:

@@ -6,15 +6,24 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from lightning_peft.tuners.backbone.fused import never_called
-from lightning_peft.tuners.backbone.modules import base_modules, is_linear, is_matrix
+from lightning_peft.tuners.backbone.defaults import (
+    all_linear,
+    default_targets,
+    is_every_linear,
+    taken_for_experts,
+    takes_adapters,
+)
+from lightning_peft.tuners.backbone.fused import read_by_kernels
+from lightning_peft.tuners.backbone.modules import base_modules, standalone_name
 from lightning_peft.tuners.backbone.structure import blocks
+from lightning_peft.tuners.configs import nearest_names
 
 Within = Literal["attention", "mlp"]
+ALL_LINEAR = "all-linear"  # peft's word
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def choose_targets(
 
     Args:
         backbone: the model to adapt.
-        target_modules: names or ends of names, or a regular expression for whole names; default: see
+        target_modules: names or ends of names, a regular expression for whole names, or `"all-linear"`; default: see
             `default_targets`, or with `within` every matrix of that part.
         layers: which blocks; default all.
         within: only modules in the blocks' attention, or only those in their feed-forward parts.
@@ -85,65 +94,103 @@ def choose_targets(
         What was given where nothing restricts it, else full names.
 
     Raises:
-        ValueError: nothing is left, or a block that was asked for does not exist.
+        ValueError: nothing is left, a block that was asked for does not exist, or the feed-forward parts are mixtures
+            of experts that are fused into parameters.
     """
-    inside = None if within is None else _parts(backbone, within)
-    if target_modules is None:
-        target_modules = default_targets(backbone) if inside is None else sorted(inside, key=list(inside).index)
-    if layers is None and inside is None:
-        return target_modules
-    unknown, names = matching(backbone, target_modules)
-    if inside is not None:
-        names = [name for name in names if name in inside]
-        if not names and not unknown:
-            raise ValueError(f"None of the target modules is in the {within} of a block.")
-    if layers is not None:
-        names = _in_layers(names, layers, checked=not unknown)
-    return names + unknown  # what matches nothing is kept, to be refused with the nearest names
+    modules, parameters = choose_with_experts(backbone, target_modules, None, layers, within)
+    if parameters and target_modules is None:
+        raise ValueError(
+            f"The feed-forward parts of {type(backbone).__name__} hold experts fused into parameters, such as "
+            f"{parameters[0]}, which this method cannot adapt: name the target_modules, or use LoRA or FullFineTuning."
+        )
+    return modules
 
 
-def default_targets(backbone: nn.Module) -> list[str]:
-    """peft's own choice for the model's type, else the name of every linear layer but the output embedding.
+def choose_with_experts(
+    backbone: nn.Module,
+    target_modules: list[str] | str | None = None,
+    target_parameters: list[str] | None = None,
+    layers: Layers | list[int] | None = None,
+    within: Within | None = None,
+) -> tuple[list[str] | str, list[str]]:
+    """The modules to adapt, and the parameters, for a peft configuration's `target_modules` and `target_parameters`.
 
     Args:
-        backbone: a transformers model or any module; one without linear layers has its convolutions adapted.
+        backbone: the model to adapt.
+        target_modules: as in `choose_targets`.
+        target_parameters: names or ends of names of parameters. By default those that hold a mixture's experts, where
+            the feed-forward parts are asked for as a whole, by `within="mlp"` or by `"all-linear"` in some layers.
+        layers: as in `choose_targets`.
+        within: as in `choose_targets`.
+
+    Returns:
+        Modules, as `choose_targets` gives them, and the full names of parameters.
 
     Raises:
-        ValueError: the backbone has no linear layer and no convolution.
+        ValueError: as `choose_targets`.
     """
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    inside = None if within is None else _parts(backbone, within)
+    modules, parameters = target_modules, target_parameters
+    shorthand = isinstance(modules, str) and modules.lower() == ALL_LINEAR
+    if shorthand and layers is None and inside is None and is_every_linear(backbone):
+        return ALL_LINEAR, _full_names(backbone, parameters or [])  # peft knows more of it than names
+    if shorthand:
+        modules = all_linear(backbone)
+    elif modules is None:
+        modules = default_targets(backbone) if inside is None else [name for name in inside if inside[name]]
+    if parameters is None:
+        whole = shorthand or (target_modules is None and within == "mlp")
+        parameters = [name for block in blocks(backbone) for name in block.experts] if whole else []
+    parameters = _full_names(backbone, parameters)
+    if layers is None and inside is None and not shorthand:
+        return modules, parameters
+    unknown, names = matching(backbone, modules)
+    if inside is not None:
+        names = [name for name in names if name in inside]
+        parameters = [name for name in parameters if name in inside]
+        if not names and not unknown and not parameters:
+            raise ValueError(f"None of the target modules is in the {within} of a block.")
+    if layers is not None:
+        kept = _in_layers(names + parameters, layers, checked=not unknown)
+        names, parameters = [n for n in names if n in kept], [n for n in parameters if n in kept]
+    return names + unknown, parameters  # what matches nothing is kept, to be refused with the nearest names
 
-    model_type = getattr(getattr(backbone, "config", None), "model_type", None)
-    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)  # type: ignore[arg-type]
-    if known is not None:
-        return list(known)
-    return every_matrix(backbone)
 
+def beside_experts(backbone: nn.Module, modules: list[str] | str, parameters: list[str]) -> tuple[Any, list[str]]:
+    """The same modules and parameters, as peft's LoRA must be told them so that it adapts these and no others.
 
-def every_matrix(backbone: nn.Module) -> list[str]:
-    """The full names of all linear layers but the output embedding; of all convolutions where there is none.
-
-    Raises:
-        ValueError: there are neither.
+    Of a mixture peft takes some names of modules for its experts, see `taken_for_experts`. A module that is given by
+    such a full name is given by its weight, which comes to the same.
     """
-    get_output = getattr(backbone, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    unreached = {"", *never_called(backbone)}
-    modules = {n: module for n, module in base_modules(backbone) if n not in unreached and module is not output}
-    for kind in (is_linear, is_matrix):
-        if names := [name for name, module in modules.items() if kind(module)]:
-            return names
-    raise ValueError(f"{type(backbone).__name__} has no linear layer to adapt; name the target_modules.")
+    if isinstance(modules, str) or not (last := taken_for_experts(backbone)):
+        return modules, parameters
+    named = {name for name, _ in base_modules(backbone)}
+    taken = [name for name in modules if name in named and name.rpartition(".")[2] in last]
+    return [n for n in modules if n not in set(taken)], [*parameters, *(f"{name}.weight" for name in taken)]
 
 
-def _parts(backbone: nn.Module, within: Within) -> dict[str, None]:
-    """Names of the matrices in all blocks' attention or feed-forward parts, in order."""
+def _full_names(backbone: nn.Module, parameters: list[str]) -> list[str]:
+    """The full names of the parameters given by their ends, in the model's order."""
+    names = [standalone_name(backbone, name) for name, _ in backbone.named_parameters()] if parameters else []
+    found = [name for name in names if any(name == p or name.endswith(f".{p}") for p in parameters)]
+    for parameter in parameters:
+        if not any(name == parameter or name.endswith(f".{parameter}") for name in found):
+            near = nearest_names(parameter, names)
+            raise ValueError(f"No parameter of the backbone is called {parameter!r}; the nearest names are {near}.")
+    return found
+
+
+def _parts(backbone: nn.Module, within: Within) -> dict[str, bool]:
+    """Names of the matrices in all blocks' attention or feed-forward parts, in order, and whether they are modules."""
     if within not in ("attention", "mlp"):
         raise ValueError(f'within must be "attention" or "mlp", got {within!r}.')
-    found: dict[str, None] = {}
+    found: dict[str, bool] = {}
+    named, unreached = dict(base_modules(backbone)), read_by_kernels(backbone)
     for block in blocks(backbone):
         spans = block.attention if within == "attention" else (block.mlp,) if block.mlp else ()
-        found |= dict.fromkeys(name for span in spans for name in span.matrices)
+        names = [name for span in spans for name in span.matrices if name not in unreached]
+        found |= dict.fromkeys((name for name in names if takes_adapters(named[name])), True)
+        found |= dict.fromkeys(block.experts if within == "mlp" else (), False)
     if not found:
         raise ValueError(f"{type(backbone).__name__} has no block with {within} in it: name the target_modules.")
     return found

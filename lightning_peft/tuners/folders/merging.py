@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import standalone_key
+from lightning_peft.tuners.backbone.modules import standalone_name
 from lightning_peft.tuners.backbone.shapes import shapes_only
 from lightning_peft.tuners.folders.bases import (
     base_config,
@@ -156,9 +156,9 @@ def plain_state(backbone: nn.Module) -> dict[str, Tensor]:
     """Return the state under the names it has without adapters; the adapters' own tensors are among it."""
     from peft.utils.other import ModulesToSaveWrapper
 
-    state = {standalone_key(name): value for name, value in backbone.state_dict(keep_vars=True).items()}
+    state = {standalone_name(backbone, name): value for name, value in backbone.state_dict(keep_vars=True).items()}
     for name, module in backbone.named_modules():
         if isinstance(module, ModulesToSaveWrapper):  # holds a trained copy, which takes the original's place
             trained = module.modules_to_save[module.active_adapters[-1]].state_dict(keep_vars=True)
-            state |= {standalone_key(f"{name}.{key}"): value for key, value in trained.items()}
+            state |= {standalone_name(backbone, f"{name}.{key}"): value for key, value in trained.items()}
     return state

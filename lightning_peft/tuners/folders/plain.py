@@ -109,6 +109,7 @@ class Adapters(TypedDict):
     backbones: Annotated[dict[str, Backbone], Fits(bool, "at least one backbone")]
     left_out: NotRequired[dict[str, str]]
     outside: NotRequired[dict[str, list[str]]]
+    renamed: NotRequired[dict[str, str]]
 
 
 def read_json(file: Path) -> Any:

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from lightning_peft.positions import track
-from lightning_peft.tuners.backbone.modules import is_linear, standalone_key
+from lightning_peft.tuners.backbone.modules import is_linear, standalone_name
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.layer import ATTRIBUTE, LayerOffsetsLayer
 from lightning_peft.tuners.layer_offsets.writing import final_matrices, innermost
@@ -67,7 +67,9 @@ class LayerOffsetsModel(BaseTuner):
                 f"{current_key} is a {type(target).__name__}, which is never called and gives nothing to add to: name "
                 "a module in it."
             )
-        layer = target._modules.get(ATTRIBUTE) or LayerOffsetsLayer(target, current_key, track(self.model))
+        layer = target._modules.get(ATTRIBUTE) or LayerOffsetsLayer(
+            target, standalone_name(self.model, current_key), track(self.model)
+        )
         assert isinstance(layer, LayerOffsetsLayer)
         layer.update_layer(adapter_name, peft_config)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
@@ -84,9 +86,9 @@ class LayerOffsetsModel(BaseTuner):
         super()._check_merge_allowed()
         layers = list(self._layers())
         whole = [layer for layer in layers if not is_linear(innermost(layer.owner))]
-        final = final_matrices(self.model, [standalone_key(layer.name + ".").rstrip(".") for layer in whole])
+        final = final_matrices(self.model, [layer.name for layer in whole])
         for layer in whole:
-            layer.write_to(final.get(standalone_key(layer.name + ".").rstrip(".")))
+            layer.write_to(final.get(layer.name))
         for layer in layers:
             layer.check_merge(list(self.peft_config))
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_key, state_tensors
+from lightning_peft.tuners.backbone.modules import STATE, AdapterState, standalone_name, state_tensors
+from lightning_peft.tuners.backbone.parameter_order import keep_parameter_order
+from lightning_peft.tuners.folders.files import AdapterError
 from lightning_peft.tuners.quantization import check_merge
 from lightning_peft.tuners.ways.own_forward import OwnForward, acts_on_calls, own_forward, task_of
 
@@ -102,7 +104,9 @@ class Injection:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type]
+        keep_parameter_order(self.backbone)
         tuner = tuner_class(self.backbone, {self.name: self.config}, self.name)
+        keep_parameter_order(self.backbone)
         _to_float32(tuner, self.name)
         if self.config.peft_type == "SHIRA":
             _register_indices(self.backbone)
@@ -122,7 +126,11 @@ class Injection:
                 yield module
 
     def keys(self) -> dict[str, str]:
-        """The adapter's tensors: peft's key in a saved folder -> the name in the backbone's state."""
+        """The adapter's tensors: peft's key in a saved folder -> the name in the backbone's state.
+
+        Raises:
+            AdapterError: two tensors would have one key.
+        """
         from peft import get_peft_model_state_dict
 
         config = copy.copy(self.config)
@@ -140,13 +148,18 @@ class Injection:
         )
         found = {id(value): name for name, value in state.items()}  # SHiRA looks up some tensors itself
         named = {key: value if isinstance(value, str) else found[id(value)] for key, value in selected.items()}
-        return {standalone_key(key): self._live(name) for key, name in named.items()}
+        keys: dict[str, str] = {}
+        for key, name in named.items():
+            live = self._live(name)
+            if (other := keys.setdefault(self._alone(key), live)) != live:
+                raise AdapterError(f"{other} and {live} would both be saved as {self._alone(key)}, and one lost.")
+        return keys
 
     def places(self) -> list[str]:
         """The modules the adapter is on, by the names they have without adapters."""
         live = (n for n in self.keys().values() if not n.startswith(f"{STATE}.") and ".modules_to_save." not in n)
         mark = getattr(self.tuner, "child", self.tuner.prefix)
-        return list(dict.fromkeys(standalone_key(name + ".").split(f".{mark}")[0] for name in live))
+        return list(dict.fromkeys(standalone_name(self.backbone, name.split(f".{mark}")[0]) for name in live))
 
     def check_merge(self) -> None:
         """Raise `ValueError` where the adapter cannot be written into the weights."""
@@ -176,6 +189,11 @@ class Injection:
             handle.remove()
         take_out(self.backbone, self.tuner.tuner_layer_cls, self.name)
         forget_state(self.backbone, self.name)
+
+    def _alone(self, key: str) -> str:
+        """Peft's key in a saved folder, as it is where no other adapter is on the backbone."""
+        inside = key.startswith(_PREFIX)
+        return _PREFIX + standalone_name(self.backbone, key.removeprefix(_PREFIX), self.name) if inside else key
 
     def _live(self, name: str) -> str:
         """The name in the backbone's state of what `PeftModel` would call `name`."""
@@ -233,7 +251,7 @@ def take_out(backbone: nn.Module, cls: Any, name: str) -> None:
     for _, _, layer in wrappers:
         layer._active_adapter = []  # so that peft need not choose, and warn of, another
         layer.delete_adapter(name)
-    for parent, child_name, layer in wrappers:
+    for parent, child_name, layer in reversed(wrappers):  # inner ones first, where one adapter's are nested
         # a layer that stands beside the module's own parameters has taken itself out
         if not layer._get_available_adapters() - {name} and hasattr(layer, "base_layer"):
             for beside in [child for child in layer.children() if hasattr(child, "attach")]:
@@ -244,6 +262,7 @@ def take_out(backbone: nn.Module, cls: Any, name: str) -> None:
             child.delete_adapter(name, [])
             if not child._adapters:
                 setattr(parent, child_name, child.original_module)
+    keep_parameter_order(backbone)
 
 
 def _register_indices(backbone: nn.Module) -> None:

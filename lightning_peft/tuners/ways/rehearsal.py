@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.tuners.backbone.layer_inputs import computes_weight, is_plain, layer_input
-from lightning_peft.tuners.backbone.modules import base_modules, standalone_key
+from lightning_peft.tuners.backbone.modules import base_modules, standalone_name
 
 _SAME = 2e-6  # of the largest output, computed in float64; some methods compute parts in float32
 
@@ -164,7 +164,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _refusal(backbone: nn.Module, layer: Any, config: Any, reason: str) -> ValueError:
     name = next((n for n, module in backbone.named_modules() if module is layer), "")
-    name = standalone_key(name + ".").rstrip(".").removesuffix(".weight_deltas")
+    name = standalone_name(backbone, name).removesuffix(".weight_deltas")
     where = f"{name}, {type(_owner(layer)).__name__}({_owner(layer).extra_repr()})"
     if config is None:
         return ValueError(f"An adapter cannot be merged into {where}: {reason}, or keep it beside its base.")

@@ -125,9 +125,10 @@ def _chosen(
         raise ValueError(f'within must be "attention" or "mlp", got {within!r}.')
     spans = [span for b in some for span in (b.attention if within == "attention" else filter(None, (b.mlp,)))]
     owners = {name for span in spans for name in span.matrices}
-    if not owners:
+    experts = {name for block in some for name in block.experts} if within == "mlp" else set()
+    if not owners and not experts:
         raise ValueError(f"{type(backbone).__name__} has no block with {within} in it.")
-    return [place for place in every if place.full_name.rpartition(".")[0] in owners]
+    return [p for p in every if p.full_name.rpartition(".")[0] in owners or p.full_name in experts]
 
 
 def _some_blocks(backbone: nn.Module, layers: Layers | list[int] | None) -> list[Block]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import standalone_key
+from lightning_peft.tuners.backbone.modules import standalone_name
 from lightning_peft.tuners.weight_deltas.layer import WeightDeltasLayer
 
 
@@ -35,7 +35,7 @@ def deltas(backbone: nn.Module, adapter: str) -> list[Delta]:
     for name, layer in backbone.named_modules():
         if isinstance(layer, WeightDeltasLayer):
             masks = layer._of(layer.masks, adapter)
-            owner = standalone_key(name + ".").removesuffix("weight_deltas.")
+            owner = standalone_name(backbone, name).removesuffix("weight_deltas")
             for own, value in layer._of(layer.values, adapter).items():
                 base = layer._owner[0]._parameters[own]
                 mask = masks[own] if own in masks else None  # noqa: SIM401 - it may be a module, which has no `get`

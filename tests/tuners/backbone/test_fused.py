@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from tuning import one_sentence
 
-from lightning_peft.tuners.backbone.targets import every_matrix
+from lightning_peft.tuners.backbone.defaults import every_matrix
 from lightning_peft.tuners.stack import stack_of
 
 

@@ -10,7 +10,8 @@ from tiny_models import tiny
 from torch import nn
 from tuning import Net, one_sentence
 
-from lightning_peft.tuners.backbone.targets import Layers, choose_targets, default_targets
+from lightning_peft.tuners.backbone.defaults import default_targets
+from lightning_peft.tuners.backbone.targets import Layers, choose_targets
 
 
 def numbers(names: list[str] | str) -> list[int]:

@@ -1,0 +1,34 @@
+"""Whether every tensor that is trained has a key of its own, in checkpoints and in saved folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from lightning_peft.checkpoint import checkpoint_names
+from lightning_peft.tuners.folders.files import AdapterError
+from lightning_peft.tuners.stack import AdapterStack
+
+
+def check_complete(module: nn.Module, stacks: Mapping[str, AdapterStack]) -> None:
+    """Raise `AdapterError` unless every trained tensor has a key of its own: what has none would be lost.
+
+    Args:
+        module: the LightningModule, as it is about to be trained.
+        stacks: its adapters, by the names of their backbones.
+
+    Raises:
+        AdapterError: two tensors have one key, or a tensor has none; the message names them.
+    """
+    saved = set(checkpoint_names(module, stacks).values())
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and name not in saved:
+            raise AdapterError(f"{name} is trained, but {type(module).__name__}.state_dict() does not name it.")
+    for stack in stacks.values():
+        tensors = dict(stack.backbone.named_parameters(remove_duplicate=False))
+        for part in stack.parts:
+            kept = {id(tensors[live]) for live in stack.keys(part).values() if live in tensors}
+            for name, parameter in tensors.items():
+                if part.name in name.split(".") and parameter.requires_grad and id(parameter) not in kept:
+                    raise AdapterError(f"{name} is trained, but adapter {part.name!r} has no key for it in a folder.")
