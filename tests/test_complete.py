@@ -146,21 +146,6 @@ def test_a_tensor_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         check_complete(module, find_stacks(module))
 
 
-class Filters(Language):
-    """A module that thins its checkpoints out, and the adapter with them."""
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("head")}
-
-
-def test_a_checkpoint_from_which_a_trained_tensor_is_missing_is_not_written(tmp_path: Path) -> None:
-    run = trainer(PEFT(LoraConfig(r=2, target_modules=["q_proj"]), backbone="model"))
-    run.fit(Filters(), words())
-    with pytest.raises(AdapterError, match=r"without \d+ tensors that belong in it, the first is model\..*lora_A"):
-        run.save_checkpoint(tmp_path / "filtered.ckpt")
-    assert not (tmp_path / "filtered.ckpt").exists()
-
-
 class Attending(L.LightningModule):
     """PyTorch's attention, in which peft wraps the whole and, inside, its output projection."""
 
