@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks import optimizers
-from lightning_peft.checkpoint import keep_adapters
+from lightning_peft.checkpoint import META, keep_adapters
+from lightning_peft.tuners.backbone.fingerprint import blank_samples
 from lightning_peft.tuners.backbone.modules import state_tensors
 
 # what the Trainer adds to a checkpoint, in bytes: loops and versions; with optimizers also
@@ -70,6 +71,8 @@ def checkpoint_bytes(module: L.LightningModule, made: list[Optimizer]) -> int:
     """Bytes of a checkpoint file: its tensors, and all else by writing it with tensors of one byte."""
     checkpoint: dict[str, Any] = {"state_dict": state_tensors(module)}
     keep_adapters(module, checkpoint)
+    for name, described in checkpoint.get(META, {"backbones": {}})["backbones"].items():
+        described["fingerprint"] = described["fingerprint"] | {"samples": blank_samples(module.get_submodule(name))}
     if module.hparams:
         checkpoint["hyper_parameters"] = dict(module.hparams)
     if made:

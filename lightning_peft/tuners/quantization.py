@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_peft.tuners.backbone.modules import base_modules
+from lightning_peft.tuners.backbone.task_heads import task_heads
 from lightning_peft.tuners.configs import nearest_names
 
 QuantType = Literal["nf4", "fp4", "int8"]
@@ -62,7 +63,7 @@ def quantize(
 ) -> list[str]:
     """Replace every `nn.Linear` (and transformers' `Conv1D`) of a module by its quantised twin, in place.
 
-    Left as they are: what `skip` names, heads of transformers models and output embeddings, what transformers keeps in
+    Left as they are: what `skip` names, task heads and output embeddings, what transformers keeps in
     float32, weights that another module shares, and subclasses of `nn.Linear`. A backbone that is quantised already is
     only checked, so that calling this again does nothing.
 
@@ -228,7 +229,7 @@ def _chosen(backbone: nn.Module, skip: Collection[str]) -> dict[str, Any]:
             raise ValueError(f"No module of the backbone is called {name!r}; the nearest names are {near}.")
     # some of these are asked by their parents for the dtype to compute in, such as T5's wo
     kept = {name for m in backbone.modules() for key in _FLOAT32 for name in getattr(m, key, None) or ()}
-    left = _heads(backbone)
+    left = _heads(backbone) | {m for head in task_heads(backbone) for m in backbone.get_submodule(head).modules()}
     for n, module in backbone.named_modules():
         if any(n == name or n.endswith(f".{name}") for name in skip) or kept & set(n.split(".")):
             left |= set(module.modules())

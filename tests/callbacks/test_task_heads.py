@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 from tuning import QUIET, one_sentence, trainer
 from vision import libraries
 
-from lightning_peft import load_adapter, save_adapter
-from lightning_peft.callbacks import PEFT, BitFit, FullFineTuning, LoRA, Pfeiffer
+from lightning_peft import adapters, load_adapter, save_adapter
+from lightning_peft.callbacks import PEFT, BitFit, FullFineTuning, LoRA, Pfeiffer, Quantize
 from lightning_peft.checkpoint import load_from_checkpoint
 from lightning_peft.tuners.backbone.task_heads import task_heads
+from lightning_peft.tuners.folders.merging import merge_pretrained
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
@@ -308,3 +309,36 @@ def test_a_head_that_cannot_be_told_is_noticed_where_it_is_loaded(tmp_path: Path
             load_from_checkpoint(Own, path)
         with pytest.warns(UserWarning, match="was made for another base model"):
             load_from_checkpoint(Own, path, strict_base=False)
+
+
+def test_a_merged_folder_has_the_trained_head(tmp_path: Path) -> None:
+    kind = "BertForSequenceClassification"
+    module = Task(kind)
+    module.net.save_pretrained(tmp_path / "base")
+    trainer(LoRA(r=2), max_epochs=1).fit(module, inputs(kind))
+    save_adapter(module, tmp_path / "adapter")
+    merge_pretrained(tmp_path / "adapter", tmp_path / "merged", str(tmp_path / "base"))
+    merged = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    batch = next(iter(inputs(kind)))
+    torch.testing.assert_close(merged(batch).logits, module.eval()(batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "timm vit_tiny_patch16_224"])
+def test_a_head_is_not_quantised_with_its_backbone(kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    module = Task(kind)
+    (head,) = task_heads(module.net)
+    Quantize(backbone="net").apply(module)
+    assert type(module.net.get_submodule(head)) is nn.Linear
+    LoRA(r=2, backbone="net", target_modules="all-linear").apply(module)
+    assert adapters(module).parts[0].config.modules_to_save == [head]
+
+
+def test_a_head_that_is_quantised_is_named() -> None:
+    pytest.importorskip("bitsandbytes")
+    module = Task("LlamaForSequenceClassification")
+    weight = module.net.score.weight
+    weight.requires_grad_(False)
+    weight.data = weight.data.char()  # as int8 layers hold theirs
+    with pytest.warns(UserWarning, match="The head score is quantised and stays as it is"):
+        LoRA(r=2).apply(module)

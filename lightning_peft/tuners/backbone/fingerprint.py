@@ -32,16 +32,25 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
         parameter = parameters[name]
         shape = tuple(_shape(parameter))
         digest.update(f"{flat_key(name)} {shape[::-1] if id(parameter) in turned else shape}\n".encode())
-    tensors = parameters | _saved_buffers(backbone)
     return {
         "names": digest.hexdigest(),
         "model_type": getattr(getattr(backbone, "config", None), "model_type", None),
-        "samples": {
-            name: _sample(tensor)
-            for name, tensor in tensors.items()
-            if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta"
-        },
+        "samples": {n: _sample(t) for n, t in _sampled(backbone).items() if t.device.type != "meta"},
     }
+
+
+def blank_samples(backbone: nn.Module) -> dict[str, Any]:
+    """Return the samples of a fingerprint with no values read, to see how much they are."""
+    return {
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "values": [0.1] * min(_SAMPLES, tensor.numel())}
+        for name, tensor in _sampled(backbone).items()
+    }
+
+
+def _sampled(backbone: nn.Module) -> dict[str, Tensor]:
+    """The tensors of which a fingerprint holds values."""
+    tensors = _base_parameters(backbone) | _saved_buffers(backbone)
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
 
 
 def mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:

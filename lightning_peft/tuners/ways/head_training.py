@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,14 @@ def _heads(
         ends = tuple(end for task in tasks for end in _PEFT_HEADS.get(task, ()))
         found = task_heads(backbone)
         found += [name for name in names if name.rpartition(".")[2] in ends and not _inside(name, found)]
-        return [head for head in found if not _only_target(head, named, backbone) and _trainable(backbone, head)]
+        found = [head for head in found if not _only_target(head, named, backbone)]
+        if packed := [head for head in found if not _trainable(backbone, head)]:
+            warnings.warn(
+                f"The head {packed[0]} is quantised and stays as it is: leave it out where the backbone is quantised "
+                "(skip_modules, llm_int8_skip_modules) if it is to be trained.",
+                stacklevel=2,
+            )
+        return [head for head in found if head not in packed]
     heads = [train_head] if isinstance(train_head, str) else list(train_head)
     for head in heads:
         if head not in names:
