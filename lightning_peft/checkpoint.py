@@ -117,7 +117,7 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
         outside = outside or {"added": list(added), "left_out": left_out}
     described = {}
     for name, stack in stacks.items():
-        description = described[_saved_name(module, name)] = stack.describe()
+        description = described[_saved_name(module, f"{name}.").rstrip(".")] = stack.describe()
         for part in description["parts"]:
             part["keys"] = {eager_key(key): _saved_name(stack.backbone, live) for key, live in part["keys"].items()}
     checkpoint[META] = {"version": 1, "backbones": described, "outside": outside, "renamed": renamed}

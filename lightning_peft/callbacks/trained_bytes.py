@@ -18,7 +18,7 @@ from lightning_peft.tuners.backbone.modules import state_tensors
 
 # what the Trainer adds to a checkpoint, in bytes: loops and versions; with optimizers also
 # the states of callbacks
-_LOOPS, _CALLBACKS = 1_600, 1_000
+_LOOPS, _CALLBACKS = 1_200, 600
 
 
 def configured_optimizers(module: L.LightningModule, notes: list[str]) -> list[Optimizer]:

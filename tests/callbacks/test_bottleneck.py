@@ -47,7 +47,7 @@ class Around(L.LightningModule):
 
 def applied(callback: Any, kind: str) -> Any:
     """A tiny backbone with the callback's adapters."""
-    callback.backbone = "model"
+    callback.backbone, callback.train_head = "model", False
     module: Any = Around(rough(kind))
     callback.apply(module)
     return module.model

@@ -209,7 +209,7 @@ def test_without_the_adapter_the_base_is_not_the_base(init: str, act: Any, words
     module = classifier()
     changing(init).apply(module)
     message = read(lambda: act(adapters(module)))
-    assert message.startswith(f"Adapter 'lora' was made by changing the base's weights (init_lora_weights='{init}')")
+    assert message.startswith(f"Adapter 'lora' was made by changing the base itself (init_lora_weights='{init}')")
     assert f"so it cannot be {words}: " in message
 
 

@@ -184,7 +184,7 @@ def test_the_temperature_chosen_is_the_likeliest_on_inner_validation_questions(
 @pytest.mark.parametrize("wrong", [Row("x", "", "decoded"), Row("x", "", "prompt", scoring=DoLaScoring(), few_shot=5)])
 def test_decoded_rows_and_no_others_have_a_scoring(wrong: Row) -> None:
     with pytest.raises(ValueError, match=r"rows of kind decoded, and no others, have a scoring\.$"):
-        check(Plan("", "", [Row("base", "", "base"), wrong]))
+        check(Plan("plan", "", [Row("base", "", "base"), wrong]))
 
 
 def test_rows_are_read_from_yaml_and_a_changed_one_is_run_again(

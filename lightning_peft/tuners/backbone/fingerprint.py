@@ -83,6 +83,8 @@ def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
         return True
     coarse = max(torch.finfo(getattr(torch, sample["dtype"])).eps for sample in (a, b))
     relative = coarse if a["dtype"] != b["dtype"] else 0.0
+    if len(a["values"]) != len(b["values"]):
+        return False
     left, right = torch.tensor(a["values"]), torch.tensor(b["values"])
     return left.shape == right.shape and torch.allclose(left, right, rtol=relative, atol=_SUBNORMAL)
 

@@ -107,6 +107,12 @@ def test_what_a_fingerprint_of_four_matrices_holds_is_compared() -> None:
     assert mismatch(old, made) is None and mismatch(old, fingerprint(other_seed("llama"))) is not None
 
 
+def test_another_number_of_values_is_another_base() -> None:
+    made = fingerprint(nn.Linear(3, 4))
+    cut = made | {"samples": {n: sample | {"values": sample["values"][:2]} for n, sample in made["samples"].items()}}
+    assert mismatch(cut, made) == "2 of 2 tensors hold other values: bias, weight"
+
+
 def test_a_module_of_vectors_alone_is_known_by_them() -> None:
     made = fingerprint(nn.LayerNorm(4))
     changed = nn.LayerNorm(4)

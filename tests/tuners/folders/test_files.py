@@ -134,13 +134,16 @@ def _places(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, 
     return [path, *(place for key, item in inner for place in _places(item, (*path, key)))]
 
 
+@pytest.mark.filterwarnings("ignore")  # some of which hold what no terminal can show
 @pytest.mark.parametrize("file", [NOTES, CONFIG])
 def test_a_value_of_another_type_is_an_adapter_error_wherever_it_stands(file: str, tmp_path: Path) -> None:
     """One value after the other of what was written is replaced, or loads as before."""
     save_adapter(edited("llama")[0], tmp_path)
     written = (tmp_path / file).read_text()
     model, refused = tiny("llama"), 0
-    for place in _places(json.loads(written))[1:]:
+    every = _places(json.loads(written))[1:]
+    sampled = [place for place in every if place[:2] == ("fingerprint", "samples")]
+    for place in [place for place in every if place not in sampled[6:]]:  # a tensor's samples stand for all
         for wrong in (None, [[1]], {"a": {}}, "\ud800", 10**400, True):
             changed = json.loads(written)
             holder = changed
