@@ -179,6 +179,8 @@ class AdapterStack:
     def scale(self, strength: float, name: str | None = None) -> None:
         """Turn the dial of one adapter, or of all: 1 as made, 0 equal to the base, negative reversed.
 
+        A head that is trained whole beside an adapter has no dial, and stays as it was trained.
+
         Raises:
             ValueError: the method has no scaling, or began by changing the base's weights, as PiSSA does.
         """

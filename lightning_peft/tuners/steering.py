@@ -20,7 +20,11 @@ from lightning_peft.tuners.ways.initialisation import check_undoable
 
 @contextmanager
 def steering(
-    model: nn.Module, adapter: str | Path, scale: float = 1.0, positions: str | None = None
+    model: nn.Module,
+    adapter: str | Path,
+    scale: float = 1.0,
+    positions: str | None = None,
+    strict_base: bool = True,
 ) -> Iterator[list[Part]]:
     """Within, the model is adapted by a saved adapter; afterwards it is what it was, bit for bit, also on an exception.
 
@@ -31,8 +35,10 @@ def steering(
     Args:
         model: the module the adapter was made for, e.g. a transformers model; it may carry adapters already.
         adapter: a folder that `load_adapter` reads: an edit, a tuned adapter, or a stack of them.
-        scale: the dial: 1 as saved, 0 equal to the model without it bit for bit, negative reversed.
+        scale: the dial: 1 as saved, 0 equal to the model without it bit for bit, negative reversed. A head that was
+            trained whole beside the adapter is not scaled.
         positions: which tokens an edit acts on, in place of those it was saved with; see `lightning_peft.tokens`.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
 
     Yields:
         The parts that were put on, innermost first.
@@ -75,7 +81,7 @@ def steering(
     parts: list[Part] = []
     try:
         for folder in folders:
-            parts += load_adapter(stack.backbone, folder, _free_name(stack))
+            parts += load_adapter(stack.backbone, folder, _free_name(stack), strict_base)
         for module in set(stack.backbone.modules()) - before:
             module.training = False  # of a saved adapter no dropout is wanted
         for part in parts:

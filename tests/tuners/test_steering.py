@@ -13,6 +13,7 @@ from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
 
 from lightning_peft import load_adapter, save_adapter, steering
+from lightning_peft.tuners.folders.files import AdapterError
 from lightning_peft.tuners.stack import stack_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*generation flags")
@@ -175,3 +176,18 @@ def test_merged_adapters_are_not_taken_out_of_the_weights(folder: Callable[..., 
     add_lora(model, ["q_proj"]).merge()
     with pytest.raises(ValueError, match=r"unmerge them before steering\.$"), steering(model, folder()):
         pass
+
+
+def test_a_base_with_a_row_for_a_new_token_is_steered_where_asked_for(
+    folder: Callable[..., Path], tokens: Tensor
+) -> None:
+    model, saved = tiny("llama"), folder()
+    model.resize_token_embeddings(model.config.vocab_size + 1)
+    with pytest.raises(AdapterError, match="their parameters have other names or shapes"), steering(model, saved):
+        pass
+    base = logits(model, tokens)
+    warned = pytest.warns(UserWarning, match="was made for another base model")
+    with warned as found, steering(model, saved, strict_base=False):
+        assert not torch.equal(logits(model, tokens), base)
+    assert len([w for w in found if "another base model" in str(w.message)]) == 1
+    assert torch.equal(logits(model, tokens), base)
