@@ -115,6 +115,7 @@ def test_tensors_of_every_dtype_and_shape_come_back(size: tuple[int, ...], tmp_p
     assert all(found[k].dtype == v.dtype and torch.equal(found[k].float(), v.float()) for k, v in state.items())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("place", ["all of it", "planner_data", "storage_data", "a tensor's entry"])
@@ -211,6 +212,7 @@ def test_a_truncated_index_or_shard_is_one_sentence(shards: Path, tmp_path: Path
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("place", ["all of it", "hyper_parameters", "lightning_peft", "state_dict", "callbacks"])

@@ -92,6 +92,7 @@ DEATHS = [(change, WAYS[0]) for change in CHANGES]
 DEATHS += [(change, way) for change in ("one by another", "nothing by one") for way in WAYS[1:]]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("change", "way"), DEATHS)
 def test_old_or_new_is_there_whenever_the_writer_dies(change: str, way: str, tmp_path: Path) -> None:
     old, new = CHANGES[change]
