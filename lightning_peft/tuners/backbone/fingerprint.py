@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import base_modules, eager_key, flat_key, standalone_name
+from lightning_peft.tuners.backbone.modules import bare_name, base_modules, eager_key, flat_key
 from lightning_peft.tuners.quantization import was_conv1d
 
 _SAMPLES = 8  # values read from each tensor
@@ -92,7 +92,7 @@ def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def _base_parameters(backbone: nn.Module) -> dict[str, Tensor]:
     """Parameters that are not an adapter's, under the names they have in the bare model, each once."""
     own = {id(p) for _, module in base_modules(backbone) for p in module.parameters(recurse=False)}
-    named = {eager_key(standalone_name(backbone, n)): p for n, p in backbone.named_parameters() if id(p) in own}
+    named = {eager_key(bare_name(backbone, n)): p for n, p in backbone.named_parameters() if id(p) in own}
     return dict(sorted(named.items()))
 
 

@@ -35,7 +35,13 @@ def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         elif isinstance(module, AdapterState):
             inside |= set(module.modules())
         if module not in inside:
-            yield standalone_name(backbone, name), module
+            yield bare_name(backbone, name), module
+
+
+def bare_name(backbone: nn.Module, name: str) -> str:
+    """Return the name that a module or tensor of the base has without adapters; most names are that already."""
+    wrapped = "base_layer" in name or "original_module" in name
+    return standalone_name(backbone, name) if wrapped else name
 
 
 def state_tensors(module: nn.Module) -> dict[str, Tensor]:
