@@ -35,7 +35,7 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
     return {
         "names": digest.hexdigest(),
         "model_type": getattr(getattr(backbone, "config", None), "model_type", None),
-        "samples": {n: _sample(t) for n, t in _sampled(backbone).items() if t.device.type != "meta"},
+        "samples": {n: _sample(t) for n, t in _sampled(backbone, parameters).items() if t.device.type != "meta"},
     }
 
 
@@ -43,13 +43,13 @@ def blank_samples(backbone: nn.Module) -> dict[str, Any]:
     """Return the samples of a fingerprint with no values read, to see how much they are."""
     return {
         name: {"dtype": str(tensor.dtype).removeprefix("torch."), "values": [0.1] * min(_SAMPLES, tensor.numel())}
-        for name, tensor in _sampled(backbone).items()
+        for name, tensor in _sampled(backbone, _base_parameters(backbone)).items()
     }
 
 
-def _sampled(backbone: nn.Module) -> dict[str, Tensor]:
+def _sampled(backbone: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of which a fingerprint holds values."""
-    tensors = _base_parameters(backbone) | _saved_buffers(backbone)
+    tensors = parameters | _saved_buffers(backbone)
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
 
 

@@ -22,7 +22,7 @@ def keep_parameter_order(backbone: nn.Module) -> None:
 
     modules = list(backbone.modules())
     wrapped = {m.get_base_layer() for m in modules if isinstance(m, BaseTunerLayer) and hasattr(m, "parameter_name")}
-    for module in modules:
+    for module in [m for m in modules if m in wrapped or _ORDER in m.__dict__]:
         order = parameter_order(module)
         if set(order) == set(module._parameters) and order != tuple(module._parameters):
             for name in order:
