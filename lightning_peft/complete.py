@@ -21,10 +21,7 @@ def check_complete(module: nn.Module, stacks: Mapping[str, AdapterStack]) -> Non
     Raises:
         AdapterError: two tensors have one key, or a tensor has none; the message names them.
     """
-    saved = set(checkpoint_names(module, stacks).values())
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and name not in saved:
-            raise AdapterError(f"{name} is trained, but {type(module).__name__}.state_dict() does not name it.")
+    checkpoint_names(module, stacks)  # which has every trained tensor, and raises where two would have one name
     for stack in stacks.values():
         tensors = dict(stack.backbone.named_parameters(remove_duplicate=False))
         for part in stack.parts:

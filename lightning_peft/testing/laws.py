@@ -156,7 +156,7 @@ def _restored(cell: Cell, checkpoint: dict[str, Any]) -> L.LightningModule:
 def _reloaded(cell: Cell, module: L.LightningModule, folder: Path) -> L.LightningModule:
     """A fresh module with the adapters of a folder, and what no folder holds as the trained module has it."""
     fresh, name = cell.make_module(), _name_of(module, adapters(module).backbone)
-    outside = {key: v for key, v in module.state_dict().items() if name and not key.startswith(f"{name}.")}
+    outside = {key: v for key, v in state_tensors(module).items() if name and not key.startswith(f"{name}.")}
     fresh.load_state_dict(outside, strict=False)
     load_adapter(fresh.get_submodule(name), folder)
     return fresh

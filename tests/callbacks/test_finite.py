@@ -101,7 +101,7 @@ NUMBERS = [  # every number that a method of this package can be given
 @pytest.mark.parametrize(("name", "argument"), NUMBERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_method_takes_a_number_that_is_not_finite(name: str, argument: str, value: float) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"{name} needs a finite {argument}, got {value}") as error:
         getattr(callbacks, name)(**{argument: value})
     assert one_sentence(str(error.value))
 

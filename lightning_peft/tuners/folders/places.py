@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.tuners.backbone.modules import state_tensors
+
 Alike = Callable[[str, str], bool]
 _TIED = "tie_word_embeddings"
 
@@ -29,7 +31,7 @@ class PlainModel:
 
     def __post_init__(self) -> None:
         self.cls = type(self.skeleton)
-        self.names = set(self.skeleton.state_dict())
+        self.names = set(state_tensors(self.skeleton))
         self.dtype, self.dtypes = torch.float32, dict[str, torch.dtype]()
 
     def save(self, weights: Mapping[str, Tensor], source: Any, dtype: torch.dtype, folder: Path) -> None:
@@ -42,7 +44,7 @@ class PlainModel:
             seen.add(memory)
         model.load_state_dict(own, assign=True)
         model.tie_weights()
-        self.dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+        self.dtypes = {name: value.dtype for name, value in state_tensors(model).items()}
         self.dtype = model.config.dtype = dtype
         model.generation_config = source.generation_config if model.can_generate() else None
         model.save_pretrained(folder)
