@@ -53,7 +53,7 @@ $(INSTALLED_DOCS): $(INSTALLED)
 model: $(MODEL)/model.safetensors
 
 $(MODEL)/model.safetensors: | $(INSTALLED)
-	$(BIN)/python -m lightning_peft.smollm2 $(MODEL)
+	$(BIN)/python -m lightning_peft.cli.smollm2 $(MODEL)
 
 demo: $(INSTALLED) model
 	$(BIN)/lightning-peft compare --config configs/compare/quick.yaml

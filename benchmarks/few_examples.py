@@ -21,10 +21,10 @@ from torch import Tensor
 from lightning_peft.callbacks import ITI
 from lightning_peft.compare.statistics import paired_difference
 from lightning_peft.models import CausalLM
+from lightning_peft.stack.stack import adapters
 from lightning_peft.truthfulqa import ChoiceScorer, TruthfulQADataModule
 from lightning_peft.truthfulqa.metrics import mc1, mc2
 from lightning_peft.truthfulqa.questions import subset
-from lightning_peft.tuners.stack import adapters
 
 Scores = dict[str, list[float]]
 

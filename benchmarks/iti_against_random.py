@@ -19,12 +19,12 @@ from typing import Any
 import lightning as L
 
 from lightning_peft.callbacks import ITI
-from lightning_peft.callbacks.iti import install
+from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.editing import head_sites
 from lightning_peft.editing.directions import random_directions
 from lightning_peft.models import CausalLM
+from lightning_peft.stack.stack import adapters
 from lightning_peft.truthfulqa import TruthfulQADataModule
-from lightning_peft.tuners.stack import adapters
 
 
 def main() -> None:

@@ -38,8 +38,8 @@ from lightning_peft.editing.facts import (
     score_facts,
 )
 from lightning_peft.models import CausalLM
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.truthfulqa.text import text_slice
-from lightning_peft.tuners.stack import stack_of
 
 KINDS = ("efficacy", "paraphrase", "neighbourhood")
 

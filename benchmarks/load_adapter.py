@@ -22,7 +22,7 @@ import torch
 from pairs import machine, milliseconds, quiet, ratio, verdict
 
 from lightning_peft import load_adapter, save_adapter
-from lightning_peft.tuners.stack import stack_of
+from lightning_peft.stack.stack import stack_of
 
 TARGETS = {"q and v": ["q_proj", "v_proj"], "every linear layer": "all-linear"}
 BOUND = 1.2

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from lightning_peft import bake, load_adapter, save_adapter
 from lightning_peft.editing import head_offsets_config, head_sites
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.tuners.head_offsets import HeadOffsetsLayer
-from lightning_peft.tuners.stack import stack_of
 
 HEADS, SIZE = 48, 1.0  # how many, and the length of each offset
 BOUNDS = {"hooks": 1.05, "baked": 1.02}  # of the time unsteered, for the interval's upper end

@@ -25,14 +25,14 @@ import torch
 from pairs import machine, quiet, ratio, verdict
 from torch import Tensor
 
-from lightning_peft.callbacks.iti import install
+from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.editing import head_sites
 from lightning_peft.models import CausalLM
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.sweep.fit import Statements, best_heads, fit
 from lightning_peft.sweep.grid import Grid
-from lightning_peft.sweep.plan import Sweep
+from lightning_peft.sweep.settings import Sweep
 from lightning_peft.truthfulqa import ChoiceScorer, TruthfulQADataModule
-from lightning_peft.tuners.stack import stack_of
 
 COUNTS, ALPHAS = [4, 8, 16, 32, 48, 96], [1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0]
 Batch = dict[str, Tensor]

@@ -10,28 +10,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.tuners.registration import register_with_peft
+from lightning_peft.stack.registration import register_with_peft
 
 if TYPE_CHECKING:
-    from lightning_peft.checkpoint import export_checkpoint, load_from_checkpoint
-    from lightning_peft.tuners.folders.baking import bake
-    from lightning_peft.tuners.folders.control_vectors import export_control_vector
-    from lightning_peft.tuners.folders.saving import load_adapter, save_adapter
-    from lightning_peft.tuners.stack import AdapterStack, adapters
-    from lightning_peft.tuners.steering import steering
+    from lightning_peft.fitting.checkpoints import export_checkpoint, load_from_checkpoint
+    from lightning_peft.stack.adapter_files.baking import bake
+    from lightning_peft.stack.adapter_files.control_vectors import export_control_vector
+    from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
+    from lightning_peft.stack.stack import AdapterStack, adapters
+    from lightning_peft.stack.steering import steering
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "AdapterStack": "lightning_peft.tuners.stack",
-    "adapters": "lightning_peft.tuners.stack",
-    "load_adapter": "lightning_peft.tuners.folders.saving",
-    "save_adapter": "lightning_peft.tuners.folders.saving",
-    "steering": "lightning_peft.tuners.steering",
-    "bake": "lightning_peft.tuners.folders.baking",
-    "export_control_vector": "lightning_peft.tuners.folders.control_vectors",
-    "export_checkpoint": "lightning_peft.checkpoint",
-    "load_from_checkpoint": "lightning_peft.checkpoint",
+    "AdapterStack": "lightning_peft.stack.stack",
+    "adapters": "lightning_peft.stack.stack",
+    "load_adapter": "lightning_peft.stack.adapter_files.saving",
+    "save_adapter": "lightning_peft.stack.adapter_files.saving",
+    "steering": "lightning_peft.stack.steering",
+    "bake": "lightning_peft.stack.adapter_files.baking",
+    "export_control_vector": "lightning_peft.stack.adapter_files.control_vectors",
+    "export_checkpoint": "lightning_peft.fitting.checkpoints",
+    "load_from_checkpoint": "lightning_peft.fitting.checkpoints",
 }
 
 __all__ = [

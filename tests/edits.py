@@ -8,7 +8,7 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 from lightning_peft.editing import head_offsets_config, head_sites
-from lightning_peft.tuners.stack import AdapterStack, stack_of
+from lightning_peft.stack.stack import AdapterStack, stack_of
 
 HEADS = [(0, 1), (1, 0), (1, 3), (2, 3)]  # (layer, head)
 PROJECTIONS = {

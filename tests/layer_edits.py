@@ -10,8 +10,8 @@ from tiny_models import VOCABULARY
 from torch import Tensor, nn
 
 from lightning_peft.editing import layer_offsets_config, layer_sites
+from lightning_peft.stack.stack import AdapterStack, stack_of
 from lightning_peft.testing.models import rough
-from lightning_peft.tuners.stack import AdapterStack, stack_of
 
 KINDS = ("llama", "gpt2", "gpt_neox", "opt", "bert", "t5", "vit")
 

@@ -18,8 +18,8 @@ from tuning import QUIET, moved, same, texts, trainer
 
 from lightning_peft import adapters
 from lightning_peft.callbacks import PEFT
-from lightning_peft.checkpoint import export_checkpoint
-from lightning_peft.tuners.folders.saving import load_adapter, save_adapter
+from lightning_peft.fitting.checkpoints import export_checkpoint
+from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings(warning) for warning in (*QUIET, "ignore:.*", "ignore::torch.jit.TracerWarning")

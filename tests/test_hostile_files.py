@@ -20,24 +20,24 @@ from tuning import QUIET, Classifier, classifier, fit
 
 from lightning_peft import export_checkpoint, load_adapter, load_from_checkpoint, save_adapter
 from lightning_peft.callbacks import HeadOffsets, LoRA, Steer
-from lightning_peft.checkpoint import outside_backbones
 from lightning_peft.cli import main
 from lightning_peft.compare.plan import Data, Plan, Row
 from lightning_peft.compare.run import run as compare
 from lightning_peft.editing.arithmetic import combine
-from lightning_peft.sweep.plan import Sweep
+from lightning_peft.files.atomic import new_file, new_folder, scratch_folder
+from lightning_peft.fitting.checkpoints import outside_backbones
+from lightning_peft.stack.adapter_files.baking import bake
+from lightning_peft.stack.adapter_files.bases import load_base
+from lightning_peft.stack.adapter_files.compression import compress_adapter, decompress_adapter
+from lightning_peft.stack.adapter_files.folder import AdapterError, write_folders
+from lightning_peft.stack.adapter_files.merging import merge_pretrained
+from lightning_peft.stack.adapter_files.names import is_folder_name
+from lightning_peft.stack.adapter_files.replacing import STAGED
+from lightning_peft.stack.stack import stack_of
+from lightning_peft.stack.steering import steering
 from lightning_peft.sweep.run import run as sweep
+from lightning_peft.sweep.settings import Sweep
 from lightning_peft.truthfulqa.judges import save_quality
-from lightning_peft.tuners.folders.baking import bake
-from lightning_peft.tuners.folders.bases import load_base
-from lightning_peft.tuners.folders.compression import compress_adapter, decompress_adapter
-from lightning_peft.tuners.folders.files import AdapterError, write_folders
-from lightning_peft.tuners.folders.merging import merge_pretrained
-from lightning_peft.tuners.folders.names import is_folder_name
-from lightning_peft.tuners.folders.replacing import STAGED
-from lightning_peft.tuners.stack import stack_of
-from lightning_peft.tuners.steering import steering
-from lightning_peft.whole import new_file, new_folder, scratch_folder
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 

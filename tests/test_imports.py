@@ -69,7 +69,7 @@ def test_there_is_something_to_look_at(part: str) -> None:
     ("source", "found"),
     [
         ("import lightning as L", {"lightning"}),
-        ("from lightning_peft.callbacks.peft import PEFT", {"callbacks"}),
+        ("from lightning_peft.fitting.peft import PEFT", {"callbacks"}),
         ("from lightning_peft import callbacks, checkpoint", {"callbacks", "checkpoint"}),
         ("from ..callbacks import PEFT", {"callbacks"}),
         ("from . import stack", {"tuners"}),
@@ -94,7 +94,7 @@ import lightning  # torchmetrics looks at transformers by itself
 before = set(sys.modules)
 import lightning_peft.callbacks
 from lightning_peft.callbacks import ITI, PEFT, LoRA
-import lightning_peft.checkpoint
+import lightning_peft.fitting.checkpoints
 import lightning_peft.cli
 import lightning_peft.models
 LoRA(r=2), ITI()
@@ -134,7 +134,7 @@ def head_offsets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from lightning_peft import save_adapter
     from lightning_peft.editing import head_offsets_config, head_sites
-    from lightning_peft.tuners.stack import stack_of
+    from lightning_peft.stack.stack import stack_of
 
     model = tiny("llama")
     stack = stack_of(model)

@@ -13,6 +13,7 @@ from tiny_models import tiny
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_peft.backbone.window import ContextWindowError, ContextWindowWarning
 from lightning_peft.callbacks import ITI, LoRA
 from lightning_peft.editing import head_sites
 from lightning_peft.editing.capture import Capture
@@ -21,7 +22,6 @@ from lightning_peft.models import CausalLM, SequenceClassifier
 from lightning_peft.truthfulqa import ChoiceScorer, TruthfulQADataModule
 from lightning_peft.truthfulqa.generation import AnswerGenerator
 from lightning_peft.truthfulqa.judges import LanguageModelJudge
-from lightning_peft.window import ContextWindowError, ContextWindowWarning
 
 LEARNT = ["gpt2", "opt", "bert"]  # tables of 128 positions
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

@@ -14,8 +14,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase, T5Confi
 
 from lightning_peft.callbacks import ITI, LoRA
 from lightning_peft.models import CausalLM, Seq2SeqLM, SequenceClassifier
+from lightning_peft.stack.stack import adapters
 from lightning_peft.truthfulqa import TruthfulQADataModule
-from lightning_peft.tuners.stack import adapters
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.editing import head_offsets_config, head_sites
 from lightning_peft.positions import PositionsError, answering, track
-from lightning_peft.tuners.stack import AdapterStack, stack_of
+from lightning_peft.stack.stack import AdapterStack, stack_of
 
 
 def edited(kind: str, positions: str = "answer") -> tuple[nn.Module, AdapterStack]:

@@ -9,8 +9,8 @@ import pytest
 
 from lightning_peft.callbacks import ITI
 from lightning_peft.models import CausalLM
+from lightning_peft.stack.stack import adapters
 from lightning_peft.truthfulqa import TruthfulQADataModule
-from lightning_peft.tuners.stack import adapters
 
 pytestmark = [pytest.mark.usefixtures("all_threads"), pytest.mark.real_model, pytest.mark.data, pytest.mark.slow]
 

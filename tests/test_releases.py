@@ -17,9 +17,9 @@ from tuning import QUIET, Language, trainer
 from vision import libraries
 
 from lightning_peft import load_adapter
+from lightning_peft.backbone.fingerprint import fingerprint, mismatch
 from lightning_peft.callbacks import LoRA
-from lightning_peft.checkpoint import load_from_checkpoint
-from lightning_peft.tuners.backbone.fingerprint import fingerprint, mismatch
+from lightning_peft.fitting.checkpoints import load_from_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 

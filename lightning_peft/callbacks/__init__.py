@@ -6,93 +6,93 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_peft.callbacks.ablation import Ablation
-    from lightning_peft.callbacks.act_add import ActAdd
-    from lightning_peft.callbacks.adalora import AdaLoRA
-    from lightning_peft.callbacks.attention_prefix import AttentionPrefix
     from lightning_peft.callbacks.averaging import AdapterEMA
-    from lightning_peft.callbacks.bitfit import BitFit
-    from lightning_peft.callbacks.bottleneck import (
+    from lightning_peft.callbacks.edits.ablation import Ablation
+    from lightning_peft.callbacks.edits.act_add import ActAdd
+    from lightning_peft.callbacks.edits.caa import CAA
+    from lightning_peft.callbacks.edits.iti import ITI
+    from lightning_peft.callbacks.edits.knowledge import MEMIT, ROME
+    from lightning_peft.callbacks.edits.repe import RepE
+    from lightning_peft.callbacks.quantize import Quantize
+    from lightning_peft.callbacks.steer import Steer
+    from lightning_peft.callbacks.trunk_cache import TrunkCache
+    from lightning_peft.callbacks.tuning.adalora import AdaLoRA
+    from lightning_peft.callbacks.tuning.attention_prefix import AttentionPrefix
+    from lightning_peft.callbacks.tuning.bitfit import BitFit
+    from lightning_peft.callbacks.tuning.bottleneck import (
         AdapterPlus,
         Houlsby,
         ParallelAdapter,
         Pfeiffer,
         ScaledParallelAdapter,
     )
-    from lightning_peft.callbacks.caa import CAA
-    from lightning_peft.callbacks.compacter import Compacter, CompacterPlusPlus
-    from lightning_peft.callbacks.composite import Composite
-    from lightning_peft.callbacks.edit import Edit
-    from lightning_peft.callbacks.full import FullFineTuning, TopLayers
-    from lightning_peft.callbacks.head_gains import HeadGains
-    from lightning_peft.callbacks.head_offsets import HeadOffsets
-    from lightning_peft.callbacks.ia3 import IA3
-    from lightning_peft.callbacks.iti import ITI
-    from lightning_peft.callbacks.knowledge import MEMIT, ROME
-    from lightning_peft.callbacks.layer_offsets import LayerOffsets
-    from lightning_peft.callbacks.lofit import LoFiT
-    from lightning_peft.callbacks.lora import LoRA
-    from lightning_peft.callbacks.lottery import LotteryTicket
-    from lightning_peft.callbacks.mam import MAM
-    from lightning_peft.callbacks.p_tuning import PTuning
-    from lightning_peft.callbacks.peft import PEFT
-    from lightning_peft.callbacks.prefix_tuning import PrefixTuning
-    from lightning_peft.callbacks.prompt_tuning import PromptTuning
-    from lightning_peft.callbacks.qlora import QLoRA
-    from lightning_peft.callbacks.quantize import Quantize
-    from lightning_peft.callbacks.repe import RepE
-    from lightning_peft.callbacks.sparse import LTSFT
-    from lightning_peft.callbacks.ssb import SSB
-    from lightning_peft.callbacks.ssl import SSL
-    from lightning_peft.callbacks.steer import Steer
-    from lightning_peft.callbacks.strata import Strata
-    from lightning_peft.callbacks.trunk_cache import TrunkCache
-    from lightning_peft.callbacks.unipelt import UniPELT
+    from lightning_peft.callbacks.tuning.compacter import Compacter, CompacterPlusPlus
+    from lightning_peft.callbacks.tuning.composite import Composite
+    from lightning_peft.callbacks.tuning.full import FullFineTuning, TopLayers
+    from lightning_peft.callbacks.tuning.head_gains import HeadGains
+    from lightning_peft.callbacks.tuning.head_offsets import HeadOffsets
+    from lightning_peft.callbacks.tuning.ia3 import IA3
+    from lightning_peft.callbacks.tuning.layer_offsets import LayerOffsets
+    from lightning_peft.callbacks.tuning.lofit import LoFiT
+    from lightning_peft.callbacks.tuning.lora import LoRA
+    from lightning_peft.callbacks.tuning.lottery import LotteryTicket
+    from lightning_peft.callbacks.tuning.mam import MAM
+    from lightning_peft.callbacks.tuning.p_tuning import PTuning
+    from lightning_peft.callbacks.tuning.prefix_tuning import PrefixTuning
+    from lightning_peft.callbacks.tuning.prompt_tuning import PromptTuning
+    from lightning_peft.callbacks.tuning.qlora import QLoRA
+    from lightning_peft.callbacks.tuning.sparse import LTSFT
+    from lightning_peft.callbacks.tuning.ssb import SSB
+    from lightning_peft.callbacks.tuning.ssl import SSL
+    from lightning_peft.callbacks.tuning.strata import Strata
+    from lightning_peft.callbacks.tuning.unipelt import UniPELT
+    from lightning_peft.fitting.edit import Edit
+    from lightning_peft.fitting.peft import PEFT
 
 _MODULES = {
-    "PEFT": "peft",
-    "LoRA": "lora",
-    "Edit": "edit",
-    "ITI": "iti",
-    "ROME": "knowledge",
-    "MEMIT": "knowledge",
-    "CAA": "caa",
-    "ActAdd": "act_add",
-    "RepE": "repe",
-    "Ablation": "ablation",
-    "LayerOffsets": "layer_offsets",
-    "Steer": "steer",
-    "Composite": "composite",
-    "TrunkCache": "trunk_cache",
-    "AdapterEMA": "averaging",
-    "FullFineTuning": "full",
-    "TopLayers": "full",
-    "BitFit": "bitfit",
-    "LTSFT": "sparse",
-    "LotteryTicket": "lottery",
-    "Strata": "strata",
-    "HeadOffsets": "head_offsets",
-    "HeadGains": "head_gains",
-    "LoFiT": "lofit",
-    "AttentionPrefix": "attention_prefix",
-    "Houlsby": "bottleneck",
-    "Pfeiffer": "bottleneck",
-    "ParallelAdapter": "bottleneck",
-    "ScaledParallelAdapter": "bottleneck",
-    "AdapterPlus": "bottleneck",
-    "Compacter": "compacter",
-    "CompacterPlusPlus": "compacter",
-    "MAM": "mam",
-    "UniPELT": "unipelt",
-    "Quantize": "quantize",
-    "QLoRA": "qlora",
-    "SSB": "ssb",
-    "SSL": "ssl",
-    "AdaLoRA": "adalora",
-    "IA3": "ia3",
-    "PromptTuning": "prompt_tuning",
-    "PTuning": "p_tuning",
-    "PrefixTuning": "prefix_tuning",
+    "PEFT": "lightning_peft.fitting.peft",
+    "LoRA": "lightning_peft.callbacks.tuning.lora",
+    "Edit": "lightning_peft.fitting.edit",
+    "ITI": "lightning_peft.callbacks.edits.iti",
+    "ROME": "lightning_peft.callbacks.edits.knowledge",
+    "MEMIT": "lightning_peft.callbacks.edits.knowledge",
+    "CAA": "lightning_peft.callbacks.edits.caa",
+    "ActAdd": "lightning_peft.callbacks.edits.act_add",
+    "RepE": "lightning_peft.callbacks.edits.repe",
+    "Ablation": "lightning_peft.callbacks.edits.ablation",
+    "LayerOffsets": "lightning_peft.callbacks.tuning.layer_offsets",
+    "Steer": "lightning_peft.callbacks.steer",
+    "Composite": "lightning_peft.callbacks.tuning.composite",
+    "TrunkCache": "lightning_peft.callbacks.trunk_cache",
+    "AdapterEMA": "lightning_peft.callbacks.averaging",
+    "FullFineTuning": "lightning_peft.callbacks.tuning.full",
+    "TopLayers": "lightning_peft.callbacks.tuning.full",
+    "BitFit": "lightning_peft.callbacks.tuning.bitfit",
+    "LTSFT": "lightning_peft.callbacks.tuning.sparse",
+    "LotteryTicket": "lightning_peft.callbacks.tuning.lottery",
+    "Strata": "lightning_peft.callbacks.tuning.strata",
+    "HeadOffsets": "lightning_peft.callbacks.tuning.head_offsets",
+    "HeadGains": "lightning_peft.callbacks.tuning.head_gains",
+    "LoFiT": "lightning_peft.callbacks.tuning.lofit",
+    "AttentionPrefix": "lightning_peft.callbacks.tuning.attention_prefix",
+    "Houlsby": "lightning_peft.callbacks.tuning.bottleneck",
+    "Pfeiffer": "lightning_peft.callbacks.tuning.bottleneck",
+    "ParallelAdapter": "lightning_peft.callbacks.tuning.bottleneck",
+    "ScaledParallelAdapter": "lightning_peft.callbacks.tuning.bottleneck",
+    "AdapterPlus": "lightning_peft.callbacks.tuning.bottleneck",
+    "Compacter": "lightning_peft.callbacks.tuning.compacter",
+    "CompacterPlusPlus": "lightning_peft.callbacks.tuning.compacter",
+    "MAM": "lightning_peft.callbacks.tuning.mam",
+    "UniPELT": "lightning_peft.callbacks.tuning.unipelt",
+    "Quantize": "lightning_peft.callbacks.quantize",
+    "QLoRA": "lightning_peft.callbacks.tuning.qlora",
+    "SSB": "lightning_peft.callbacks.tuning.ssb",
+    "SSL": "lightning_peft.callbacks.tuning.ssl",
+    "AdaLoRA": "lightning_peft.callbacks.tuning.adalora",
+    "IA3": "lightning_peft.callbacks.tuning.ia3",
+    "PromptTuning": "lightning_peft.callbacks.tuning.prompt_tuning",
+    "PTuning": "lightning_peft.callbacks.tuning.p_tuning",
+    "PrefixTuning": "lightning_peft.callbacks.tuning.prefix_tuning",
 }
 
 __all__ = [
@@ -144,5 +144,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

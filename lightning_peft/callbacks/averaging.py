@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_peft.checkpoint import fill_in
-from lightning_peft.tuners.folders.sharded import is_sharded, whole, write
-from lightning_peft.tuners.stack import check_same_keys
+from lightning_peft.backbone.sharded import is_sharded, whole, write
+from lightning_peft.fitting.checkpoints import fill_in
+from lightning_peft.stack.stack import check_same_keys
 
 Weights = dict[str, Tensor]
 

@@ -8,9 +8,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_peft.callbacks.backbone import building_hooks, find_backbone, forget, when_built
-from lightning_peft.callbacks.peft import PEFT
-from lightning_peft.tuners.quantization import Quantization, QuantType, mark, quantize
+from lightning_peft.backbone.quantization import Quantization, QuantType, mark, quantize
+from lightning_peft.fitting.find_backbone import building_hooks, find_backbone, forget, when_built
+from lightning_peft.fitting.peft import PEFT
 
 
 class Quantize(Callback):

@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from lightning_peft.callbacks.backbone import find_backbone
+from lightning_peft.backbone.sharded import has_shards
+from lightning_peft.fitting.find_backbone import find_backbone
 from lightning_peft.positions import Positions, check_policy, tracked
-from lightning_peft.tuners.folders.sharded import has_shards
 
 
 class Steer(L.Callback):
@@ -52,7 +52,7 @@ class Steer(L.Callback):
         self._tracked: list[Positions] = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        from lightning_peft.tuners.steering import steering
+        from lightning_peft.stack.steering import steering
 
         name = find_backbone(pl_module, self.backbone)
         assert name is not None  # by now everything is built, and find_backbone raises where nothing fits

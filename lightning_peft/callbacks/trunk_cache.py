@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_peft.callbacks.backbone import find_backbone
-from lightning_peft.tuners.stack import find_stacks
-from lightning_peft.tuners.trunk.conditions import below_first_trained
-from lightning_peft.tuners.trunk.rows import RowStore
-from lightning_peft.tuners.trunk.trunk import Trunk
+from lightning_peft.fitting.find_backbone import find_backbone
+from lightning_peft.fitting.trunk.conditions import below_first_trained
+from lightning_peft.fitting.trunk.rows import RowStore
+from lightning_peft.fitting.trunk.trunk import Trunk
+from lightning_peft.stack.stack import find_stacks
 
 
 class TrunkCache(Callback):

@@ -10,8 +10,8 @@ from lightning_peft.cli.arguments import one_sentence, parser
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_peft.tuners.folders.baking import Baked
-    from lightning_peft.tuners.folders.control_vectors import ControlVector
+    from lightning_peft.stack.adapter_files.baking import Baked
+    from lightning_peft.stack.adapter_files.control_vectors import ControlVector
 
 
 def main(args: list[str]) -> Baked | ControlVector:
@@ -35,7 +35,7 @@ def main(args: list[str]) -> Baked | ControlVector:
     )
     given = options.parse_args(args[1:])
     with one_sentence("bake"):
-        from lightning_peft.tuners.folders.bases import load_base
+        from lightning_peft.stack.adapter_files.bases import load_base
 
         if not Path(given.adapter).is_dir():
             raise FileNotFoundError(2, "", given.adapter)
@@ -43,12 +43,12 @@ def main(args: list[str]) -> Baked | ControlVector:
         causal = model.can_generate() and not model.config.is_encoder_decoder
         batches = _answers(base, given.questions) if causal and given.questions > 0 else []
         if given.output.endswith(".gguf"):
-            from lightning_peft.tuners.folders.control_vectors import export_control_vector
+            from lightning_peft.stack.adapter_files.control_vectors import export_control_vector
 
             vector = export_control_vector(model, given.adapter, given.output, batches)
             _print_vector(vector, given.output)
             return vector
-        from lightning_peft.tuners.folders.baking import bake
+        from lightning_peft.stack.adapter_files.baking import bake
 
         baked = bake(model, given.adapter, given.output, batches, tokenizer=base, verify=not given.no_verify)
         _print_baked(baked, given.output)

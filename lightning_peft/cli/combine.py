@@ -27,7 +27,7 @@ def main(args: list[str]) -> Path:
     given = options.parse_args(args[1:])
     with one_sentence("combine"), tempfile.TemporaryDirectory() as temporary:
         from lightning_peft.editing.arithmetic import combine
-        from lightning_peft.tuners.folders.files import CONFIG, NOTES
+        from lightning_peft.stack.adapter_files.folder import CONFIG, NOTES
 
         if len(given.weights or given.adapters) != len(given.adapters):
             raise ValueError(f"--weights needs one number for each of the {len(given.adapters)} adapters.")
@@ -55,7 +55,7 @@ def main(args: list[str]) -> Path:
 
 def _difference(tuned: Path, base: str | None, folder: Path) -> Path:
     """The adapter that makes the base a fine-tuned model."""
-    from lightning_peft.editing.checkpoints import checkpoint_difference
+    from lightning_peft.editing.differences import checkpoint_difference
 
     if base is None:
         raise ValueError(f"{tuned} is a model, not an adapter: name the one it was tuned from with --base.")

@@ -23,7 +23,7 @@ def main(args: list[str]) -> dict[str, Any]:
     from lightning_peft.compare.run import run
     from lightning_peft.compare.terminal import table
     from lightning_peft.compare.verdict import verdict
-    from lightning_peft.locking import only_writer
+    from lightning_peft.files.locking import only_writer
 
     parser = ArgumentParser(prog="lightning-peft compare", description="Compare adaptations on one question set.")
     parser.add_argument("--config", action="config", help="YAML file with the plan")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from lightning_peft.cli.arguments import one_sentence, parser
 
 if TYPE_CHECKING:
-    from lightning_peft.cli.scoring import Scorer
-    from lightning_peft.tuners.folders.compression import Compression
+    from lightning_peft.cli.validation import Scorer
+    from lightning_peft.stack.adapter_files.compression import Compression
 
 GRID = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the paper's range
 
@@ -41,7 +41,7 @@ def main(args: list[str]) -> list[Compression]:
     options.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more of it is better")
     given = options.parse_args(args[1:])
     with one_sentence("compress"):
-        from lightning_peft.tuners.folders.compression import compress_adapter
+        from lightning_peft.stack.adapter_files.compression import compress_adapter
 
         alpha = _alpha(given.alpha, given.config is not None)
 
@@ -52,8 +52,8 @@ def main(args: list[str]) -> list[Compression]:
             made = compress(given.folder, 1.0 if alpha is None else alpha)
             _print(made)
             return made
-        from lightning_peft.cli.scoring import Scorer
-        from lightning_peft.whole import scratch_folder
+        from lightning_peft.cli.validation import Scorer
+        from lightning_peft.files.atomic import scratch_folder
 
         with scratch_folder(given.folder) as trial:  # beside it, so that paths relative to it are as long
             # compressed first, so that an adapter that cannot be is refused before anything is loaded

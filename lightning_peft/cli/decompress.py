@@ -15,7 +15,7 @@ def main(args: list[str]) -> Path:
     options.add_argument("--no-verify", action="store_true", help="do not compare what was written with what is loaded")
     given = options.parse_args(args[1:])
     with one_sentence("decompress"):
-        from lightning_peft.tuners.folders.compression import decompress_adapter
+        from lightning_peft.stack.adapter_files.compression import decompress_adapter
 
         folder = decompress_adapter(given.adapter, given.folder, verify=not given.no_verify)
         print(f"Wrote {folder}, {'not verified' if given.no_verify else 'verified bit for bit'}.")

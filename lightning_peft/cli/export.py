@@ -22,8 +22,8 @@ def main(args: list[str]) -> Path:
     )
     given = options.parse_args(args[1:])
     with one_sentence("export"):
-        from lightning_peft.checkpoint import export_checkpoint, outside_backbones
-        from lightning_peft.tuners.folders.files import WEIGHTS, adapter_folders
+        from lightning_peft.fitting.checkpoints import export_checkpoint, outside_backbones
+        from lightning_peft.stack.adapter_files.folder import WEIGHTS, adapter_folders
 
         folder = export_checkpoint(given.checkpoint, given.folder, given.backbone, given.trust)
         for path in adapter_folders(folder):

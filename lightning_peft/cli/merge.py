@@ -30,8 +30,8 @@ def main(args: list[str]) -> Path:
     )
     given = options.parse_args(args[1:])
     with one_sentence("merge"), tempfile.TemporaryDirectory() as temporary:
-        from lightning_peft.checkpoint import export_checkpoint, outside_backbones
-        from lightning_peft.tuners.folders.merging import merge_pretrained
+        from lightning_peft.fitting.checkpoints import export_checkpoint, outside_backbones
+        from lightning_peft.stack.adapter_files.merging import merge_pretrained
 
         source, left = Path(given.adapter), []
         if source.is_file():

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_peft.backbone.shapes import shapes_only
 from lightning_peft.cli.arguments import one_sentence
 from lightning_peft.cli.verbs import OPTIONS
-from lightning_peft.tuners.backbone.shapes import shapes_only
 
 if TYPE_CHECKING:
-    from lightning_peft.callbacks.plan import Plan
+    from lightning_peft.planning.estimate import Plan
 
 _HELP = """usage: lightning-peft plan --config X.yaml [--batch_size 1] [--length 512] [--json] [options of fit]
 
@@ -84,8 +84,8 @@ class _OnMeta(LightningCLI):
 
     def plan(self) -> Plan:
         """The plan of what was built."""
-        from lightning_peft.callbacks.plan import plan
         from lightning_peft.models import CausalLM, Seq2SeqLM, SequenceClassifier
+        from lightning_peft.planning.estimate import plan
 
         whole = isinstance(self.model, CausalLM | Seq2SeqLM | SequenceClassifier)
         if self.precision == "bf16-true":

@@ -14,11 +14,11 @@ def main(args: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
-    from lightning_peft.locking import only_writer
-    from lightning_peft.sweep.plan import Sweep, check
+    from lightning_peft.files.locking import only_writer
     from lightning_peft.sweep.plot import save_picture
     from lightning_peft.sweep.results import table, verdict
     from lightning_peft.sweep.run import run
+    from lightning_peft.sweep.settings import Sweep, check
 
     parser = ArgumentParser(
         prog="lightning-peft sweep", description="Measure ITI at many numbers of heads and strengths together."

@@ -17,11 +17,11 @@ from lightning_peft.compare.cell import data_of, quiet, trainer_of
 from lightning_peft.compare.files import hashed, kept
 from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.models import CausalLM
+from lightning_peft.stack.adapter_files.saving import load_adapter
 from lightning_peft.truthfulqa.judges import LanguageModelJudge, load_quality, true_info
 from lightning_peft.truthfulqa.judges.protocol import Kind
 from lightning_peft.truthfulqa.judges.quality import THRESHOLD
 from lightning_peft.truthfulqa.references import reference_scores
-from lightning_peft.tuners.folders.saving import load_adapter
 
 _REFERENCES = ("bleu_acc", "rouge1_acc")  # of what `reference_scores` gives
 # ours, and the names in `TrueInfo`

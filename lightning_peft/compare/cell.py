@@ -15,15 +15,15 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
-from lightning_peft.callbacks.phases import Phased
+from lightning_peft.backbone.window import ContextWindowWarning, exceeding, lengths_of, loaded
 from lightning_peft.compare.plan import Plan, Row
+from lightning_peft.fitting.multi_phase import Phased
 from lightning_peft.models import CausalLM
+from lightning_peft.stack.adapter_files.folder import adapter_folders, read_folder
+from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
+from lightning_peft.stack.stack import adapters, find_stacks, stack_of
 from lightning_peft.truthfulqa import MC2, ChoiceScorer, SampleWriter, TruthfulQADataModule
 from lightning_peft.truthfulqa.metrics import mc1
-from lightning_peft.tuners.folders.files import adapter_folders, read_folder
-from lightning_peft.tuners.folders.saving import load_adapter, save_adapter
-from lightning_peft.tuners.stack import adapters, find_stacks, stack_of
-from lightning_peft.window import ContextWindowWarning, exceeding, lengths_of, loaded
 
 
 def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str, Path]) -> dict[str, Any]:

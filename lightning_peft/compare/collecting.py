@@ -211,7 +211,7 @@ def _head_accuracy(plan: Plan, output: Path) -> dict[str, Any] | None:
 
 
 def _model(plan: Plan) -> dict[str, Any]:
-    from lightning_peft.tuners.backbone.fingerprint import fingerprint
+    from lightning_peft.backbone.fingerprint import fingerprint
 
     model: Any = shape_of(plan)
     config = model.config

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.records import DamagedError, read_record, write_record
+from lightning_peft.files.records import DamagedError, read_record, write_record
 
 
 def hashed(described: Any) -> str:

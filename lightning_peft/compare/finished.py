@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.records import DamagedError, check_sums, file_sums, read_record, write_record
+from lightning_peft.files.records import DamagedError, check_sums, file_sums, read_record, write_record
+from lightning_peft.stack.adapter_files.folder import adapter_folders, check_finite, read_folder
 from lightning_peft.truthfulqa.samples import FILES, TASKS, read_samples
-from lightning_peft.tuners.folders.files import adapter_folders, check_finite, read_folder
 
 _KINDS: dict[str, Any] = {
     "key": str,

@@ -30,7 +30,7 @@ from lightning_peft.compare.results import (
 )
 from lightning_peft.compare.verdict import verdict
 from lightning_peft.compare.writing import count, indented, interval, minus, p_value, score, seconds, signed, size
-from lightning_peft.records import write_atomically
+from lightning_peft.files.records import write_atomically
 from lightning_peft.truthfulqa.samples import SMALL, TASKS
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")

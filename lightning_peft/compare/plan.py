@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from lightning_peft.callbacks import PEFT, Edit
 from lightning_peft.compare.answers import Answers
+from lightning_peft.compare.decoding import Scoring
 from lightning_peft.compare.files import hashed
-from lightning_peft.compare.scoring import Scoring
+from lightning_peft.stack.adapter_files.names import check_folder_name
 from lightning_peft.truthfulqa import Question, SideEffects
 from lightning_peft.truthfulqa.folds import assign_folds
 from lightning_peft.truthfulqa.protocols import ProtocolName, protocol_named
-from lightning_peft.tuners.folders.names import check_folder_name
 
 Kind = Literal["base", "prompt", "decoded", "tuned", "edited", "control", "stack"]
 

@@ -17,8 +17,8 @@ from lightning_peft.compare.collecting import collect
 from lightning_peft.compare.finished import finished, write_result
 from lightning_peft.compare.plan import Plan, Row, cell_key, check, check_questions
 from lightning_peft.compare.texts import check_texts
-from lightning_peft.locking import only_writer
-from lightning_peft.records import DamagedError, write_atomically
+from lightning_peft.files.locking import only_writer
+from lightning_peft.files.records import DamagedError, write_atomically
 from lightning_peft.truthfulqa.questions import data_hash, load_questions, subset
 from lightning_peft.truthfulqa.samples import FILES, read_samples, write_samples
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_peft.backbone.window import check_lengths, check_loaded, context_window, lengths_of, loaded
 from lightning_peft.compare.cell import data_of
 from lightning_peft.compare.plan import Plan, Row
-from lightning_peft.window import check_lengths, check_loaded, context_window, lengths_of, loaded
 
 
 def check_texts(plan: Plan, cells: Sequence[tuple[Row, int]], output: Path) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_peft.editing.arithmetic import combine
     from lightning_peft.editing.capture import Capture, HeadCapture
-    from lightning_peft.editing.checkpoints import checkpoint_difference
     from lightning_peft.editing.collect import Captured, capture_moments, capture_texts, capture_tokens
     from lightning_peft.editing.contrast import (
         LayerEdit,
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
         caa_vectors,
         repe_vectors,
     )
+    from lightning_peft.editing.differences import checkpoint_difference
     from lightning_peft.editing.dola import DoLa
     from lightning_peft.editing.facts import (
         Fact,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from lightning_peft.editing.selection import Selection
 
 _MODULES = {
-    "checkpoint_difference": "checkpoints",
+    "checkpoint_difference": "differences",
     "combine": "arithmetic",
     "HeadSite": "heads",
     "head_sites": "heads",

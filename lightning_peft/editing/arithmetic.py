@@ -9,10 +9,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_peft.backbone.fingerprint import mismatch
 from lightning_peft.editing.lora_sums import Factors, concatenated, factorised, lora_written, read_factors
 from lightning_peft.editing.task_vectors import align, peft_kind, task_vector, written
-from lightning_peft.tuners.backbone.fingerprint import mismatch
-from lightning_peft.tuners.folders.files import AdapterError, adapter_folders, check_finite, read_folder, write_folders
+from lightning_peft.stack.adapter_files.folder import (
+    AdapterError,
+    adapter_folders,
+    check_finite,
+    read_folder,
+    write_folders,
+)
 
 Method = Literal["sum", "ties", "dare", "dare_ties"]
 

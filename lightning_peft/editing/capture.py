@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.window import check_batch
 from lightning_peft.editing.forward import run_trunk
 from lightning_peft.editing.heads import HeadSite
 from lightning_peft.editing.layers import LayerSite
 from lightning_peft.tokens import Tokens
-from lightning_peft.window import check_batch
 
 Site = HeadSite | LayerSite
 

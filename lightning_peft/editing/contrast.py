@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_peft.editing.directions import contrast_pairs, mass_mean, principal, projection_std
 from lightning_peft.editing.probes import LogisticProbes
-from lightning_peft.tuners.gates import truth_gate
+from lightning_peft.stack.gates import truth_gate
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import uncompiled
-from lightning_peft.tuners.backbone.structure import blocks
+from lightning_peft.backbone.modules import uncompiled
+from lightning_peft.backbone.structure import blocks
 
 _TOLERANCE = 1e-3  # of the largest logit: the modules found must give what the model gives, to this
 _TOKENS = 8  # of the trial

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.modules import uncompiled
+from lightning_peft.backbone.window import first_position
 from lightning_peft.positions import calling
-from lightning_peft.tuners.backbone.modules import uncompiled
-from lightning_peft.window import first_position
 
 
 def run_trunk(

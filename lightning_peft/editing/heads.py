@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lightning_peft.tuners.backbone.modules import base_modules
-from lightning_peft.tuners.backbone.structure import Block, Span, blocks, matrix_shape
+from lightning_peft.backbone.modules import base_modules
+from lightning_peft.backbone.structure import Block, Span, blocks, matrix_shape
 
 if TYPE_CHECKING:
     from lightning_peft.tuners.head_offsets import HeadOffsetsConfig

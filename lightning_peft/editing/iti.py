@@ -22,7 +22,7 @@ from lightning_peft.editing.directions import (
 )
 from lightning_peft.editing.heads import HeadSite, head_offsets_config
 from lightning_peft.editing.probes import CCSProbes, LogisticProbes
-from lightning_peft.tuners.gates import truth_gate
+from lightning_peft.stack.gates import truth_gate
 
 STRENGTHS = ("equal", "accuracy")
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lightning_peft.backbone.modules import base_modules
+from lightning_peft.backbone.structure import Block, blocks, matrix_shape, width
 from lightning_peft.editing.heads import Part
-from lightning_peft.tuners.backbone.modules import base_modules
-from lightning_peft.tuners.backbone.structure import Block, blocks, matrix_shape, width
 
 if TYPE_CHECKING:
     from lightning_peft.tuners.layer_offsets import LayerOffsetsConfig

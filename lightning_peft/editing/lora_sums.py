@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.tuners.configs import different_fields
-from lightning_peft.tuners.folders.files import AdapterError
-from lightning_peft.tuners.ways.initialisation import changes_base
+from lightning_peft.stack.adapter_files.folder import AdapterError
+from lightning_peft.stack.configs import different_fields
+from lightning_peft.stack.injection.initialisation import changes_base
 
 _MODEL = "base_model.model."
 _FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}

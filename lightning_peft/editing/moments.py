@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.editing.examples import check_examples
-from lightning_peft.whole import new_file
+from lightning_peft.files.atomic import new_file
 
 
 @dataclass(frozen=True)

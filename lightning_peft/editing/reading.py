@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.window import check_lengths
 from lightning_peft.editing.capture import Capture, Site
 from lightning_peft.editing.forward import run_trunk
+from lightning_peft.packing.fallback import objection
+from lightning_peft.packing.prefix_tree import common_prefix, pack
 from lightning_peft.positions import tracked
-from lightning_peft.trial import objection
-from lightning_peft.trie import common_prefix, pack
-from lightning_peft.window import check_lengths
 
 _TOLERANCE = 1e-3  # of the largest value: packed and plain reading must agree to this
 _TRIAL = 12  # tokens of a text in the trial of packing

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_peft.tuners.folders.files import AdapterError
+from lightning_peft.stack.adapter_files.folder import AdapterError
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.editing.collect import capture_tokens
 from lightning_peft.editing.heads import HeadSite
 from lightning_peft.editing.iti import HeadEdit, compute_iti
-from lightning_peft.sweep.plan import Sweep
+from lightning_peft.sweep.settings import Sweep
 from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
 from lightning_peft.truthfulqa.questions import Question
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_peft.compare.statistics import mean_interval, paired_difference
-from lightning_peft.records import write_atomically
-from lightning_peft.sweep.plan import Sweep
+from lightning_peft.files.records import write_atomically
+from lightning_peft.sweep.settings import Sweep
 from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2
 
 _METRICS = {"mc0": mc0, "mc1": mc1, "mc2": mc2}

@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lightning_peft.callbacks.iti import install
+from lightning_peft.backbone.fingerprint import fingerprint
+from lightning_peft.backbone.window import check_loaded, context_window
+from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.compare.files import kept
 from lightning_peft.editing.heads import HeadSite, head_sites
 from lightning_peft.editing.iti import HeadEdit
-from lightning_peft.locking import only_writer
+from lightning_peft.files.locking import only_writer
 from lightning_peft.models import CausalLM
+from lightning_peft.stack.adapter_files.saving import save_adapter
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.sweep.fit import Statements, best_heads, fit
 from lightning_peft.sweep.grid import Grid
-from lightning_peft.sweep.plan import Sweep, check, sweep_key
 from lightning_peft.sweep.results import Measured, best_point, collect, metrics_of, write_results
+from lightning_peft.sweep.settings import Sweep, check, sweep_key
 from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
 from lightning_peft.truthfulqa.questions import Question, data_hash, load_questions, subset
 from lightning_peft.truthfulqa.text import text_batches, text_slice
-from lightning_peft.tuners.backbone.fingerprint import fingerprint
-from lightning_peft.tuners.folders.saving import save_adapter
-from lightning_peft.tuners.stack import stack_of
-from lightning_peft.window import check_loaded, context_window
 
 
 def run(plan: Sweep, settings: Mapping[str, Any], console: Console, wait: bool = False) -> dict[str, Any]:

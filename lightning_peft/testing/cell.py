@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_peft.callbacks.peft import PEFT
-from lightning_peft.tuners.stack import AdapterStack, adapters
+from lightning_peft.fitting.peft import PEFT
+from lightning_peft.stack.stack import AdapterStack, adapters
 
 Outputs = Callable[[L.LightningModule, Any], Tensor]
 

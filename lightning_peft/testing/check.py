@@ -12,10 +12,10 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.backbone.modules import state_tensors
+from lightning_peft.fitting.peft import PEFT
 from lightning_peft.testing.cell import Cell, call
 from lightning_peft.testing.laws import LAWS, DoesNotApply, LawBroken
-from lightning_peft.tuners.backbone.modules import state_tensors
 
 
 @dataclass(frozen=True)

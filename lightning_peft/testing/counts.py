@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.tuners.backbone.defaults import every_matrix
-from lightning_peft.tuners.backbone.modules import is_linear, is_matrix
-from lightning_peft.tuners.backbone.structure import Span, blocks, matrix_shape, width
-from lightning_peft.tuners.backbone.targets import Layers, Within, choose_targets
+from lightning_peft.backbone.defaults import every_matrix
+from lightning_peft.backbone.modules import is_linear, is_matrix
+from lightning_peft.backbone.structure import Span, blocks, matrix_shape, width
+from lightning_peft.backbone.targets import Layers, Within, choose_targets
 
 Shape = tuple[int, int]
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_peft.callbacks.alive import Reached
-from lightning_peft.checkpoint import read_checkpoint, restore_adapters
+from lightning_peft.backbone.modules import state_tensors
+from lightning_peft.fitting.alive import Reached
+from lightning_peft.fitting.checkpoints import read_checkpoint, restore_adapters
+from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
+from lightning_peft.stack.stack import adapters
 from lightning_peft.testing.cell import Cell, adapter_tensors, rows, take, trainable
-from lightning_peft.tuners.backbone.modules import state_tensors
-from lightning_peft.tuners.folders.saving import load_adapter, save_adapter
-from lightning_peft.tuners.stack import adapters
 
 
 class LawBroken(AssertionError):

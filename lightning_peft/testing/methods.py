@@ -11,6 +11,9 @@ import lightning as L
 from torch import nn
 
 from lightning_peft import callbacks as c
+from lightning_peft.backbone.structure import width
+from lightning_peft.backbone.targets import Layers
+from lightning_peft.backbone.task_heads import task_heads
 from lightning_peft.editing.heads import head_sites
 from lightning_peft.testing.counts import (
     adalora_matrices,
@@ -28,9 +31,6 @@ from lightning_peft.testing.counts import (
     query_and_value,
     strata,
 )
-from lightning_peft.tuners.backbone.structure import width
-from lightning_peft.tuners.backbone.targets import Layers
-from lightning_peft.tuners.backbone.task_heads import task_heads
 
 Count = Callable[[Any], int]  # of the bare backbone
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.window import check_lengths, lengths_of
+from lightning_peft.packing.fallback import objection
+from lightning_peft.packing.prefix_tree import common_prefix
 from lightning_peft.positions import answering
-from lightning_peft.trial import objection
-from lightning_peft.trie import common_prefix
 from lightning_peft.truthfulqa.arguments import accepted_arguments
 from lightning_peft.truthfulqa.presets import Ending, Prompting, cut_answer, is_finished
-from lightning_peft.window import check_lengths, lengths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

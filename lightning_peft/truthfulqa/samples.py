@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_peft.records import write_atomically
+from lightning_peft.files.records import write_atomically
 from lightning_peft.truthfulqa.metrics import mc1, mc2
 from lightning_peft.truthfulqa.protocols import PROTOCOLS, Protocol
 from lightning_peft.truthfulqa.questions import Question

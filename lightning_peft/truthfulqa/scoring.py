@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.window import check_batch, check_lengths
+from lightning_peft.packing.fallback import objection
+from lightning_peft.packing.prefix_tree import common_prefix, pack, packed_length
 from lightning_peft.positions import answering
-from lightning_peft.trial import objection
-from lightning_peft.trie import common_prefix, pack, packed_length
-from lightning_peft.window import check_batch, check_lengths
 
 _TOLERANCE = 1e-3  # nats: packed and plain scoring must agree to this
 _TRIAL = 4  # tokens that the trial of packing keeps of what prompts share, of a prompt's end, and of an answer

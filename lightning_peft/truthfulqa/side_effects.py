@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_peft.backbone.window import check_lengths, context_window, lengths_of
 from lightning_peft.truthfulqa.questions import Question, load_questions, subset
 from lightning_peft.truthfulqa.text import TextSlice, text_batches, text_slice
-from lightning_peft.window import check_lengths, context_window, lengths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

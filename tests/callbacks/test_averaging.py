@@ -16,7 +16,7 @@ from tuning import QUIET, Classifier, classifier, fit, one_sentence, points, sam
 
 from lightning_peft import load_from_checkpoint
 from lightning_peft.callbacks import AdapterEMA, LoRA
-from lightning_peft.tuners.folders.files import AdapterError
+from lightning_peft.stack.adapter_files.folder import AdapterError
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 

@@ -31,12 +31,12 @@ from tuning import (
 )
 
 from lightning_peft import adapters, load_adapter, load_from_checkpoint, save_adapter
+from lightning_peft.backbone.quantization import dequantize, is_quantized, quantize, quantized_layers
 from lightning_peft.callbacks import PEFT, SSB, BitFit, HeadOffsets, LoRA, Pfeiffer, QLoRA, Quantize
 from lightning_peft.callbacks.quantize import check_strategy
-from lightning_peft.checkpoint import AdapterCheckpointMixin
+from lightning_peft.fitting.checkpoints import AdapterCheckpointMixin
 from lightning_peft.testing import LAWS, check_adaptation
 from lightning_peft.testing.architectures import ARCHITECTURES
-from lightning_peft.tuners.quantization import dequantize, is_quantized, quantize, quantized_layers
 
 pytestmark = [
     pytest.mark.filterwarnings(warning) for warning in (*QUIET, "ignore:.*inspect_source", "ignore:.*is_gradient_check")

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_peft import adapters, load_adapter, save_adapter
 from lightning_peft.callbacks import LoRA, Steer
 from lightning_peft.positions import answering
-from lightning_peft.tuners.stack import find_stacks
+from lightning_peft.stack.stack import find_stacks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*in eval mode", "ignore:fan_in_fan_out"),

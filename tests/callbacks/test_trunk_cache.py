@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tuning import QUIET, Classifier, base_weights, one_sentence, points, python, same, trainer
 
+from lightning_peft.backbone.structure import blocks
 from lightning_peft.callbacks import PEFT, LoRA, TopLayers, TrunkCache
-from lightning_peft.tuners.backbone.structure import blocks
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 pytestmark += [pytest.mark.filterwarnings("ignore:.*TrunkCache has read nothing", "ignore:.*lr_scheduler")]

@@ -14,7 +14,7 @@ from tuning import one_sentence
 
 from lightning_peft import load_adapter, save_adapter
 from lightning_peft.cli import main
-from lightning_peft.tuners.stack import stack_of
+from lightning_peft.stack.stack import stack_of
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tuning import ROOT, python
 
 from lightning_peft import load_adapter, save_adapter
 from lightning_peft.cli import COMMANDS, main
-from lightning_peft.tuners.folders.files import COMPRESSED, WEIGHTS
+from lightning_peft.stack.adapter_files.folder import COMPRESSED, WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -251,13 +251,13 @@ def test_a_trained_adapter_survives_compression(
 
 def _score(fitted: Path) -> float:
     """The base model's validation loss: an adapter at its start changes nothing."""
-    from lightning_peft.cli.scoring import Scorer
+    from lightning_peft.cli.validation import Scorer
 
     return Scorer(str(fitted / "lora.yaml"), "val_loss").score(fitted / "start")
 
 
 def test_choices_are_scored_only_where_they_are_the_score(fitted: Path) -> None:
-    from lightning_peft.cli.scoring import Scorer
+    from lightning_peft.cli.validation import Scorer
 
     for monitor, asked in (
         ("val_loss", {"val_loss"}),

@@ -21,14 +21,14 @@ from lightning_peft.compare import answering
 from lightning_peft.compare.answers import Answers
 from lightning_peft.compare.answers_view import answers_view
 from lightning_peft.compare.cell import data_of, trainer_of
+from lightning_peft.compare.decoding import DoLaScoring
 from lightning_peft.compare.measured import measured_table
 from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plan import Data, Plan, Row, check
 from lightning_peft.compare.run import run
-from lightning_peft.compare.scoring import DoLaScoring
 from lightning_peft.models import CausalLM
-from lightning_peft.sweep.plan import Sweep
-from lightning_peft.sweep.plan import check as check_sweep
+from lightning_peft.sweep.settings import Sweep
+from lightning_peft.sweep.settings import check as check_sweep
 from lightning_peft.truthfulqa import SideEffects
 from lightning_peft.truthfulqa.judges import Confusion, JudgeQuality, save_quality
 from lightning_peft.truthfulqa.references import reference_scores

@@ -23,7 +23,7 @@ from lightning_peft.compare.files import kept
 from lightning_peft.compare.finished import finished
 from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plan import Data, Plan, Row
-from lightning_peft.records import DamagedError
+from lightning_peft.files.records import DamagedError
 from lightning_peft.truthfulqa import SideEffects
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -20,8 +20,8 @@ from lightning_peft.compare import cell
 from lightning_peft.compare.plan import Data, Plan, Row, check
 from lightning_peft.compare.run import run as run_plan
 from lightning_peft.models import CausalLM
-from lightning_peft.sweep.plan import Sweep
-from lightning_peft.sweep.plan import check as check_sweep
+from lightning_peft.sweep.settings import Sweep
+from lightning_peft.sweep.settings import check as check_sweep
 from lightning_peft.truthfulqa import SideEffects, TruthfulQADataModule, read_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,16 +12,16 @@ import pytest
 from rich.console import Console
 from tiny_models import tiny
 
+from lightning_peft.backbone.window import ContextWindowError, ContextWindowWarning
 from lightning_peft.compare import run as running
 from lightning_peft.compare.answers import Answers
 from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plan import Data, Plan, Row, cell_key
 from lightning_peft.models import CausalLM
-from lightning_peft.sweep.plan import Sweep, sweep_key
 from lightning_peft.sweep.run import run as sweep
+from lightning_peft.sweep.settings import Sweep, sweep_key
 from lightning_peft.truthfulqa import QA_PRIMER, SideEffects, TruthfulQADataModule
 from lightning_peft.truthfulqa.fitting import fewer_demonstrations
-from lightning_peft.window import ContextWindowError, ContextWindowWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(deprecated|workers|no optimizer)")
 WINDOW = 400

@@ -18,8 +18,8 @@ import yaml
 from tuning import ROOT
 
 from lightning_peft.cli import main
+from lightning_peft.stack.adapter_files.folder import read_folder
 from lightning_peft.truthfulqa import read_samples
-from lightning_peft.tuners.folders.files import read_folder
 
 LORA = {"class_path": "lightning_peft.callbacks.LoRA", "init_args": {"r": 2}}
 

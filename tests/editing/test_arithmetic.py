@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tuning import one_sentence
 
 from lightning_peft import load_adapter, save_adapter
+from lightning_peft.backbone.modules import standalone_name
 from lightning_peft.editing import checkpoint_difference, combine, head_offsets_config, head_sites
-from lightning_peft.tuners.backbone.modules import standalone_name
-from lightning_peft.tuners.folders.files import NOTES, AdapterError, read_folder
+from lightning_peft.stack.adapter_files.folder import NOTES, AdapterError, read_folder
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.tuners.layer_offsets import LayerOffsetsConfig
-from lightning_peft.tuners.stack import stack_of
 from lightning_peft.tuners.weight_deltas import WeightDeltasConfig
 
 Deltas = dict[str, Tensor]

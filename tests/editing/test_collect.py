@@ -22,7 +22,7 @@ from lightning_peft.editing import (
     layer_sites,
     reading,
 )
-from lightning_peft.trie import pack
+from lightning_peft.packing.prefix_tree import pack
 
 ROOT = Path(__file__).parents[2]
 

@@ -31,10 +31,10 @@ from lightning_peft.editing.directions import DIRECTIONS, mass_mean
 from lightning_peft.editing.iti import REFERENCE_POSITIONS
 from lightning_peft.models import CausalLM
 from lightning_peft.positions import answering
+from lightning_peft.stack.adapter_files.baking import bake
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.truthfulqa import ChoiceScorer, TruthfulQADataModule, load_questions
 from lightning_peft.truthfulqa.prompts import question_prompt
-from lightning_peft.tuners.folders.baking import bake
-from lightning_peft.tuners.stack import stack_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DATA = Statements()

@@ -17,9 +17,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from lightning_peft import adapters
 from lightning_peft.editing import DoLa, head_offsets_config, head_sites
 from lightning_peft.editing.dola import candidate_layers, contrast, jensen_shannon
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.testing.models import rough
 from lightning_peft.truthfulqa import AnswerGenerator
-from lightning_peft.tuners.stack import stack_of
 
 PROMPTS = [[5, 9, 11, 30], [7, 8, 12, 31, 40, 17, 23], [9, 4]]
 

@@ -32,10 +32,10 @@ from lightning_peft.editing.facts import (
     read_facts,
     score_facts,
 )
-from lightning_peft.editing.facts.prompts import Prompt, encode, object_log_probs
+from lightning_peft.editing.facts.prompt_tokens import Prompt, encode, object_log_probs
 from lightning_peft.editing.facts.update import least_squares, rank_one
 from lightning_peft.editing.facts.values import read_at_subject
-from lightning_peft.tuners.stack import stack_of
+from lightning_peft.stack.stack import stack_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*do not have")
 FACTS = [
@@ -238,7 +238,7 @@ def test_a_layer_that_is_not_there_is_one_sentence(layers: list[int], said: str)
 
 
 def test_a_quantised_layer_is_refused() -> None:
-    from lightning_peft.tuners.quantization import Quantization, quantize
+    from lightning_peft.backbone.quantization import Quantization, quantize
 
     model = tiny("llama")
     quantize(model, Quantization())

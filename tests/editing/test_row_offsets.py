@@ -10,11 +10,11 @@ from edits import logits
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
 
-from lightning_peft.callbacks.iti import install
+from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.editing import HeadEdit, RowOffsets, displacements, head_sites
 from lightning_peft.editing.directions import random_directions
 from lightning_peft.positions import answering
-from lightning_peft.tuners.stack import stack_of
+from lightning_peft.stack.stack import stack_of
 
 TEXT = torch.tensor([[5, 9, 11, 3, 7, 8, 12]])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_peft.editing import Selection, capture_texts, head_offsets_config, head_sites
 from lightning_peft.positions import answering
-from lightning_peft.tuners.stack import stack_of
+from lightning_peft.stack.stack import stack_of
 
 PROMPTS = (3, 6, 5)  # lengths
 WINDOWS = (

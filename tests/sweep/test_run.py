@@ -17,12 +17,12 @@ from damage import DAMAGES
 
 from lightning_peft import load_adapter
 from lightning_peft.cli import main
-from lightning_peft.locking import only_writer
+from lightning_peft.files.locking import only_writer
 from lightning_peft.models import CausalLM
 from lightning_peft.sweep import fit as fitting
 from lightning_peft.sweep.grid import Grid
-from lightning_peft.sweep.plan import Sweep, check
 from lightning_peft.sweep.results import Measured, best_point
+from lightning_peft.sweep.settings import Sweep, check
 from lightning_peft.truthfulqa import ChoiceScorer, TruthfulQADataModule
 from lightning_peft.truthfulqa.metrics import mc2
 

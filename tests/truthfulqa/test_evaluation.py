@@ -21,9 +21,9 @@ from tuning import trainer
 
 from lightning_peft.callbacks import LoRA, Quantize
 from lightning_peft.models import CausalLM, Seq2SeqLM
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.truthfulqa import Answer, Evaluation, Prompting, SideEffects, TruthfulQADataModule
 from lightning_peft.truthfulqa.evaluation import Batch
-from lightning_peft.tuners.stack import stack_of
 
 CHOICES = {"mc0", "mc1", "mc2", "mc3", "capability"}
 TEXT = {"ce", "ce_base", "kl"}

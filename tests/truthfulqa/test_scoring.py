@@ -12,8 +12,8 @@ from tiny_models import LANGUAGE_MODELS, VOCABULARY, tiny
 from torch import Tensor, nn
 
 from lightning_peft.editing import head_offsets_config, head_sites
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.truthfulqa.scoring import ChoiceScorer
-from lightning_peft.tuners.stack import stack_of
 
 PRIMER = [5, 9, 11, 3, 7, 8, 12, 30, 31, 9, 9, 4]
 

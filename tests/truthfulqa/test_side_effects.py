@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tuning import trainer
 
 from lightning_peft.models import CausalLM
+from lightning_peft.stack.stack import AdapterStack, adapters, stack_of
 from lightning_peft.testing.architectures import TinyModule
 from lightning_peft.testing.cell import trainable
 from lightning_peft.testing.methods import METHODS
@@ -34,7 +35,6 @@ from lightning_peft.truthfulqa import (
 )
 from lightning_peft.truthfulqa import side_effects as module_of_side_effects
 from lightning_peft.truthfulqa.side_effects import CAPABILITY, CAPABILITY_PRIMER
-from lightning_peft.tuners.stack import AdapterStack, adapters, stack_of
 
 LENGTHS = (17, 9, 2, 12)
 

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from tuning import QUIET, one_sentence
 
 from lightning_peft import load_adapter, save_adapter
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.tuners.bottleneck import BottleneckConfig, BottleneckLayer
 from lightning_peft.tuners.bottleneck.branch import Bottleneck
 from lightning_peft.tuners.bottleneck.kronecker import KroneckerLinear
-from lightning_peft.tuners.stack import stack_of
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 

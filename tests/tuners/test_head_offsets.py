@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from lightning_peft.editing import head_offsets_config, head_sites
 from lightning_peft.positions import POLICIES, answering
+from lightning_peft.stack.adapter_files.saving import save_adapter
+from lightning_peft.stack.configs import config_from_json, config_to_json
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.testing.models import rough
-from lightning_peft.tuners.configs import config_from_json, config_to_json
-from lightning_peft.tuners.folders.saving import save_adapter
 from lightning_peft.tuners.head_offsets import HeadOffsetsConfig, HeadOffsetsLayer
-from lightning_peft.tuners.stack import stack_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out",

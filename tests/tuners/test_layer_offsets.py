@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lightning_peft.editing import head_offsets_config, head_sites, layer_offsets_config, layer_sites, stream_writers
 from lightning_peft.positions import answering
+from lightning_peft.stack.adapter_files.merging import merge_pretrained
+from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.testing.models import rough
-from lightning_peft.tuners.folders.merging import merge_pretrained
-from lightning_peft.tuners.folders.saving import load_adapter, save_adapter
 from lightning_peft.tuners.layer_offsets import LayerOffsetsConfig, LayerOffsetsLayer
-from lightning_peft.tuners.stack import stack_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out", "ignore:.*gradient_checkpointing", "ignore:Unsupported layer type"
@@ -294,7 +294,7 @@ def test_an_offset_behind_an_ablation_of_the_same_matrix_is_not_one_of_its_bias(
 @pytest.mark.parametrize("operation", ["add", "ablate"])
 def test_a_four_bit_base_takes_a_bias_and_no_ablation(operation: str, tokens: Tensor) -> None:
     pytest.importorskip("bitsandbytes")
-    from lightning_peft.tuners.quantization import quantize
+    from lightning_peft.backbone.quantization import quantize
 
     model = tiny("llama")
     quantize(model)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tuning import QUIET, one_sentence
 
 from lightning_peft import load_adapter, save_adapter
-from lightning_peft.tuners.backbone.places import attentions
-from lightning_peft.tuners.backbone.projections import projections
+from lightning_peft.backbone.parts import attentions
+from lightning_peft.backbone.projections import projections
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.tuners.prefix import PrefixConfig, PrefixLayer
-from lightning_peft.tuners.stack import stack_of
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 KINDS = (*LANGUAGE_MODELS, "bert", "t5", "vit")

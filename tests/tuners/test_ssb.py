@@ -15,15 +15,15 @@ from transformers.pytorch_utils import Conv1D
 from tuning import Classifier, Language, one_sentence, same, texts, weights
 
 from lightning_peft import adapters
+from lightning_peft.backbone.modules import base_modules, is_linear
+from lightning_peft.backbone.quantization import is_quantized, quantize
+from lightning_peft.backbone.structure import matrix_shape
+from lightning_peft.backbone.targets import Layers
 from lightning_peft.callbacks import PEFT, SSB, SSL, LoRA
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.testing import check_adaptation
 from lightning_peft.testing.architectures import ARCHITECTURES
-from lightning_peft.tuners.backbone.modules import base_modules, is_linear
-from lightning_peft.tuners.backbone.structure import matrix_shape
-from lightning_peft.tuners.backbone.targets import Layers
-from lightning_peft.tuners.quantization import is_quantized, quantize
 from lightning_peft.tuners.ssb import SSBConfig
-from lightning_peft.tuners.stack import stack_of
 
 BASES = ("linear", "without bias", "conv1d", "nf4", "int8")
 
@@ -37,7 +37,7 @@ def base(kind: str = "linear", inputs: int = 6, outputs: int = 4) -> nn.Sequenti
             made.bias.normal_()
     model = nn.Sequential(made)
     if kind in ("nf4", "int8"):
-        from lightning_peft.tuners.quantization import Quantization
+        from lightning_peft.backbone.quantization import Quantization
 
         quantize(model, Quantization(kind))  # type: ignore[arg-type]
     return model

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tuning import Net, one_sentence, points
 
 from lightning_peft import load_adapter, save_adapter
+from lightning_peft.backbone.fingerprint import fingerprint
+from lightning_peft.backbone.modules import base_modules
+from lightning_peft.stack.stack import AdapterStack, stack_of
 from lightning_peft.testing.models import rough
-from lightning_peft.tuners.backbone.fingerprint import fingerprint
-from lightning_peft.tuners.backbone.modules import base_modules
-from lightning_peft.tuners.stack import AdapterStack, stack_of
 from lightning_peft.tuners.weight_deltas import WeightDeltasConfig
 from lightning_peft.tuners.weight_deltas.config import pack, unpack
 from lightning_peft.tuners.weight_deltas.masks import deltas, keep_largest

@@ -3,7 +3,7 @@
 from lightning_peft.editing.facts.fact import Fact, read_facts
 from lightning_peft.editing.facts.keys import KeyMoments, key_moments, memory_sites
 from lightning_peft.editing.facts.memit import compute_memit
-from lightning_peft.editing.facts.prompts import random_prefixes
+from lightning_peft.editing.facts.prompt_tokens import random_prefixes
 from lightning_peft.editing.facts.rome import compute_rome, compute_rome_each
 from lightning_peft.editing.facts.scores import FactScores, Score, score_facts
 from lightning_peft.editing.facts.trace import causal_trace, choose_layers

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.quantization import is_quantized
+from lightning_peft.backbone.structure import blocks, matrix_shape, width
 from lightning_peft.editing.heads import HeadSite
 from lightning_peft.editing.reading import Way, read_texts
-from lightning_peft.tuners.backbone.structure import blocks, matrix_shape, width
-from lightning_peft.tuners.quantization import is_quantized
 
 
 def memory_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[HeadSite]:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_peft.backbone.structure import blocks
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import KeyMoments
 from lightning_peft.editing.facts.rome import check_facts, told
 from lightning_peft.editing.facts.update import Factors, KnowledgeEdit, acting, least_squares
 from lightning_peft.editing.facts.values import Search, Value, find_values, hooked, read_at_subject
-from lightning_peft.tuners.backbone.structure import blocks
 
 
 def compute_memit(

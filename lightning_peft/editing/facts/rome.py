@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import KeyMoments
-from lightning_peft.editing.facts.prompts import encode, with_object
+from lightning_peft.editing.facts.prompt_tokens import encode, with_object
 from lightning_peft.editing.facts.update import Factors, KnowledgeEdit, acting, rank_one, stacked
 from lightning_peft.editing.facts.values import Search, Value, find_values
 from lightning_peft.editing.heads import HeadSite

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.editing.facts.fact import Fact
-from lightning_peft.editing.facts.prompts import Prompt, encode, object_log_probs
+from lightning_peft.editing.facts.prompt_tokens import Prompt, encode, object_log_probs
 from lightning_peft.editing.facts.values import frozen
 from lightning_peft.editing.probes.scores import accuracy_influence, clustered_error, wilson
 

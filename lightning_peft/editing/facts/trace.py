@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import memory_sites
-from lightning_peft.editing.facts.prompts import Prompt, Rows, encode, object_log_probs
+from lightning_peft.editing.facts.prompt_tokens import Prompt, Rows, encode, object_log_probs
 from lightning_peft.editing.facts.values import frozen, hooked
 
 

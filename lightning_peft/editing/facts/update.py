@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.editing.facts.values import hooked
-from lightning_peft.tuners.stack import AdapterStack, Part, stack_of
+from lightning_peft.stack.stack import AdapterStack, Part, stack_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.records import DamagedError, read_record, write_record
+from lightning_peft.files.records import DamagedError, read_record, write_record
 from lightning_peft.truthfulqa.judges.protocol import Judge, Judgement
 from lightning_peft.truthfulqa.questions import DataError
 

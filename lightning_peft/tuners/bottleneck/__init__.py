@@ -1,9 +1,9 @@
 """Bottleneck adapters: a narrow trained network beside or behind a frozen matrix, plain or of Kronecker products."""
 
+from lightning_peft.stack.registration import register_method
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 from lightning_peft.tuners.bottleneck.layer import BottleneckLayer
 from lightning_peft.tuners.bottleneck.model import BottleneckModel
-from lightning_peft.tuners.registration import register_method
 
 __all__ = ["BottleneckConfig", "BottleneckLayer", "BottleneckModel"]
 

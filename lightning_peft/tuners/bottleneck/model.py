@@ -7,8 +7,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from lightning_peft.tuners.backbone.fused import check_called
-from lightning_peft.tuners.backbone.modules import base_modules
+from lightning_peft.backbone.fused import check_called
+from lightning_peft.backbone.modules import base_modules
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 from lightning_peft.tuners.bottleneck.layer import BottleneckLayer
 

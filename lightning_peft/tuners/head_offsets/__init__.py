@@ -1,9 +1,9 @@
 """Head offsets: a vector per attention head, added where the concatenated heads enter the output projection."""
 
+from lightning_peft.stack.registration import register_method
 from lightning_peft.tuners.head_offsets.config import HeadOffsetsConfig
 from lightning_peft.tuners.head_offsets.layer import HeadOffsetsLayer
 from lightning_peft.tuners.head_offsets.model import HeadOffsetsModel
-from lightning_peft.tuners.registration import register_method
 
 __all__ = ["HeadOffsetsConfig", "HeadOffsetsLayer", "HeadOffsetsModel"]
 

@@ -10,8 +10,8 @@ from peft.config import PeftConfig
 from torch import Tensor
 
 from lightning_peft.positions import check_policy
-from lightning_peft.tuners.gates import check_gate
-from lightning_peft.tuners.registration import add_peft_type
+from lightning_peft.stack.gates import check_gate
+from lightning_peft.stack.registration import add_peft_type
 
 # what the vector of a head is, in an adapter that chooses heads by training (LoFiT)
 OFF, OFFSET, SCALE = 0, 1, 2
@@ -39,7 +39,7 @@ class HeadOffsetsConfig(PeftConfig):
         positions: `"answer"` (from the last prompt token on), `"generated"` (new tokens only), `"prompt"` or `"all"`,
             or a window of one of them, such as `"answer[0:3]"`; see `lightning_peft.tokens`.
         gate: None, `"adaptive"` or `"conditional"`: each head's strength by a probe of its own, see
-            `lightning_peft.tuners.gates`.
+            `lightning_peft.stack.gates`.
         beta: of an adaptive gate.
         threshold: of a conditional one.
         exclude_modules: names left out of `target_modules`.

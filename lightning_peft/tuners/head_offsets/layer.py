@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 
 from lightning_peft.positions import Positions
-from lightning_peft.tuners.gates import check_mergeable, gated, where
+from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.head_offsets.config import OFFSET, SCALE, HeadOffsetsConfig
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from lightning_peft.positions import check_policy
+from lightning_peft.stack.gates import check_gate
+from lightning_peft.stack.registration import add_peft_type
 from lightning_peft.tokens import PHASES
-from lightning_peft.tuners.gates import check_gate
-from lightning_peft.tuners.registration import add_peft_type
 
 
 @dataclass
@@ -29,7 +29,7 @@ class LayerOffsetsConfig(PeftConfig):
         positions: as `HeadOffsetsConfig`'s.
         tokens: 1: one vector for every position. More: the first so many tokens of the positions, a phase without a
             window, have a vector each, and the others none.
-        gate: None, `"adaptive"` or `"conditional"`: strength by a probe, see `lightning_peft.tuners.gates`.
+        gate: None, `"adaptive"` or `"conditional"`: strength by a probe, see `lightning_peft.stack.gates`.
         beta: of an adaptive gate.
         threshold: of a conditional one.
         exclude_modules: names left out of `target_modules`.

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_peft.positions import Positions
-from lightning_peft.tuners.gates import check_mergeable, gated, where
+from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.writing import check_write, innermost, unit, written
 

@@ -7,8 +7,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from lightning_peft.backbone.modules import is_linear, standalone_name
 from lightning_peft.positions import track
-from lightning_peft.tuners.backbone.modules import is_linear, standalone_name
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.layer import ATTRIBUTE, LayerOffsetsLayer
 from lightning_peft.tuners.layer_offsets.writing import final_matrices, innermost

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import base_modules, is_linear
-from lightning_peft.tuners.backbone.structure import blocks
+from lightning_peft.backbone.modules import base_modules, is_linear
+from lightning_peft.backbone.structure import blocks
 
 
 def unit(vector: Tensor) -> Tensor:

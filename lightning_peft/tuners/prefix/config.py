@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 
-from lightning_peft.tuners.registration import add_peft_type
+from lightning_peft.stack.registration import add_peft_type
 
 INITS = ("identity", "paper")
 

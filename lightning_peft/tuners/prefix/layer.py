@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.structure import matrix_shape
+from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.tuners.prefix.attention import attach, detach
 from lightning_peft.tuners.prefix.config import PrefixConfig
 

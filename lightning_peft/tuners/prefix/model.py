@@ -7,9 +7,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from lightning_peft.tuners.backbone.modules import base_modules
-from lightning_peft.tuners.backbone.projections import projections
-from lightning_peft.tuners.backbone.structure import blocks, matrix_shape
+from lightning_peft.backbone.modules import base_modules
+from lightning_peft.backbone.projections import projections
+from lightning_peft.backbone.structure import blocks, matrix_shape
 from lightning_peft.tuners.prefix.attention import check_attention, detach
 from lightning_peft.tuners.prefix.config import PrefixConfig
 from lightning_peft.tuners.prefix.layer import PrefixLayer

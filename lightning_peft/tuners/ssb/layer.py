@@ -8,9 +8,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import is_linear
-from lightning_peft.tuners.backbone.structure import matrix_shape
-from lightning_peft.tuners.quantization import check_merge
+from lightning_peft.backbone.modules import is_linear
+from lightning_peft.backbone.quantization import check_merge
+from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.tuners.ssb.config import SSBConfig
 
 

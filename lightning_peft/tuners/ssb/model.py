@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from lightning_peft.tuners.backbone.fused import check_called
+from lightning_peft.backbone.fused import check_called
 from lightning_peft.tuners.ssb.config import SSBConfig
 from lightning_peft.tuners.ssb.layer import SSBLayer
 

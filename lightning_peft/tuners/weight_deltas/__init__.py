@@ -1,6 +1,6 @@
 """Weight deltas: chosen parameters of a model trained as what is added to them, all entries or some."""
 
-from lightning_peft.tuners.registration import register_method
+from lightning_peft.stack.registration import register_method
 from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig
 from lightning_peft.tuners.weight_deltas.layer import WeightDeltasLayer
 from lightning_peft.tuners.weight_deltas.model import WeightDeltasModel

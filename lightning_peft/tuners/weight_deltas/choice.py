@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_peft.tuners.backbone.modules import is_matrix
-from lightning_peft.tuners.backbone.structure import Block, blocks
-from lightning_peft.tuners.backbone.targets import Layers, Within
-from lightning_peft.tuners.weight_deltas.places import Place, places
+from lightning_peft.backbone.modules import is_matrix
+from lightning_peft.backbone.structure import Block, blocks
+from lightning_peft.backbone.targets import Layers, Within
+from lightning_peft.tuners.weight_deltas.owners import Place, places
 
 Biases = Literal["all", "query_and_second_mlp"]
 

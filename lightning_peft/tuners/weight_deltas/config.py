@@ -10,7 +10,7 @@ import torch
 from peft.config import PeftConfig
 from torch import Tensor
 
-from lightning_peft.tuners.registration import add_peft_type
+from lightning_peft.stack.registration import add_peft_type
 
 _VALUES, _MASKS, _INDICES, _BITS = (f".weight_deltas.{kind}." for kind in ("values", "masks", "indices", "bits"))
 

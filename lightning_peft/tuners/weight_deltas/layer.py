@@ -171,7 +171,7 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
         parameter = owner._parameters.get(name)
         if parameter is not None:
             return parameter.shape, parameter.dtype, parameter.device
-        from lightning_peft.tuners.backbone.structure import matrix_shape
+        from lightning_peft.backbone.structure import matrix_shape
 
         weight = owner._parameters["weight"]
         assert weight is not None

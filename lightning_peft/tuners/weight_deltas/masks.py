@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.tuners.backbone.modules import standalone_name
+from lightning_peft.backbone.modules import standalone_name
 from lightning_peft.tuners.weight_deltas.layer import WeightDeltasLayer
 
 

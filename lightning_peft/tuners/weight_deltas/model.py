@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig
 from lightning_peft.tuners.weight_deltas.layer import WeightDeltasLayer
-from lightning_peft.tuners.weight_deltas.places import Place, places
+from lightning_peft.tuners.weight_deltas.owners import Place, places
 from lightning_peft.tuners.weight_deltas.view import ATTRIBUTE
 
 

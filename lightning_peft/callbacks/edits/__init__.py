@@ -1,0 +1,1 @@
+"""The methods that compute an adapter without gradient descent, one file each."""

@@ -1,0 +1,1 @@
+"""The methods that train an adapter, one file each."""

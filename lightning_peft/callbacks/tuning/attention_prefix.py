@@ -1,0 +1,73 @@
+"""A prefix inside every attention, as one callback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
+
+from torch import nn
+
+from lightning_peft.backbone.parts import attentions
+from lightning_peft.backbone.projections import projections
+from lightning_peft.backbone.targets import Layers
+from lightning_peft.fitting.options import AdapterOptions
+from lightning_peft.fitting.peft import PEFT
+
+if TYPE_CHECKING:
+    from lightning_peft.stack.configs import PeftConfig
+
+
+class AttentionPrefix(PEFT):
+    """Prefix tuning in place: in each attention every query also sees `length` trained keys and values.
+
+    Li & Liang 2021, arXiv:2101.00190, without the reparametrisation. No position is shifted and the cache of keys
+    does not grow. Trainable parameters: `2 * length * heads_kv * head_dim` for each attention, and 1 with
+    `init="identity"`; with `gate` also the attention's input width + 1. Works on transformers models that run eager
+    or sdpa attention.
+
+    Args:
+        length: number of keys and values.
+        init: `"identity"`: the change that the prefix makes is multiplied by `tanh(mix)`, trained from 0, so that
+            training starts at the base model; `"paper"`: it acts in full from the start, from random values.
+        gate: multiply the prefix's keys and values by `sigmoid(w x + b)` of each query token, as UniPELT does.
+        layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+
+    Raises:
+        ValueError: at `setup`, in one sentence: the backbone is no transformers model with such an attention.
+
+    Example:
+        >>> from lightning_peft.callbacks import AttentionPrefix
+        >>> AttentionPrefix(length=10).names
+        ('attention_prefix',)
+    """
+
+    lacks: ClassVar = {"merge": "a softmax over more keys cannot be written into the weights"}
+
+    def __init__(
+        self,
+        length: int = 30,
+        init: Literal["identity", "paper"] = "identity",
+        gate: bool = False,
+        layers: Layers | list[int] | None = None,
+        backbone: str | None = None,
+        name: str = "attention_prefix",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        if length < 1:
+            raise ValueError(f"The length of a prefix must be at least 1, got {length}.")
+        if init == "paper":
+            self.lacks = {**self.lacks, "identity": "a random prefix takes attention away from the tokens"}  # type: ignore[misc]
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        self.length, self.init, self.gate, self.layers = length, init, gate, layers
+
+    def make_config(self, backbone: nn.Module) -> PeftConfig:
+        from lightning_peft.tuners.prefix import PrefixConfig
+
+        targets = [projections(span).query for span in attentions(backbone, self.layers)]
+        return PrefixConfig(target_modules=targets, length=self.length, init=self.init, gate=self.gate)

@@ -1,0 +1,340 @@
+"""Bottleneck adapters, sequential and parallel, as callbacks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
+
+from torch import nn
+
+from lightning_peft.backbone.parts import part_ends
+from lightning_peft.backbone.targets import Layers, choose_targets
+from lightning_peft.fitting.options import AdapterOptions
+from lightning_peft.fitting.peft import PEFT
+
+if TYPE_CHECKING:
+    from lightning_peft.stack.configs import PeftConfig
+
+Activation = Literal["relu", "gelu", "swish", "tanh", "sigmoid", "linear"]
+Init = Literal["lora", "mam", "bert", "houlsby", "glorot"]
+Scaling = float | Literal["learned", "channel"]
+
+
+class Bottleneck(PEFT):
+    """What the bottleneck methods share: where their adapters go. Use one of its subclasses.
+
+    Args:
+        settings: of `BottleneckConfig`.
+        attention: adapt attention parts as well as feed-forward parts.
+        target_modules: names of the matrices to add to, in place of the parts' last.
+        layers: see `LoRA`.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+    """
+
+    lacks: ClassVar = {"merge": "a non-linearity cannot be written into the weights"}
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        attention: bool,
+        target_modules: list[str] | str | None,
+        layers: Layers | list[int] | None,
+        backbone: str | None,
+        name: str,
+        backbone_dropout: bool,
+        gradient_checkpointing: bool,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        scaling = settings.pop("scaling", 1.0)
+        fixed = isinstance(scaling, int | float)
+        settings |= {"alpha": float(scaling), "scaling": "fixed"} if fixed else {"scaling": scaling}
+        if settings.get("size") is not None:
+            settings["reduction"] = None
+        if settings.get("init", "lora") not in ("lora", "mam"):
+            self.lacks = {**self.lacks, "identity": f"init={settings['init']!r} does not begin at zero"}  # type: ignore[misc]
+        if settings.get("dropout") or settings.get("drop_path"):
+            self.lacks = {**self.lacks, "resume": "what is dropped is drawn anew: checkpoints hold no random state"}  # type: ignore[misc]
+        self.options, self.attention = settings, attention
+        self.target_modules, self.layers = target_modules, layers
+
+    def make_config(self, backbone: nn.Module) -> PeftConfig:
+        from lightning_peft.tuners.bottleneck import BottleneckConfig
+
+        if self.target_modules is not None:
+            return BottleneckConfig(
+                target_modules=choose_targets(backbone, self.target_modules, self.layers), **self.options
+            )
+        ends = part_ends(backbone, self.attention, self.layers)
+        inputs = None
+        if self.options.get("placement") == "parallel":
+            inputs = {part.last: part.first for part in ends if part.first != part.last}
+        return BottleneckConfig(target_modules=[part.last for part in ends], inputs=inputs or None, **self.options)
+
+
+class Houlsby(Bottleneck):
+    """An adapter after each attention and each feed-forward part: `y + s * up(f(down(y)))`, y the part's output.
+
+    Houlsby et al. 2019, arXiv:1902.00751; activation and reduction as in AdapterHub. Trainable parameters:
+    `2 * d * m + m + d` for each part, with d the output's width and m the bottleneck's.
+
+    Args:
+        reduction: the output's width divided by the bottleneck's.
+        size: width of the bottleneck, in place of `reduction`.
+        activation: f.
+        scaling: s: a number, `"learned"` (one, 1 at the start) or `"channel"` (one for each output).
+        init: `"lora"` and `"mam"` begin with `up` zero, so that training starts at the base model; `"bert"`,
+            `"houlsby"` and `"glorot"` near it, see `BottleneckConfig`.
+        dropout: on the adapter's output, in training.
+        target_modules: names of the matrices to add to, in place of the parts' last ones.
+        layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+
+    Raises:
+        ValueError: at `setup`, in one sentence: no part is found, or a number is out of its range.
+
+    Example:
+        >>> from lightning_peft.callbacks import Houlsby
+        >>> Houlsby(size=64).options["size"]
+        64
+    """
+
+    def __init__(
+        self,
+        reduction: int = 16,
+        size: int | None = None,
+        activation: Activation = "swish",
+        scaling: Scaling = 1.0,
+        init: Init = "lora",
+        dropout: float = 0.0,
+        target_modules: list[str] | str | None = None,
+        layers: Layers | list[int] | None = None,
+        backbone: str | None = None,
+        name: str = "houlsby",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
+        super().__init__(
+            {**settings, "init": init, "dropout": dropout},
+            True,
+            target_modules,
+            layers,
+            backbone,
+            name,
+            backbone_dropout,
+            gradient_checkpointing,
+            **options,
+        )
+
+
+class Pfeiffer(Bottleneck):
+    """An adapter after each feed-forward part: half of Houlsby's.
+
+    Pfeiffer et al. 2021, arXiv:2005.00247. Trainable parameters: `2 * d * m + m + d` for each block.
+
+    Args:
+        reduction: see `Houlsby`.
+        size: see `Houlsby`.
+        activation: see `Houlsby`.
+        scaling: see `Houlsby`.
+        init: see `Houlsby`.
+        dropout: see `Houlsby`.
+        target_modules: see `Houlsby`.
+        layers: see `Houlsby`.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+    """
+
+    def __init__(
+        self,
+        reduction: int = 16,
+        size: int | None = None,
+        activation: Activation = "relu",
+        scaling: Scaling = 1.0,
+        init: Init = "lora",
+        dropout: float = 0.0,
+        target_modules: list[str] | str | None = None,
+        layers: Layers | list[int] | None = None,
+        backbone: str | None = None,
+        name: str = "pfeiffer",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
+        super().__init__(
+            {**settings, "init": init, "dropout": dropout},
+            False,
+            target_modules,
+            layers,
+            backbone,
+            name,
+            backbone_dropout,
+            gradient_checkpointing,
+            **options,
+        )
+
+
+class ParallelAdapter(Bottleneck):
+    """An adapter beside each feed-forward part: `mlp(x) + s * up(f(down(x)))`, x the part's input.
+
+    He et al. 2022, arXiv:2110.04366. Trainable parameters: `2 * d * m + m + d` for each block.
+
+    Args:
+        reduction: see `Houlsby`.
+        size: see `Houlsby`.
+        activation: see `Houlsby`.
+        scaling: see `Houlsby`.
+        init: see `Houlsby`.
+        dropout: see `Houlsby`.
+        layers: see `Houlsby`.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+    """
+
+    def __init__(
+        self,
+        reduction: int = 2,
+        size: int | None = None,
+        activation: Activation = "relu",
+        scaling: Scaling = 1.0,
+        init: Init = "lora",
+        dropout: float = 0.0,
+        layers: Layers | list[int] | None = None,
+        backbone: str | None = None,
+        name: str = "parallel",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
+        super().__init__(
+            {**settings, "init": init, "dropout": dropout, "placement": "parallel"},
+            False,
+            None,
+            layers,
+            backbone,
+            name,
+            backbone_dropout,
+            gradient_checkpointing,
+            **options,
+        )
+
+
+class ScaledParallelAdapter(ParallelAdapter):
+    """A parallel adapter with the scaling and the width that He et al. found best: s = 4, 512 wide.
+
+    He et al. 2022, arXiv:2110.04366. Trainable parameters: `2 * d * size + size + d` for each block.
+
+    Args:
+        size: width of the bottleneck.
+        scaling: see `Houlsby`.
+        activation: see `Houlsby`.
+        init: see `Houlsby`.
+        dropout: see `Houlsby`.
+        layers: see `Houlsby`.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+    """
+
+    def __init__(
+        self,
+        size: int = 512,
+        scaling: Scaling = 4.0,
+        activation: Activation = "relu",
+        init: Init = "mam",
+        dropout: float = 0.0,
+        layers: Layers | list[int] | None = None,
+        backbone: str | None = None,
+        name: str = "scaled_parallel",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        super().__init__(
+            size=size,
+            scaling=scaling,
+            activation=activation,
+            init=init,
+            dropout=dropout,
+            layers=layers,
+            backbone=backbone,
+            name=name,
+            backbone_dropout=backbone_dropout,
+            gradient_checkpointing=gradient_checkpointing,
+            **options,
+        )
+
+
+class AdapterPlus(Bottleneck):
+    """A Pfeiffer adapter with a trained scale for each channel and stochastic depth, made for vision transformers.
+
+    Steitz & Roth 2024, arXiv:2406.06820. Trainable parameters: `2 * d * m + m + 2 * d` for each block.
+
+    Args:
+        reduction: see `Houlsby`.
+        size: see `Houlsby`.
+        activation: see `Houlsby`.
+        drop_path: the chance of leaving the adapter out for a row, in training.
+        init: see `Houlsby`; the paper's is `"houlsby"`.
+        dropout: see `Houlsby`.
+        target_modules: see `Houlsby`.
+        layers: see `Houlsby`.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+    """
+
+    def __init__(
+        self,
+        reduction: int = 96,
+        size: int | None = None,
+        activation: Activation = "gelu",
+        drop_path: float = 0.1,
+        init: Init = "lora",
+        dropout: float = 0.0,
+        target_modules: list[str] | str | None = None,
+        layers: Layers | list[int] | None = None,
+        backbone: str | None = None,
+        name: str = "adapter_plus",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        settings = {
+            "reduction": reduction,
+            "size": size,
+            "activation": activation,
+            "scaling": "channel",
+        }
+        super().__init__(
+            {**settings, "init": init, "dropout": dropout, "drop_path": drop_path},
+            False,
+            target_modules,
+            layers,
+            backbone,
+            name,
+            backbone_dropout,
+            gradient_checkpointing,
+            **options,
+        )

@@ -1,0 +1,85 @@
+"""Compacter and Compacter++ as callbacks."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from lightning_peft.backbone.targets import Layers
+from lightning_peft.callbacks.tuning.bottleneck import Activation, Bottleneck, Init, Scaling
+from lightning_peft.fitting.options import AdapterOptions
+
+
+class Compacter(Bottleneck):
+    """Houlsby's adapters with matrices `W = sum_i A_i (x) s_i t_i`, i = 1…n; all layers share the `A_i [n, n]`.
+
+    Mahabadi et al. 2021, arXiv:2106.04647. Trainable parameters: `n**3` once, and for each part `3 * (d + m)`: the
+    factors of down and up, `d + m` each, and their biases; d is the output's width and m the bottleneck's. The
+    paper also trains the norms; this does not.
+
+    Args:
+        n: the number of products; it must divide d and m.
+        reduction: the output's width divided by the bottleneck's, which is rounded up to a multiple of n.
+        size: width of the bottleneck, in place of `reduction`.
+        activation: between down and up.
+        scaling: see `Houlsby`.
+        init: `"lora"` and `"mam"` begin with `up` zero; `"glorot"` is the paper's.
+        dropout: see `Houlsby`.
+        target_modules: see `Houlsby`.
+        layers: see `Houlsby`.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+
+    Raises:
+        ValueError: at `setup`, in one sentence: n does not divide a width.
+
+    Example:
+        >>> from lightning_peft.callbacks import Compacter
+        >>> Compacter(n=4).options["kronecker"]
+        4
+    """
+
+    attention_too = True
+
+    def __init__(
+        self,
+        n: int = 4,
+        reduction: int = 32,
+        size: int | None = None,
+        activation: Activation = "gelu",
+        scaling: Scaling = 1.0,
+        init: Init = "lora",
+        dropout: float = 0.0,
+        target_modules: list[str] | str | None = None,
+        layers: Layers | list[int] | None = None,
+        backbone: str | None = None,
+        name: str = "compacter",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        if n < 1:
+            raise ValueError(f"The number n of Kronecker products must be at least 1, got {n}.")
+        settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
+        super().__init__(
+            {**settings, "init": init, "dropout": dropout, "kronecker": n},
+            self.attention_too,
+            target_modules,
+            layers,
+            backbone,
+            name,
+            backbone_dropout,
+            gradient_checkpointing,
+            **options,
+        )
+
+
+class CompacterPlusPlus(Compacter):
+    """Compacter after feed-forward parts only: Pfeiffer's adapters of Kronecker products. Arguments as `Compacter`.
+
+    Mahabadi et al. 2021, arXiv:2106.04647. Trainable parameters: `n**3` once, and `3 * (d + m)` for each block.
+    """
+
+    attention_too = False

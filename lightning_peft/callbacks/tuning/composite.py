@@ -1,0 +1,61 @@
+"""Several methods at once, as one callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Unpack
+
+from torch import nn
+
+from lightning_peft.fitting.options import AdapterOptions
+from lightning_peft.fitting.peft import PEFT
+
+if TYPE_CHECKING:
+    from lightning_peft.stack.configs import PeftConfig
+
+
+class Composite(PEFT):
+    """Train several adapters on one backbone together; they are a stack, saved, scaled and switched part by part.
+
+    Args:
+        methods: for each adapter, the callback that says what it is, innermost first; the adapter's name is this
+            callback's name, `-` and the key. The callbacks themselves are not given to the Trainer.
+        backbone: see `PEFT`.
+        name: the beginning of the adapters' names.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+
+    Raises:
+        ValueError: there is no method, or one of them computes an edit instead of training.
+
+    Example:
+        >>> from lightning_peft.callbacks import Composite, LoRA
+        >>> Composite({"attention": LoRA(r=8, within="attention"), "mlp": LoRA(r=2, within="mlp")}).names
+        ('composite-attention', 'composite-mlp')
+    """
+
+    def __init__(
+        self,
+        methods: Mapping[str, PEFT],
+        backbone: str | None = None,
+        name: str = "composite",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        if not methods:
+            raise ValueError(f"{type(self).__name__} needs at least one method.")
+        if edits := [type(method).__name__ for method in methods.values() if method.computed]:
+            raise ValueError(f"{type(self).__name__} trains its methods together, and {edits[0]} is not trained.")
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        self.methods = dict(methods)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{self.name}-{key}" for key in self.methods)
+
+    def make_configs(self, backbone: nn.Module) -> dict[str, PeftConfig]:
+        return {
+            name: method.make_config(backbone) for name, method in zip(self.names, self.methods.values(), strict=True)
+        }

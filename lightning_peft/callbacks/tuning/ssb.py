@@ -1,0 +1,73 @@
+"""SSB as one callback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Unpack
+
+from torch import nn
+
+from lightning_peft.backbone.defaults import every_matrix, takes_adapters
+from lightning_peft.backbone.fused import never_called
+from lightning_peft.backbone.modules import base_modules, is_linear
+from lightning_peft.backbone.structure import blocks
+from lightning_peft.backbone.targets import Layers, Within, choose_targets
+from lightning_peft.fitting.options import AdapterOptions
+from lightning_peft.fitting.peft import PEFT
+
+if TYPE_CHECKING:
+    # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
+    from lightning_peft.stack.configs import PeftConfig
+
+
+class SSB(PEFT):
+    """Scale each weight from both sides by learned vectors: `y = u ⊙ W (v ⊙ x) + b`, u and v ones at the start.
+
+    Si, Yang and Shen 2024, arXiv:2407.05417. Trainable parameters: `inputs + outputs` for each adapted matrix.
+
+    Args:
+        target_modules: names of the modules to adapt (or suffixes; a string is a regular expression). Default: every
+            linear layer of the backbone's blocks, or of the backbone where it has no blocks.
+        layers: which blocks to adapt: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
+        within: adapt only modules in `"attention"`, or only those in the `"mlp"`.
+        backbone: see `PEFT`.
+        name: the adapter's name.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_peft.callbacks import SSB
+        >>> trainer = L.Trainer(callbacks=[SSB()], accelerator="cpu", logger=False, enable_checkpointing=False)
+    """
+
+    sides = "both"
+
+    def __init__(
+        self,
+        target_modules: list[str] | str | None = None,
+        layers: Layers | list[int] | None = None,
+        within: Within | None = None,
+        backbone: str | None = None,
+        name: str = "ssb",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        self.target_modules, self.layers, self.within = target_modules, layers, within
+
+    def make_config(self, backbone: nn.Module) -> PeftConfig:
+        from lightning_peft.tuners.ssb import SSBConfig
+
+        targets = linear_layers(backbone) if self.target_modules is None else self.target_modules
+        return SSBConfig(target_modules=choose_targets(backbone, targets, self.layers, self.within), sides=self.sides)
+
+
+def linear_layers(backbone: nn.Module) -> list[str]:
+    """The full names of the linear layers of the backbone's blocks, or of all of it where it has no blocks."""
+    named = dict(base_modules(backbone))
+    inside = [name for block in blocks(backbone) for span in block.spans() for name in span.matrices]
+    unreached = never_called(backbone)
+    found = [n for n in inside or every_matrix(backbone) if is_linear(named[n]) and takes_adapters(named[n])]
+    return [name for name in found if name not in unreached]

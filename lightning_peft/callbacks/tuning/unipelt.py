@@ -1,0 +1,112 @@
+"""UniPELT as one callback: three methods, each behind a gate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
+
+from torch import nn
+
+from lightning_peft.backbone.parts import attentions
+from lightning_peft.backbone.projections import projections
+from lightning_peft.backbone.targets import Layers
+from lightning_peft.callbacks.tuning.attention_prefix import AttentionPrefix
+from lightning_peft.callbacks.tuning.bottleneck import Bottleneck
+from lightning_peft.callbacks.tuning.composite import Composite
+from lightning_peft.fitting.options import AdapterOptions
+
+if TYPE_CHECKING:
+    from lightning_peft.stack.configs import PeftConfig
+
+
+class GatedLowRank(Bottleneck):
+    """LoRA behind a gate, on the matrices that give queries and values: a linear bottleneck beside each.
+
+    Args:
+        r: the rank.
+        alpha: the scaling is `alpha / r`.
+        dropout: on the product, in training.
+        layers: see `LoRA`.
+        name: the adapter's name.
+    """
+
+    lacks: ClassVar = {"merge": "a gate that depends on the token cannot be written into the weights"}
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 2,
+        dropout: float = 0.0,
+        layers: Layers | list[int] | None = None,
+        name: str = "low_rank",
+    ) -> None:
+        if r < 1:
+            raise ValueError(f"The rank r must be at least 1, got {r}.")
+        options = {"size": r, "activation": "linear", "biases": False, "placement": "parallel", "gate": True}
+        super().__init__(
+            {**options, "scaling": alpha / r, "dropout": dropout}, False, None, layers, None, name, False, False
+        )
+
+    def make_config(self, backbone: nn.Module) -> PeftConfig:
+        from lightning_peft.tuners.bottleneck import BottleneckConfig
+
+        found = [projections(span) for span in attentions(backbone, self.layers)]
+        targets = [name for p in found for name in (p.query, p.value) if name]
+        return BottleneckConfig(target_modules=targets, **self.options)
+
+
+class UniPELT(Composite):
+    """LoRA on queries and values, a prefix in attention and an adapter after the feed-forward part, each gated.
+
+    Mao et al. 2022, arXiv:2110.07577, with AdapterHub's sizes. Each gate is `sigmoid(w x + b)` of the input x of what
+    it gates, one number for each token, with `w` normal, 0.02, and b zero at the start. The paper takes the mean of
+    it over the tokens of a sequence: that mean changes with padding and, in a causal model, lets a token see the
+    ones after it and differs between generating with and without a cache. A gate for each token does none of this.
+
+    Trainable parameters: those of `LoRA` and `Pfeiffer` plus inputs + 1 for each adapted matrix, and those of
+    `AttentionPrefix(gate=True)`.
+
+    Args:
+        r: LoRA's rank.
+        alpha: LoRA's scaling is `alpha / r`.
+        prefix_length: number of keys and values of the prefix.
+        reduction: the model's width divided by the bottleneck's.
+        size: width of the bottleneck, in place of `reduction`.
+        init: of the prefix, see `AttentionPrefix`.
+        dropout: on the outputs of LoRA and adapter, in training.
+        layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
+        backbone: see `PEFT`.
+        name: the beginning of the adapters' names.
+        backbone_dropout: see `PEFT`.
+        gradient_checkpointing: see `PEFT`.
+        **options: see `AdapterOptions`.
+
+    Example:
+        >>> from lightning_peft.callbacks import UniPELT
+        >>> UniPELT().names
+        ('unipelt-low_rank', 'unipelt-adapter', 'unipelt-prefix')
+    """
+
+    lacks: ClassVar = AttentionPrefix.lacks
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 2,
+        prefix_length: int = 10,
+        reduction: int = 16,
+        size: int | None = None,
+        init: Literal["identity", "paper"] = "identity",
+        dropout: float = 0.0,
+        layers: Layers | list[int] | None = None,
+        backbone: str | None = None,
+        name: str = "unipelt",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        prefix = AttentionPrefix(prefix_length, init, gate=True, layers=layers)
+        settings = {"reduction": reduction, "size": size, "activation": "relu", "dropout": dropout, "gate": True}
+        adapter = Bottleneck(settings, False, None, layers, None, "adapter", False, False)
+        methods = {"low_rank": GatedLowRank(r, alpha, dropout, layers), "adapter": adapter, "prefix": prefix}
+        super().__init__(methods, backbone, name, backbone_dropout, gradient_checkpointing, **options)
+        self.lacks = prefix.lacks  # type: ignore[misc]

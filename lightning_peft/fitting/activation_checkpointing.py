@@ -1,0 +1,99 @@
+"""Activation checkpointing from the first trained block on: backward never enters what lies below it.
+
+transformers' own switch makes the embeddings' output require gradients, so that backward runs through every block.
+Non-reentrant checkpointing does not need that.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_peft.backbone.structure import blocks
+
+
+def checkpoint_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """Turn on non-reentrant checkpointing in the blocks that backward passes, from the first trained one on.
+
+    Blocks that know of checkpointing (transformers') are told; the `forward` of others is wrapped on the instance.
+    Where something outside the blocks is trained it may stand below them, so all are taken; those it does not stand
+    below record nothing anyway.
+
+    Args:
+        backbone: with its adapters, and `requires_grad` as it will be in training.
+
+    Returns:
+        The blocks in which it was turned on; one that checkpoints already is left as it is.
+
+    Raises:
+        ValueError: the backbone has no numbered list of blocks.
+    """
+    every = blocks(backbone)
+    if not every:
+        raise ValueError(
+            f"{type(backbone).__name__} has no numbered list of blocks, which gradient_checkpointing needs."
+        )
+    inside = {id(p) for block in every for p in block.module.parameters()}
+    outside = any(p.requires_grad and id(p) not in inside for p in backbone.parameters())
+    trained = [any(p.requires_grad for p in block.module.parameters()) for block in every]
+    first = 0 if outside else trained.index(True) if any(trained) else len(every)
+    modules = [_innermost(block.module) for block in every[first:]]
+    return [module for module in modules if _turn_on(module)]
+
+
+def stop_checkpointing(modules: list[nn.Module]) -> None:
+    """Undo `checkpoint_blocks`."""
+    for module in modules:
+        if isinstance(module.__dict__.get("forward"), _Checkpointed):
+            del module.__dict__["forward"]
+        elif "gradient_checkpointing" in module.__dict__:
+            del module.__dict__["gradient_checkpointing"], module.__dict__["_gradient_checkpointing_func"]
+            # it was in training mode only to be checkpointed, unlike what is in it
+            module.training = any(child.training for child in module.children())
+
+
+def _turn_on(module: nn.Module) -> bool:
+    layers = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ())
+    if isinstance(module, layers):
+        if module.gradient_checkpointing:
+            return False
+        module.__dict__["gradient_checkpointing"] = True
+        # written as a partial, since its keywords tell others how it checkpoints
+        module.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, use_reentrant=False)
+        return True
+    if "forward" in module.__dict__:
+        return False
+    module.__dict__["forward"] = _Checkpointed(module)
+    return True
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    """The block itself, where an adapter wraps it: what keeps a cache of keys must be known to transformers."""
+    while callable(inner := getattr(module, "get_base_layer", None)):
+        module = inner()
+    return module
+
+
+class _Checkpointed:
+    """Stands in for a block's `forward`; copied and pickled with the block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = functools.partial(type(self.block).forward, self.block)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return _checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:
+    # a cache of keys would be written to a second time in backward; transformers leaves it out only by name
+    args = tuple(None if hasattr(value, "get_seq_length") else value for value in args)
+    return checkpoint(function, *args, use_reentrant=use_reentrant)

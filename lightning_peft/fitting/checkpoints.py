@@ -1,0 +1,489 @@
+"""Lightning checkpoints that hold only what was trained or computed, and their way back into a module.
+
+A checkpoint keeps the adapters, whatever stands outside the backbone (heads, metrics), and under the key
+`"lightning_peft"` a JSON-able description of each backbone's stack: base fingerprint, every part's configuration,
+and which tensor of a peft folder each entry is. So it can be exported without a model.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.backbone.modules import (
+    eager_key,
+    flat_key,
+    standalone_name,
+    state_tensors,
+    uncompiled,
+    with_nested_keys,
+)
+from lightning_peft.backbone.sharded import has_shards, is_sharded, write
+from lightning_peft.fitting.hyperparameters import check_arguments, leave_out_modules, take_out_unread
+from lightning_peft.fitting.pickles import read_file, unread
+from lightning_peft.fitting.shards import read_index, read_shards
+from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
+from lightning_peft.stack.adapter_files.saving import add_read, read_config, write_described
+from lightning_peft.stack.adapter_files.typed_values import Adapters, check_plain
+from lightning_peft.stack.configs import different_fields
+from lightning_peft.stack.injection.head_training import saved_heads, without_heads
+from lightning_peft.stack.stack import (
+    AdapterStack,
+    check_same_keys,
+    find_stacks,
+    stack_of,
+)
+
+META = "lightning_peft"
+# the entries of a Lightning checkpoint that hold module weights; the second is written by weight-averaging callbacks
+_STATES = ("state_dict", "current_model_state")
+
+M = TypeVar("M", bound=nn.Module)
+States = dict[str, dict[str, Tensor]]  # an entry of a checkpoint that holds weights -> live name -> tensor
+
+
+def fill_in(module: nn.Module, checkpoint: dict[str, Any]) -> States:
+    """Put what is trained inside the backbones into a checkpoint's states, where the module's own state lacks it.
+
+    A module may leave entries out of its `state_dict()`, or rename them, by overriding it or by hooks. Outside the
+    backbones that is its own affair.
+
+    Args:
+        module: the LightningModule the checkpoint is made from.
+        checkpoint: changed in place.
+
+    Returns:
+        What is trained inside the backbones, for each state.
+    """
+    tensors, stacks = state_tensors(module), find_stacks(module)
+    trained = [live for live in checkpoint_names(module, stacks, tensors).values() if _is_inside(live, stacks)]
+    # of an average there is no other source, and of a sharded tensor none that one process could read alone
+    ours = {name: tensors[name].detach() for name in trained if not is_sharded(tensors[name])}
+    found = {}
+    for entry in _STATES:
+        if entry in checkpoint:
+            elsewhere = not checkpoint[entry] and has_shards(module)  # gathered by another process
+            if not elsewhere and (entry == _STATES[-1] or _STATES[-1] not in checkpoint):
+                checkpoint[entry] = {**ours, **checkpoint[entry]}
+            found[entry] = {name: checkpoint[entry][name] for name in trained if name in checkpoint[entry]}
+    return found
+
+
+def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States | None = None) -> None:
+    """Take the frozen backbone out of a Lightning checkpoint and describe its adapters, in place.
+
+    It is taken out of the hyperparameters too, where it was an argument of the module.
+
+    Args:
+        module: the LightningModule the checkpoint was made from; without adapters nothing is changed.
+        checkpoint: what `Trainer.save_checkpoint` is about to write.
+        filled: what `fill_in` returned, where something that may have left entries out has had the checkpoint since.
+
+    Raises:
+        AdapterError: two tensors would be saved under one name, or something that was trained inside a backbone is
+            missing and cannot be filled in.
+    """
+    stacks = find_stacks(module)
+    if not stacks:
+        return
+    filled = filled or fill_in(module, checkpoint)
+    names = checkpoint_names(module, stacks)
+    outside: dict[str, list[str]] = {}
+    renamed: dict[str, str] = {}
+    for entry in filled:
+        own = checkpoint.get(entry) or {}
+        state = {**filled[entry], **own}
+        # a sharded tensor is asked for by the name it has in the module
+        sharded = {live: saved for saved, live in names.items() if live in state and is_sharded(state[live])}
+        kept = {live if live in sharded else saved: state[live] for saved, live in names.items() if live in state}
+        renamed |= sharded
+        missing = [live for live in names.values() if live not in state and _is_inside(live, stacks)]
+        if missing and own:  # where it is gathered in one process, the others have nothing
+            raise AdapterError(
+                f"The checkpoint would lack {len(missing)} trained tensors, the first is {missing[0]}: let "
+                f"{type(module).__name__}.state_dict() hold them."
+            )
+        lives = set(names.values())
+        added = {name: value for name, value in own.items() if name not in lives and not _is_inside(name, stacks)}
+        checkpoint[entry] = kept | added
+        left_out = [saved for saved, live in names.items() if live not in state]
+        outside = outside or {"added": list(added), "left_out": left_out}
+    described = {}
+    for name, stack in stacks.items():
+        description = described[_saved_name(module, f"{name}.").rstrip(".")] = stack.describe()
+        for part in description["parts"]:
+            part["keys"] = {eager_key(key): _saved_name(stack.backbone, live) for key, live in part["keys"].items()}
+    checkpoint[META] = {"version": 1, "backbones": described, "outside": outside, "renamed": renamed}
+    if modules := leave_out_modules(module, checkpoint):
+        checkpoint[META]["left_out"] = modules
+
+
+def restore_adapters(
+    module: nn.Module,
+    checkpoint: dict[str, Any],
+    source: str,
+    complete: bool = False,
+    strict_base: bool | None = None,
+) -> None:
+    """Make the module's adapters those of the checkpoint, check everything, and rename its keys to the module's own.
+
+    Afterwards `module.load_state_dict(checkpoint["state_dict"], strict=False)` restores every adapter.
+
+    Args:
+        module: the LightningModule to restore; its backbone must be the checkpoint's.
+        checkpoint: a loaded Lightning checkpoint, changed in place.
+        source: what to call the checkpoint in messages.
+        complete: also add the module's own backbone weights, so that a strict load passes.
+        strict_base: refuse an adapter made for another base model, instead of warning once; default: as the callback
+            that adapted the module was told.
+
+    Raises:
+        AdapterError: not a checkpoint of adapters, another base, other settings, other keys or shapes, or values that
+            are not finite.
+    """
+    _check_adapters(checkpoint, source)
+    for name, described in checkpoint[META]["backbones"].items():
+        try:
+            backbone = module.get_submodule(name)
+        except AttributeError:
+            raise AdapterError(f"{source} adapts {name!r}, which {type(module).__name__} does not have.") from None
+        stack = stack_of(uncompiled(backbone))
+        stack.strict_base = stack.strict_base if strict_base is None else strict_base
+        heads = saved_heads(read_config(part["config"], source) for part in described["parts"])
+        stack.check_base(described["fingerprint"], source, heads)
+        _rebuild(stack, described["parts"], source)
+    stacks, tensors = find_stacks(module), state_tensors(module)
+    names, noted = checkpoint_names(module, stacks, tensors), checkpoint[META].get("outside", {})
+    for entry in _STATES:
+        if entry not in checkpoint:
+            continue
+        added = {key: value for key, value in checkpoint[entry].items() if key in noted.get("added", ())}
+        given = {key: value for key, value in checkpoint[entry].items() if key not in added}
+        state = _with_saved_names(given, names)
+        if not noted:  # an earlier release kept what is outside, whatever it was
+            added = {key: state.pop(key) for key in state.keys() - names if not _is_inside(key, stacks)}
+        expected = names.keys() - set(noted.get("left_out", ()))
+        check_same_keys(expected, set(state), f"{source} and {type(module).__name__}")
+        own = {saved: names[saved] for saved in state}
+        for saved, live in own.items():
+            if state[saved].shape != tensors[live].shape:
+                shapes = f"{tuple(state[saved].shape)} in {source}, {tuple(tensors[live].shape)} in the module"
+                raise AdapterError(f"{saved} has different shapes: {shapes}.")
+            check_kind(state[saved], tensors[live], f"{source}: {saved}")
+        check_finite(state, source)
+        if entry == _STATES[0]:  # the module's own `load_state_dict` may leave out or rename what it does not know
+            for saved, live in own.items():
+                if _is_inside(live, stacks):
+                    write(tensors[live], state[saved])
+        whole_state = _whole_state(module) if complete else {}
+        checkpoint[entry] = whole_state | {names[saved]: value for saved, value in state.items()} | added
+
+
+def restore_sharded(module: nn.Module, path: str | Path) -> None:
+    """Restore a module that is spread over processes, and check it as `restore_adapters` does.
+
+    FSDP2's strategy has read the weights before any hook is called, passing over what it did not find.
+
+    Args:
+        module: the LightningModule.
+        path: the checkpoint, a file or a folder with one part for each process; every process reads it.
+
+    Raises:
+        AdapterError: as `restore_adapters`.
+    """
+    checkpoint = read_checkpoint(path, "cpu")
+    restore_adapters(module, checkpoint, "the checkpoint")
+    state = state_tensors(module)
+    for name, value in checkpoint["state_dict"].items():
+        if name in state:
+            write(state[name], value)
+
+
+def load_from_checkpoint(
+    cls: type[M],
+    path: str | Path,
+    map_location: Any = None,
+    strict_base: bool = True,
+    trust: bool = False,
+    **kwargs: Any,
+) -> M:
+    """Load a LightningModule and its adapters from an adapter-only checkpoint, without a Trainer.
+
+    Args:
+        cls: the LightningModule class; its backbone is built as usual and is not in the checkpoint.
+        path: the checkpoint, a file or the folder that FSDP2 writes.
+        map_location: as in `torch.load`.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
+        trust: unpickle hyperparameters that are no plain values, and whatever else is in the file: this runs the code
+            that it names.
+        **kwargs: arguments of `cls`, over those saved in the checkpoint.
+
+    Returns:
+        The module, its adapters in place and loaded.
+
+    Raises:
+        AdapterError: as `restore_adapters`; or the class needs an argument that the checkpoint does not hold, or
+            holds as an object that is not read without `trust`.
+    """
+    checkpoint = read_checkpoint(path, map_location or "cpu", trust)
+    whole = not unread(checkpoint)
+    missing = checkpoint[META].get("left_out", {}) | take_out_unread(checkpoint)
+    check_arguments(cls, missing, kwargs, checkpoint, str(path))
+    file: Any = path
+    if not whole or Path(path).is_dir():  # Lightning reads files whole, and such as are open
+        file = io.BytesIO()
+        torch.save(checkpoint, file)
+        file.seek(0)
+    with warnings.catch_warnings():
+        # Lightning builds the module without adapters, so every adapter key is a stranger to it at first
+        warnings.filterwarnings("ignore", message="Found keys that are")
+        module = cls.load_from_checkpoint(  # type: ignore[attr-defined]
+            file, map_location=map_location, strict=False, weights_only=not trust, **kwargs
+        )
+    restore_adapters(module, checkpoint, str(path), strict_base=strict_base)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    return module
+
+
+class AdapterCheckpointMixin:
+    """Gives a LightningModule a `load_from_checkpoint` that brings the adapters back: `class M(AdapterCheckpointMixin, L.LightningModule)`."""  # noqa: E501
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if META in checkpoint:
+            assert isinstance(self, nn.Module)
+            restore_adapters(self, checkpoint, "the checkpoint", complete=True)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+
+def trained_inside(module: nn.Module) -> dict[str, str]:
+    """Return what is trained inside the backbones: the name it is saved under -> its live name."""
+    stacks = find_stacks(module)
+    return {saved: live for saved, live in checkpoint_names(module, stacks).items() if _is_inside(live, stacks)}
+
+
+def check_written(names: Mapping[str, str], path: Path) -> bool:
+    """Read back the names in a checkpoint, and say whether they could be read.
+
+    Args:
+        names: what must be in it, as `trained_inside` gives it.
+        path: the file, or the folder that FSDP2 writes.
+
+    Raises:
+        AdapterError: something is not in it.
+    """
+    try:
+        saved = _saved_keys(path)
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError, AdapterError):
+        return False  # not written yet, or by a plugin in a format of its own
+    if missing := [name for name, live in names.items() if not {name, live} & saved]:
+        raise AdapterError(
+            f"{path} lacks {len(missing)} of {len(names)} trained tensors, the first is {missing[0]}: keep what comes "
+            "after the module's on_save_checkpoint, such as a CheckpointIO plugin, from leaving them out."
+        )
+    return True
+
+
+def _saved_keys(path: Path) -> set[str]:
+    """The names of a checkpoint's weights, none where it does not describe any adapters."""
+    if path.is_dir():
+        checkpoint = torch.load(path / "meta.pt", weights_only=True, map_location="cpu")
+        keys = {key.removeprefix("state_dict.") for key in read_index(path).state_dict_metadata}
+    else:
+        checkpoint = read_file(path)
+        keys = set(checkpoint["state_dict"])
+    return keys if META in checkpoint else set()
+
+
+def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None = None, trust: bool = False) -> Path:
+    """Turn an adapter-only Lightning checkpoint into the plain peft folder that `save_adapter` would write.
+
+    Args:
+        path: the checkpoint, a file or the folder that FSDP2 writes; no model is built.
+        folder: where to write.
+        backbone: which backbone's adapters, where the module had several.
+        trust: as in `load_from_checkpoint`; nothing that is exported needs it, but an index of shards may.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the file holds no adapters, or those of several backbones and none was named.
+    """
+    checkpoint = read_checkpoint(path, "cpu", trust)
+    backbones = checkpoint[META]["backbones"]
+    names = ", ".join(map(repr, backbones))
+    if backbone is None and len(backbones) > 1:
+        raise AdapterError(f"{path} holds adapters of several backbones, {names}: name one.")
+    name = next(iter(backbones)) if backbone is None else backbone
+    if name not in backbones:
+        raise AdapterError(f"{path} holds no adapters of {name!r}, but of {names}.")
+    described, state = backbones[name], checkpoint["state_dict"]
+    saved = {_join(name, key) for part in described["parts"] for key in part["keys"].values()}
+    if lost := sorted(saved - state.keys()):
+        raise AdapterError(f"{path} is damaged: it lacks {len(lost)} tensors of its adapters, the first is {lost[0]}.")
+    weights = [{key: state[_join(name, saved)] for key, saved in part["keys"].items()} for part in described["parts"]]
+    return write_described(described, weights, Path(folder), base=None)
+
+
+def outside_backbones(path: str | Path, trust: bool = False) -> list[str]:
+    """The names of a checkpoint's weights that belong to no adapter, such as a head's: no peft folder holds them."""
+    checkpoint = read_checkpoint(path, "cpu", trust)
+    adapter = {
+        _join(name, saved)
+        for name, described in checkpoint[META]["backbones"].items()
+        for part in described["parts"]
+        for saved in part["keys"].values()
+    }
+    return [key for key in checkpoint["state_dict"] if key not in adapter]
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", trust: bool = False) -> dict[str, Any]:
+    """A checkpoint with adapters in it. Tensors and plain values are read, of anything else only its name (`unread`).
+
+    Args:
+        path: the checkpoint, a file or the folder that FSDP2 writes.
+        map_location: as in `torch.load`.
+        trust: unpickle it whole, which runs the code that it names.
+
+    Raises:
+        AdapterError: it is damaged, or holds no adapters, or not as this package writes them.
+    """
+    path = Path(path)
+    checkpoint = read_file(path / "meta.pt" if path.is_dir() else path, map_location, trust)
+    if path.is_dir() and isinstance(checkpoint, dict):
+        checkpoint["state_dict"] = _as_saved(read_shards(path, trust), checkpoint.get(META))
+    _check_adapters(checkpoint, str(path))
+    return checkpoint
+
+
+def check_readable(path: str | Path) -> None:
+    """Raise `AdapterError` in one sentence where a Trainer cannot read a checkpoint with adapters as it is."""
+    if strange := unread(read_checkpoint(path)):
+        (place, kind), more = next(iter(strange.items())), len(strange) - 1
+        raise AdapterError(
+            f"{path} holds {place}, a {kind}{f', and {more} more that are no plain values' if more else ''}: give the "
+            "Trainer's method weights_only=False, which runs code of the file, if you trust its author, or save the "
+            "module with plain hyperparameters."
+        )
+
+
+def _as_saved(shards: dict[str, Tensor], meta: Any) -> dict[str, Tensor]:
+    """What a folder of shards holds, under the names that a file would have."""
+    renamed = meta.get("renamed") if isinstance(meta, dict) else None
+    if not isinstance(renamed, dict):  # an earlier release did not note what it saved under names of the module
+        return {eager_key(flat_key(name)): value for name, value in shards.items()}
+    return {renamed.get(name, name): value for name, value in shards.items()}
+
+
+def _check_adapters(checkpoint: Any, source: str) -> None:
+    if not isinstance(checkpoint, dict) or META not in checkpoint:
+        raise AdapterError(f"{source} holds no adapters: it was not written with a lightning_peft callback.")
+    check_plain(checkpoint[META], Adapters, f"What {source} says of its adapters")
+    if strange := unread(checkpoint[META]):
+        raise AdapterError(
+            f"What {source} says of its adapters holds a {next(iter(strange.values()))}, no plain value."
+        )
+    for described in checkpoint[META]["backbones"].values():
+        for part in described["parts"]:
+            read_config(part["config"], f"What {source} says of adapter {part['name']!r}")
+    state = checkpoint.get("state_dict", {})  # which a strategy may have taken out of it
+    if not isinstance(state, dict):
+        raise AdapterError(f"{source} is damaged: its state_dict is no dict.")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise AdapterError(f"{source} is damaged: {str(key)[:80]!r} of its state_dict is no tensor.")
+
+
+def checkpoint_names(
+    module: nn.Module, stacks: Mapping[str, AdapterStack], state: Iterable[str] | None = None
+) -> dict[str, str]:
+    """What belongs in the checkpoint: the name it is saved under (as if adapters stood alone) -> its live name.
+
+    Args:
+        module: the LightningModule.
+        stacks: its adapters.
+        state: the names in its state; default those of all its parameters and persistent buffers.
+
+    Raises:
+        AdapterError: two of them would be saved under one name.
+    """
+    kept: dict[str, str] = {}
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    adapter = {
+        _join(name, live) for name, stack in stacks.items() for p in stack.parts for live in stack.keys(p).values()
+    }
+    for live in state_tensors(module) if state is None else state:
+        if live in adapter or live in trainable or not _is_inside(live, stacks):
+            saved = _saved_name(module, live)
+            if saved in kept:
+                raise AdapterError(
+                    f"{kept[saved]} and {live} would both be saved as {saved}, and one of them lost: rename one."
+                )
+            kept[saved] = live
+    return kept
+
+
+def _saved_name(root: nn.Module, live: str) -> str:
+    """The name of a tensor or module, as if its adapter stood alone on a model that is not compiled."""
+    return eager_key(standalone_name(root, live))
+
+
+def _with_saved_names(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """A checkpoint's state under saved names, of which `names` gives the live ones."""
+    # a module with AdapterCheckpointMixin comes here twice, the second time with live names
+    saved = {live: name for name, live in names.items()}
+    if not set(state) <= set(names) and set(state) <= set(saved):
+        return {saved[live]: value for live, value in state.items()}
+    return dict(with_nested_keys(state, names))
+
+
+def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> None:
+    """Make the stack's parts those described; a part that is there already must have been asked for alike."""
+    saved = {part["name"]: read_config(part["config"], source) for part in parts}
+    for part in stack.parts:
+        if part.name not in saved:
+            raise AdapterError(f"{source} has no adapter {part.name!r}; it has {', '.join(map(repr, saved))}.")
+        asked, kept = part.config, saved[part.name]
+        if not saved_heads([kept]):  # as before heads were trained with the adapter: it is continued as it was made
+            asked, kept = (without_heads(config, saved_heads([asked])) for config in (asked, kept))
+        if differences := different_fields(kept, asked, part.computed):
+            raise AdapterError(f"{source} and adapter {part.name!r} have other settings: {'; '.join(differences)}.")
+    same = [p.name for p in stack.parts] == list(saved) and all(
+        not different_fields(saved[p.name], p.config) for p in stack.parts
+    )
+    if not same and has_shards(stack.backbone):
+        raise AdapterError(
+            f"{source} has the adapters {', '.join(map(repr, saved))} and the sharded module "
+            f"{', '.join(repr(p.name) for p in stack.parts)}: give the Trainer the callbacks of all of them, in order."
+        )
+    if not same:
+        for part in reversed(list(stack.parts)):
+            stack.remove(part.name)
+        for part_json in parts:
+            add_read(stack, saved[part_json["name"]], part_json["name"], part_json["computed"], None, source)
+    for part_json in parts:
+        stack[part_json["name"]].record = part_json["record"]
+        if part_json["strength"] != 1.0:
+            stack.scale(part_json["strength"], part_json["name"])
+
+
+def _whole_state(module: nn.Module) -> dict[str, Any]:
+    """All that a strict load asks for."""
+    parts = module.named_modules(remove_duplicate=False)
+    extra = {name: part for name, part in parts if type(part).get_extra_state is not nn.Module.get_extra_state}
+    return state_tensors(module) | {_join(name, "_extra_state"): part.get_extra_state() for name, part in extra.items()}
+
+
+def _is_inside(key: str, backbones: Iterable[str]) -> bool:
+    return any(name == "" or key.startswith(f"{name}.") for name in backbones)
+
+
+def _join(backbone: str, key: str) -> str:
+    return f"{backbone}.{key}" if backbone else key

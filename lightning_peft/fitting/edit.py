@@ -1,0 +1,203 @@
+"""`fit` as one pass without gradients: capture, then compute the adapter in closed form."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from lightning_peft.fitting.peft import PEFT
+from lightning_peft.stack.stack import AdapterStack
+
+_TAKEN = ("training_step", "configure_optimizers")
+
+T = TypeVar("T")
+
+
+class Edit(PEFT):
+    """Base of the callbacks that compute an adapter instead of training it.
+
+    `trainer.fit` makes one pass over the training data without gradients and without the language-model head or the
+    module's own `training_step`; the edit is computed in the last `on_train_batch_end` of the epoch, before
+    validation, so that logged metrics and "best" are the edited model's. It counts as one optimizer step, so that
+    `ModelCheckpoint` saves; later epochs, where `min_epochs` forces them, do nothing. What was replaced on the module
+    is put back at the end, and on an exception.
+    """
+
+    needs: str | None = "statements"
+    computed = True
+
+    def __init__(self, backbone: str | None = None, name: str = "edit") -> None:
+        super().__init__(None, backbone, name)  # type: ignore[arg-type]
+        self._taken: dict[str, Any] | None = None
+        self._done = False
+
+    # -- what a subclass says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def begin(self, stack: AdapterStack) -> None:
+        """Prepare to capture from the backbone, this edit's own adapter being switched off."""
+
+    @abstractmethod
+    def observe(self, batch: Mapping[str, Tensor]) -> None:
+        """Capture one batch."""
+
+    @abstractmethod
+    def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
+        """Compute the adapter from what was captured and put it in the stack."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Remove hooks and forget what was captured; called however the pass ends."""
+
+    # -- Lightning's hooks -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._check_alone(trainer)
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._take_over(pl_module)
+
+    def _prepare_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pass  # there is none: nothing is trained
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        assert self.stack is not None
+        self.stack.backbone.eval()
+        self.stack.enable(False, self.name)
+        self.begin(self.stack)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.stack is not None
+        self.stack.backbone.eval()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not self._done and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            assert self.stack is not None
+            self.compute(self.stack, trainer)
+            self.end()
+            self.stack.enable(True, self.name)
+            self._done = True
+            loop = trainer.fit_loop.epoch_loop
+            # one step, whether the module is asked while taken over (manual optimization) or afterwards
+            for steps in (
+                loop.manual_optimization.optim_step_progress,
+                loop.automatic_optimization.optim_progress.optimizer.step,
+            ):
+                steps.increment_ready()
+                steps.increment_completed()
+            trainer.should_stop = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._give_back(pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit" and self._taken is not None:
+            self._give_back(pl_module)
+            if not self._done and trainer.global_step == 0:  # else the edit came with a checkpoint
+                raise RuntimeError(
+                    f"{type(self).__name__} computed nothing, because fit ended before the first epoch did: it needs "
+                    "one whole pass over the training data."
+                )
+
+    # -- taking over the module's training ---------------------------------------------------------------------------
+
+    def _take_over(self, module: L.LightningModule) -> None:
+        """Replace the module's training on the instance, remembering what was there."""
+        self._done = False
+        self._taken = {name: module.__dict__.get(name) for name in _TAKEN}
+        self._taken["automatic_optimization"] = module.automatic_optimization
+
+        def training_step(batch: Any, batch_idx: int) -> None:
+            if not self._done:
+                with torch.no_grad():
+                    self.observe(self._checked(batch))
+
+        module.automatic_optimization = False
+        module.__dict__["training_step"] = training_step
+        module.__dict__["configure_optimizers"] = lambda: None
+
+    def _give_back(self, module: L.LightningModule) -> None:
+        if self._taken is None:
+            return
+        module.automatic_optimization = self._taken.pop("automatic_optimization")
+        for name, original in self._taken.items():
+            if original is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = original
+        self._taken = None
+        self.end()
+        if self.stack is not None and self.name in self.stack:
+            self._note_answers(None)
+            self.stack.enable(True, self.name)
+            self.stack[self.name].tuner.set_requires_grad(self.name, False)
+
+    def _check_alone(self, trainer: L.Trainer) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [type(c).__name__ for c in callbacks if isinstance(c, PEFT) and c is not self]
+        if others:
+            raise ValueError(
+                f"{type(self).__name__} takes the whole of fit, so {others[0]} cannot share it: fit one after the "
+                "other, each in a Trainer of its own; the adapters stack."
+            )
+
+    def _checked(self, batch: Any) -> Mapping[str, Tensor]:
+        """The batch, if it holds what this edit reads."""
+        if self.needs is None:
+            return batch
+        # a tokenizer's BatchEncoding is a mapping, not a dict
+        missing = [k for k in ("input_ids", "truth", "question_id") if not isinstance(batch, Mapping) or k not in batch]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} needs labelled statements, but the training batch has no "
+                f'{" and no ".join(missing)}; see `TruthfulQADataModule(train="statements")` for the batch\'s form.'
+            )
+        return batch
+
+
+def gather(trainer: L.Trainer, *captured: Tensor) -> tuple[Tensor, ...]:
+    """Every rank's captured rows on every rank, without the rows a distributed sampler added to fill up.
+
+    Args:
+        trainer: the running Trainer.
+        *captured: tensors with the same first dimension, on the CPU.
+    """
+    if trainer.world_size == 1:
+        return captured
+    ranks: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(ranks, captured)
+    sampler = getattr(trainer.train_dataloader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return tuple(torch.cat(tensors) for tensors in zip(*ranks, strict=True))
+    # such a sampler deals rows out in turn, as many to each rank, and fills up at the end
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    return tuple(torch.stack(tensors, dim=1).flatten(0, 1)[:size] for tensors in zip(*ranks, strict=True))
+
+
+def from_rank_zero(trainer: L.Trainer, make: Callable[[], T]) -> T:
+    """What `make()` returns on rank 0, on every rank; an error there is raised everywhere."""
+    if trainer.world_size == 1:
+        return make()
+    result: list[Any] = [None]
+    if trainer.global_rank == 0:
+        try:
+            result = [make()]
+        except Exception as error:  # whatever it is: the other ranks are waiting
+            result = [error]
+    torch.distributed.broadcast_object_list(result, src=0)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]

@@ -1,0 +1,76 @@
+"""Adapters stay in float32 where the Trainer turns the whole module into half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_peft.backbone.sharded import is_sharded
+from lightning_peft.stack.stack import AdapterStack, find_stacks
+
+_CONVERT = "convert_module"
+_COPIES = ("LN_TUNING",)  # methods that train a copy of a layer, which computes in the layer's own precision
+
+
+def keep_precise(trainer: L.Trainer) -> None:
+    """Leave adapters out when the Trainer next converts the module, under `precision="bf16-true"` or `"16-true"`.
+
+    A small step added to a half-precision weight is rounded away. The frozen backbone takes no steps, so it may be
+    half; adapters are small, and peft itself keeps them in float32. What was restored from a checkpoint is not rounded
+    either, so that a resumed run goes on exactly.
+    """
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, HalfPrecision) or _CONVERT in plugin.__dict__:
+        return
+
+    def convert(module: nn.Module) -> nn.Module:
+        forget_precise(trainer)
+        kept = [(parameter, parameter.data) for parameter in _own_parameters(module)]
+        if any(is_sharded(parameter) for parameter, _ in kept):
+            rank_zero_warn(f"Sharded adapters are trained in half precision too under {plugin.precision}.")
+            kept = []
+        module = plugin.convert_module(module)
+        for parameter, data in kept:
+            parameter.data = data
+        return module
+
+    plugin.__dict__[_CONVERT] = convert
+
+
+def check_precise(stack: AdapterStack) -> None:
+    """Raise `ValueError` where an adapter would be trained in float16, in which optimizers soon give NaN.
+
+    Methods that compute with copies of the base's own weights train in its precision; bfloat16 has float32's range.
+    """
+    for part in stack.parts:
+        for name, parameter in stack.parameters(part).items():
+            if parameter.requires_grad and parameter.dtype == torch.float16:
+                raise ValueError(
+                    f"{type(part.config).__name__} trains in the base's own precision, and {name} is float16, in which "
+                    "small steps are lost: load the base in bfloat16 or float32."
+                )
+
+
+def forget_precise(trainer: L.Trainer) -> None:
+    """Undo `keep_precise` where nothing was converted."""
+    trainer.precision_plugin.__dict__.pop(_CONVERT, None)
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that peft keeps in float32: what tuner layers hold under an adapter's name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for stack in find_stacks(module).values():
+        names = {part.name for part in stack.parts if part.config.peft_type not in _COPIES}
+        for layer in stack.backbone.modules():
+            if isinstance(layer, BaseTunerLayer):
+                for child in layer.children():
+                    if isinstance(child, nn.ModuleDict | nn.ParameterDict):
+                        for name in names & set(child.keys()):
+                            held = child[name]
+                            yield from [held] if isinstance(held, nn.Parameter) else held.parameters()

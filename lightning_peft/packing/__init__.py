@@ -1,0 +1,1 @@
+"""Texts with common beginnings, computed once."""

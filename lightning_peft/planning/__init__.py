@@ -1,0 +1,1 @@
+"""What a configuration would train and take, before anything is loaded."""

@@ -1,0 +1,1 @@
+"""The files of an adapter, and models written with it: saved, merged, baked, compressed."""

@@ -1,0 +1,146 @@
+"""Adapters to and from plain peft folders, alone or stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_peft.stack.adapter_files.folder import CONFIG, AdapterError, adapter_folders, read_folder, write_folders
+from lightning_peft.stack.configs import config_from_json, with_strength
+from lightning_peft.stack.injection.head_training import saved_heads
+from lightning_peft.stack.injection.prompt_learning import is_prompt_alone
+from lightning_peft.stack.stack import AdapterStack, Part, adapters, stack_of
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# what peft raises where a setting is not of its type, which it does not check
+_WRONG_TYPES = (AttributeError, KeyError, IndexError, TypeError, OverflowError)
+
+
+def save_adapter(module: nn.Module, folder: str | Path) -> Path:
+    """Write the adapters of `module` as plain peft folders.
+
+    One adapter becomes one folder that `PeftModel.from_pretrained` reads. Several become a subfolder each, under
+    their names, with their order in `stack.json`. Files appear complete or not at all.
+
+    Args:
+        module: a LightningModule or backbone that carries adapters.
+        folder: where to write; existing adapter files there are replaced.
+
+    Returns:
+        The folder.
+    """
+    stack = adapters(module)
+    described = stack.describe()
+    weights = [stack.tensors(part) for part in stack.parts]
+    return write_described(described, weights, Path(folder), base=_base_name(stack.backbone))
+
+
+def write_described(
+    described: Mapping[str, Any], weights: list[dict[str, Tensor]], folder: Path, base: str | None
+) -> Path:
+    """Write what `AdapterStack.describe` gave, with each part's tensors, as `save_adapter` does."""
+    made = {}
+    for part, tensors in zip(described["parts"], weights, strict=True):
+        config = with_strength(config_from_json(part["config"]), part["strength"])
+        config.task_type = config.task_type or part.get("task_type")
+        config.base_model_name_or_path = config.base_model_name_or_path or base
+        if hasattr(config, "compacted"):
+            config, tensors = config.compacted(tensors)
+        notes = {"fingerprint": described["fingerprint"], "computed": part["computed"], "record": part["record"]}
+        made[part["name"]] = (config, _unshared(tensors), notes)
+    write_folders(folder, made)
+    return folder
+
+
+def load_adapter(
+    backbone: nn.Module, folder: str | Path, name: str | None = None, strict_base: bool = True
+) -> list[Part]:
+    """Put a saved adapter, or a saved stack of them, on `backbone`; folders of plain peft serve as well as ours.
+
+    Args:
+        backbone: the model to adapt; frozen by this.
+        folder: a peft folder, or a folder of them with `stack.json`.
+        name: the name to give a single adapter; default `"default"`, or the subfolder's.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
+
+    Returns:
+        The parts added, innermost first.
+
+    Raises:
+        AdapterError: unreadable, truncated or foreign files, another base model, values that are not finite.
+    """
+    folder = Path(folder)
+    folders = adapter_folders(folder)
+    stack, added = stack_of(backbone), []
+    stack.strict_base = strict_base
+    read = [read_folder(path) for path in folders]
+    heads = saved_heads(config for config, _, _ in read)
+    with stack.reading_base_once():
+        for path, (_, _, notes) in zip(folders, read, strict=True):
+            stack.check_base(notes.get("fingerprint", {}), str(path), heads)
+        try:
+            for path, (config, tensors, notes) in zip(folders, read, strict=True):
+                own = path.name if len(folders) > 1 else name or "default"
+                config.inference_mode = is_prompt_alone(config, tensors)
+                part = add_read(
+                    stack, config, own, notes.get("computed", False), notes.get("record"), str(path / CONFIG)
+                )
+                added.append(part)
+                stack.load_tensors(part, tensors, str(path), part.injection.noted)
+        except Exception:
+            for part in reversed(added):
+                stack.remove(part.name)
+            raise
+    return added
+
+
+def read_config(values: Mapping[str, Any], source: str) -> PeftConfig:
+    """The configuration in a checkpoint.
+
+    Raises:
+        AdapterError: it is none.
+    """
+    try:
+        return config_from_json(values)
+    except (ValueError, *_WRONG_TYPES) as error:
+        raise AdapterError(f"{source} holds no peft configuration: {error!r}.") from error
+
+
+def add_read(
+    stack: AdapterStack,
+    config: PeftConfig,
+    name: str,
+    computed: bool,
+    record: dict[str, Any] | None,
+    source: str,
+) -> Part:
+    """Put an adapter on a stack as it was read from a file.
+
+    Raises:
+        AdapterError: a setting is not of the type that it should be.
+        ValueError: as `AdapterStack.add`.
+    """
+    try:
+        return stack.add(config, name, computed, record)
+    except _WRONG_TYPES as error:
+        raise AdapterError(f"{source} has a setting of the wrong type: {error!r}.") from error
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own: safetensors writes no two views of the same."""
+    seen: set[int] = set()
+    made = {}
+    for key, value in tensors.items():
+        memory = value.untyped_storage().data_ptr()
+        made[key] = value.clone() if memory in seen else value
+        seen.add(memory)
+    return made
+
+
+def _base_name(backbone: nn.Module) -> str | None:
+    return getattr(getattr(backbone, "config", None), "_name_or_path", None) or None

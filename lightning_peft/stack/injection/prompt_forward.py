@@ -1,0 +1,196 @@
+"""How a prompt gets into a model's calls, and how what comes out is that of the real tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.stack.injection.own_forward import OwnForward
+
+PAST = ("PREFIX_TUNING", "CARTRIDGE")  # these give the model a past; the others give it embeddings
+
+
+class PromptForward(OwnForward):
+    """Calls of the backbone with a prompt before their tokens.
+
+    What a call gives and gets is about real tokens: logits and hidden states are theirs, in their number, and
+    `attention_mask`, `position_ids`, `token_type_ids`, `labels` and `logits_to_keep` count them alone. With
+    `past_key_values` that hold something, the prompt is among them already.
+
+    Args:
+        backbone: the model.
+        model: peft's `PeftModel` around it.
+        config: the configuration, complete.
+    """
+
+    def __init__(self, backbone: nn.Module, model: Any, config: Any) -> None:
+        super().__init__(backbone)
+        self.model, self.config = model, config
+        self.model._modules["base_model"] = _Unprompted(self)
+        self._call: dict[str, Any] = {}
+        self._generating = False
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        names = inspect.signature(original).parameters
+        kwargs = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if v is not None}
+        if self._generating:
+            return original(**self._positioned(kwargs, names))
+        tokens = kwargs["input_ids"] if "input_ids" in kwargs else kwargs.get("inputs_embeds")
+        if tokens is None:  # an encoder has seen them, and the prompt
+            return original(**kwargs)
+        if _is_filled(kwargs.get("past_key_values")):
+            return original(**self._shifted(kwargs))
+        self._check_checkpointing()
+        kept = ("position_ids", "token_type_ids") if self.config.peft_type not in PAST else ()
+        self._call = {name: kwargs.pop(name) for name in kept if name in kwargs}
+        try:
+            (encoder,) = self.model.prompt_encoder.values()
+            with nullcontext() if torch.is_grad_enabled() else unchanged(encoder):
+                output = self.model.forward(**kwargs)
+        finally:
+            self._call = {}
+        return output if self.config.task_type == "SEQ_2_SEQ_LM" else self._real(output, tokens.shape[1])
+
+    def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if args or "inputs" in kwargs:
+            kwargs["input_ids"] = args[0] if args else kwargs.pop("inputs")
+        residues = [(self.backbone, "prepare_inputs_for_generation")]
+        if isinstance(inner := getattr(self.backbone, "model", None), nn.Module):
+            residues.append((inner, "generation_config"))
+        before = [module.__dict__.get(name) for module, name in residues]
+        self._generating = True
+        try:
+            (encoder,) = self.model.prompt_encoder.values()
+            with unchanged(encoder):
+                return self.model.generate(**kwargs)
+        finally:
+            self._generating = False
+            for (module, name), value in zip(residues, before, strict=True):
+                module.__dict__.pop(name, None)
+                if value is not None:
+                    module.__dict__[name] = value
+
+    def inner(self, **kwargs: Any) -> Any:
+        """What `PeftModel` calls: the backbone, after completing what it left out of the arguments."""
+        count = self.config.num_virtual_tokens
+        if (positions := self._call.get("position_ids")) is not None:
+            prompt = torch.arange(count, device=positions.device).expand(len(positions), -1)
+            kwargs["position_ids"] = torch.cat((prompt, positions + count), dim=1)
+        if (types := self._call.get("token_type_ids")) is not None:
+            kwargs["token_type_ids"] = nn.functional.pad(types, (count, 0))
+        embeds, labels, keep = (kwargs.get(name) for name in ("inputs_embeds", "labels", "logits_to_keep"))
+        if isinstance(embeds, Tensor) and isinstance(labels, Tensor) and self.config.task_type != "SEQ_2_SEQ_LM":
+            missing = embeds.shape[1] - labels.shape[-1]  # for some tasks peft has padded them itself
+            if labels.dim() == 2 and missing == count:
+                kwargs["labels"] = nn.functional.pad(labels, (count, 0), value=-100)
+        if isinstance(keep, Tensor) and self.config.peft_type not in PAST:
+            kwargs["logits_to_keep"] = torch.where(keep < 0, keep, keep + count)
+        return self._replaced["forward"].original(**{k: v for k, v in self._packed(kwargs).items() if v is not None})
+
+    def inner_generate(self, **kwargs: Any) -> Any:
+        """What `PeftModel` generates with."""
+        return self._replaced["generate"].original(**self._packed(kwargs))
+
+    def _packed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """An encoder's arguments with pads on the left put before the prompt.
+
+        Such models count positions themselves, pads too, and the prompt must not be further from the tokens for them.
+        """
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if self.config.task_type != "SEQ_2_SEQ_LM" or embeds is None or mask is None or mask.shape != embeds.shape[:2]:
+            return kwargs
+        count, place = self.config.num_virtual_tokens, torch.arange(mask.shape[1], device=mask.device)
+        pads = (mask[:, count:].cumsum(1) == 0).sum(1, keepdim=True)  # [B, 1], those before the first token
+        order = torch.where(place < pads, place + count, torch.where(place < pads + count, place - pads, place))
+        whole = order.unsqueeze(-1).expand_as(embeds)
+        return {**kwargs, "inputs_embeds": embeds.gather(1, whole), "attention_mask": mask.gather(1, order)}
+
+    def _shifted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call that continues from a past with the prompt in it."""
+        count, made = self.config.num_virtual_tokens, dict(kwargs)
+        if (mask := kwargs.get("attention_mask")) is not None and mask.dim() == 2:
+            made["attention_mask"] = nn.functional.pad(mask, (count, 0), value=1)
+        if (positions := kwargs.get("position_ids")) is not None:
+            made["position_ids"] = positions + count
+        return made
+
+    def _positioned(self, kwargs: dict[str, Any], names: Any) -> dict[str, Any]:
+        """The arguments of a step of generation, with the positions that peft leaves out: pads have none."""
+        mask = kwargs.get("attention_mask")
+        tokens = kwargs["input_ids"] if "input_ids" in kwargs else kwargs.get("inputs_embeds")
+        if "position_ids" not in names or mask is None or mask.dim() != 2 or tokens is None:
+            return kwargs
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return {**kwargs, "position_ids": positions[:, -tokens.shape[1] :]}
+
+    def _real(self, output: Any, length: int) -> Any:
+        """The output without the virtual tokens."""
+        count = self.config.num_virtual_tokens
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(item) for item in value)
+            if isinstance(value, Tensor) and value.dim() == 3 and length < value.shape[1] <= length + count:
+                return value[:, -length:]
+            return value
+
+        if self.config.peft_type in PAST:
+            return output
+        if isinstance(output, tuple):
+            return cut(output)
+        for name in ("logits", "last_hidden_state", "hidden_states"):
+            if getattr(output, name, None) is not None:
+                output[name] = cut(output[name])
+        return output
+
+    def _check_checkpointing(self) -> None:
+        """transformers drops a past, and so the prompt in it, where it checkpoints activations."""
+        if self.config.peft_type not in PAST or not torch.is_grad_enabled():
+            return
+        if any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.backbone.modules()):
+            raise ValueError(
+                f"{type(self.config).__name__} gives the model a past, which checkpointing drops: turn that off."
+            )
+
+
+class _Unprompted:
+    """The backbone as `PeftModel` sees it: a call runs its original forward, whose hooks have run already."""
+
+    def __init__(self, owner: PromptForward) -> None:
+        object.__setattr__(self, "owner", owner)
+
+    def __call__(self, **kwargs: Any) -> Any:
+        return self.owner.inner(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "owner" or name.startswith("__"):  # not there yet, while copied or unpickled
+            raise AttributeError(name)
+        if name == "generate":
+            return self.owner.inner_generate
+        replaced = self.owner._replaced.get(name)
+        return getattr(self.owner.backbone, name) if replaced is None else replaced.original
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.owner.backbone, name, value)
+
+
+@contextmanager
+def unchanged(encoder: nn.Module) -> Iterator[None]:
+    """Put back an encoder's weights: CPT projects its own whenever it is asked, not only in training."""
+    before = [(parameter, parameter.data) for parameter in encoder.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, value in before:
+            parameter.data = value
+
+
+def _is_filled(past: Any) -> bool:
+    if past is None:
+        return False
+    return bool(past.get_seq_length()) if hasattr(past, "get_seq_length") else len(past) > 0

@@ -1,0 +1,510 @@
+"""The adapters on one backbone: an ordered stack that can be saved, loaded, scaled, switched off and merged.
+
+peft refuses adapters of different types in one `PeftModel`, and injecting one over another renames keys. So a stack
+is an ordered list of parts, tuned parts inner and edits outer. Each part is an ordinary peft adapter: it is put on the
+backbone in place (`injection.py`, `prompts.py`, `adaption.py`), and its keys are saved as if it stood alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_peft.backbone.fingerprint import fingerprint, mismatch, without
+from lightning_peft.backbone.fused import check_called, unfuse
+from lightning_peft.backbone.modules import base_modules, state_tensors, with_nested_keys
+from lightning_peft.backbone.quantization import protect
+from lightning_peft.backbone.sharded import whole, write
+from lightning_peft.backbone.shared import Own, undo
+from lightning_peft.backbone.task_heads import task_heads
+from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
+from lightning_peft.stack.adapter_files.names import check_folder_name
+from lightning_peft.stack.configs import check_numbers, config_to_json, nearest_names
+from lightning_peft.stack.injection.head_training import saved_heads
+from lightning_peft.stack.injection.initialisation import check_repeatable, check_undoable
+from lightning_peft.stack.injection.injection import Injection
+from lightning_peft.stack.injection.registry import kind_of
+from lightning_peft.stack.injection.rehearsal import (
+    check_initialized,
+    check_layers,
+    one_sentence,
+    outside_parametrizations,
+)
+from lightning_peft.stack.injection.writing import write as merge_parts
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_ATTRIBUTE = "_lightning_peft_stack"
+
+
+@dataclass(eq=False)
+class Part:
+    """One adapter of a stack.
+
+    Args:
+        name: peft's adapter name.
+        config: the configuration it was made from, as given (peft fills in and changes its own copy).
+        injection: how it sits on the backbone.
+        computed: its weights are computed (an edit), not trained.
+        record: JSON-able notes on how an edit was computed.
+        strength: the dial: 1 as trained or computed, 0 off, negative reversed.
+        enabled: whether it acts at all.
+    """
+
+    name: str
+    config: PeftConfig
+    injection: Injection
+    computed: bool = False
+    record: dict[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+    enabled: bool = True
+    scaling: dict[nn.Module, float] = field(default_factory=dict)  # each layer's own, at strength 1
+
+    @property
+    def tuner(self) -> Any:
+        """peft's tuner object, holding `add_weighted_adapter` and the like; of a prompt, its `PeftModel`."""
+        return self.injection.tuner
+
+
+class AdapterStack:
+    """The adapters on one backbone, innermost first. `adapters(module)` gives the stack of a module.
+
+    Args:
+        backbone: the frozen model; adapters are injected into it in place and its class does not change.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        self.parts: list[Part] = []
+        self.base: dict[str, Any] = {}  # fingerprint of the backbone before the first adapter
+        self._reading: dict[str, Any] | None = None  # the same, while nothing else can change the backbone
+        self.strict_base = True  # whether what was made for another base is refused, or loaded with a warning
+        self._own: list[Own] = []  # what merged modules have for themselves and share otherwise
+
+    def add(
+        self, config: PeftConfig, name: str = "default", computed: bool = False, record: dict[str, Any] | None = None
+    ) -> Part:
+        """Freeze the backbone and put an adapter on it, outermost.
+
+        Args:
+            config: any peft configuration; it is copied, not changed.
+            name: the adapter's name, unique in the stack.
+            computed: its weights are computed (an edit), not trained.
+            record: how they were computed.
+
+        Raises:
+            ValueError: the name is taken or a module's, a number of the configuration is not finite, no module matches
+                its targets, the backbone has nothing this
+                method could act on, it cannot go with what is there, or a tuned adapter would come on top of an edit.
+                The backbone is then as it was.
+        """
+        if any(part.name == name for part in self.parts):
+            raise ValueError(f"The backbone already has an adapter named {name!r}.")
+        if not computed and any(part.computed for part in self.parts):
+            edits = ", ".join(repr(part.name) for part in self.parts if part.computed)
+            raise ValueError(f"Adapter {name!r} is tuned and belongs below the edit {edits}: tune first, then edit.")
+        check_numbers(config)
+        check_repeatable(config)
+        check_initialized(self.backbone)
+        config = outside_parametrizations(config, self.backbone)
+        _check_strangers(self)
+        _check_name(name, self.backbone)
+        _check_targets(config, self.backbone)
+        kind = kind_of(config)
+        kind.check(self.backbone, config, name, [part.injection for part in self.parts], computed)
+        self.unmerge()
+        protect(self.backbone)
+        base = self._base()
+        flags = self._flags()
+        # peft warns of a second configuration on one model; here that is the point, so it is shown a bare model
+        configs = self.backbone.__dict__.pop("peft_config", {})
+        own = copy.deepcopy(config)
+        try:
+            # an initialisation that reads or changes weights must see the base's own
+            with self._switched_off():
+                with one_sentence(self.backbone, config):
+                    injection = kind(self.backbone, own, name)
+                check_layers(self.backbone, list(injection.layers()), own)
+            part = Part(name, copy.deepcopy(config), injection, computed, dict(record or {}))
+            part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
+        except Exception:
+            kind.clean_up(self.backbone, own, name)
+            if configs:
+                self.backbone.__dict__["peft_config"] = configs
+            _set(flags)
+            self._activate()
+            raise
+        self.base = base
+        self.backbone.__dict__["peft_config"] = {**configs, name: own}
+        self.parts.append(part)
+        injection.note_trained()
+        _set(flags)  # peft freezes all that is not of the kind it puts on
+        self._activate()
+        return part
+
+    def remove(self, name: str) -> None:
+        """Take one adapter out. Where no other adapter sits on a module, the module itself comes back.
+
+        Raises:
+            ValueError: the adapter was made by changing the base's weights, as PiSSA does.
+        """
+        part = self[name]
+        check_undoable(part.config, name, "taken out")
+        self.unmerge()
+        self.parts.remove(part)
+        configs = self.backbone.__dict__.pop("peft_config")
+        if remaining := {other: config for other, config in configs.items() if other != name}:
+            self.backbone.__dict__["peft_config"] = remaining
+        part.injection.take_out()
+        self._activate()
+
+    def __getitem__(self, name: str) -> Part:
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise KeyError(f"No adapter named {name!r}; there are: {', '.join(p.name for p in self.parts) or 'none'}.")
+
+    def __contains__(self, name: object) -> bool:
+        return any(part.name == name for part in self.parts)
+
+    def scale(self, strength: float, name: str | None = None) -> None:
+        """Turn the dial of one adapter, or of all: 1 as made, 0 equal to the base, negative reversed.
+
+        A head that is trained whole beside an adapter has no dial, and stays as it was trained.
+
+        Raises:
+            ValueError: the method has no scaling, or began by changing the base's weights, as PiSSA does.
+        """
+        parts = self.parts if name is None else [self[name]]
+        if not math.isfinite(strength):
+            raise ValueError(f"The strength must be a finite number, got {strength}.")
+        for part in parts:
+            check_undoable(part.config, part.name, "scaled")
+            if not part.scaling:
+                raise ValueError(f"Adapter {part.name!r} ({type(part.config).__name__}) has no strength to scale.")
+        self.unmerge()
+        for part in parts:
+            for module, base in part.scaling.items():
+                module.scaling[part.name] = base * strength  # type: ignore[union-attr, operator, index]
+            part.strength = strength
+
+    def enable(self, enabled: bool = True, name: str | None = None) -> None:
+        """Switch one adapter, or all, on or off. Off, the outputs are the base model's, bit for bit.
+
+        Raises:
+            ValueError: an adapter to be switched off was made by changing the base's weights, as PiSSA does.
+        """
+        parts = self.parts if name is None else [self[name]]
+        for part in parts:
+            if not enabled:
+                check_undoable(part.config, part.name, "switched off")
+        self.unmerge()
+        for part in parts:
+            part.enabled = enabled
+        self._activate()
+
+    @contextmanager
+    def disabled(self, name: str | None = None) -> Iterator[None]:
+        """Switch one adapter, or all, off for a while.
+
+        Raises:
+            ValueError: as `enable`.
+        """
+        for part in self.parts if name is None else [self[name]]:
+            check_undoable(part.config, part.name, "switched off")
+        with self._switched_off(name):
+            yield
+
+    @contextmanager
+    def _switched_off(self, name: str | None = None) -> Iterator[None]:
+        if not self.parts:
+            yield
+            return
+        before = [part.enabled for part in self.parts]
+        self.unmerge()
+        for part in self.parts if name is None else [self[name]]:
+            part.enabled = False
+        self._activate()
+        try:
+            yield
+        finally:
+            for part, enabled in zip(self.parts, before, strict=True):
+                part.enabled = enabled
+            self._activate()
+
+    def merge(self) -> None:
+        """Write every enabled adapter into the weights, inner ones first: exactly, or not at all.
+
+        Each layer is tried on a copy before, weights in half precision are computed in float32 and rounded once, and a
+        weight that another module has too, such as a tied output embedding, changes for the adapted module alone.
+        `unmerge` undoes it, and so does whatever changes the adapters: `scale`, `enable`, `add`, `remove`. Head offsets
+        come out bit for bit; peft takes LoRA out by subtraction, to rounding.
+
+        Raises:
+            ValueError: a method (or its configuration) cannot be merged, or not into one of its layers. Nothing is
+                merged then.
+        """
+        parts = [part for part in _in_merge_order(self.parts) if part.enabled]
+        try:
+            merge_parts(self.backbone, [part.injection for part in parts], self._own)
+        except Exception:
+            self.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Take merged adapters out of the weights again."""
+        for part in reversed(_in_merge_order(self.parts)):
+            for module in part.injection.layers():
+                if module.merged:
+                    module.unmerge()
+        undo(self._own)
+        self._own.clear()
+
+    def freeze(self) -> None:
+        """Let nothing on this backbone be trained further: what stands is what a further adapter builds on."""
+        self.backbone.requires_grad_(False)
+
+    def train(self, names: Collection[str]) -> None:
+        """Let the adapters of these names be trained, and no other: all that training them means, saved biases too."""
+        parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
+        for part in self.parts:
+            keys = self.keys(part)
+            for key in part.injection.trained:
+                parameters[keys[key]].requires_grad_(part.name in names)
+
+    def _flags(self) -> dict[nn.Parameter, bool]:
+        """Which parameters of adapters are trained."""
+        if not self.parts:
+            return {}
+        parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
+        live = (name for part in self.parts for name in self.keys(part).values() if name in parameters)
+        return {parameters[name]: parameters[name].requires_grad for name in live}
+
+    def _activate(self) -> None:
+        """Set each layer's active adapters, leaving `requires_grad` alone (peft's own switch does not)."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        enabled = [part.name for part in self.parts if part.enabled]
+        unfuse(self.backbone, bool(enabled))
+        for module in self.backbone.modules():
+            if isinstance(module, BaseTunerLayer):
+                available = module._get_available_adapters()
+                module._active_adapter = [name for name in enabled if name in available]
+                module._disable_adapters = not module._active_adapter
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module._active_adapter = [name for name in enabled if name in module._adapters]
+                module._disable_adapters = not module._active_adapter
+        for part in self.parts:
+            part.injection.switch(part.enabled)
+
+    def keys(self, part: Part) -> dict[str, str]:
+        """The part's tensors: peft's key in a saved folder -> the name in the backbone's state."""
+        return part.injection.keys()
+
+    def live(self, part: Part) -> dict[str, Tensor]:
+        """The part's tensors themselves under their names in the backbone's state, to be written to."""
+        state = state_tensors(self.backbone)
+        return {name: state[name].detach() for name in self.keys(part).values()}
+
+    def tensors(self, part: Part) -> dict[str, Tensor]:
+        """The part's tensors under the keys of a saved peft folder; of a sharded module, all processes must ask."""
+        state = state_tensors(self.backbone)
+        return {key: whole(state[name].detach()) for key, name in self.keys(part).items()}
+
+    def parameters(self, part: Part) -> dict[str, nn.Parameter]:
+        """The part's parameters by their names in the backbone; of a sharded module, this process's handles on them."""
+        every = dict(self.backbone.named_parameters(remove_duplicate=False))
+        return {name: every[name] for name in self.keys(part).values() if name in every}
+
+    def load_tensors(
+        self, part: Part, tensors: Mapping[str, Tensor], source: str, keys: Mapping[str, str] | None = None
+    ) -> None:
+        """Copy saved tensors into a part, after checking every key, shape and value.
+
+        Args:
+            part: the part.
+            tensors: what was saved.
+            source: what to call it in messages.
+            keys: the part's keys, where they are known.
+
+        Raises:
+            AdapterError: a key is missing or unknown, a shape differs, or a value is not finite.
+        """
+        keys = self.keys(part) if keys is None else keys
+        state, tensors = state_tensors(self.backbone), with_nested_keys(part.injection.spread(tensors), keys)
+        check_same_keys(set(keys), set(tensors), f"{source} and adapter {part.name!r}")
+        for key, name in keys.items():
+            if state[name].shape != tensors[key].shape:
+                shapes = f"has shape {tuple(tensors[key].shape)}, the model needs {tuple(state[name].shape)}"
+                raise AdapterError(f"{source}: {key} {shapes}.")
+            check_kind(tensors[key], state[name], f"{source}: {key}")
+        check_finite(tensors, source)
+        self.unmerge()
+        for key, name in keys.items():
+            write(state[name], tensors[key])
+
+    def describe(self) -> dict[str, Any]:
+        """The base's fingerprint and every part, JSON-able: what is needed to build the stack again."""
+        return {
+            "fingerprint": without(self.base, saved_heads(part.config for part in self.parts)),
+            "parts": [
+                {
+                    "name": part.name,
+                    "config": config_to_json(part.config),
+                    "task_type": part.injection.task_type,
+                    "computed": part.computed,
+                    "strength": part.strength,
+                    "record": part.record,
+                    "keys": self.keys(part),
+                }
+                for part in self.parts
+            ],
+        }
+
+    @contextmanager
+    def reading_base_once(self) -> Iterator[None]:
+        """Within, the bare backbone's fingerprint is taken once, since nothing but adapters changes the backbone."""
+        self._reading = {}
+        try:
+            yield
+        finally:
+            self._reading = None
+
+    def _base(self) -> dict[str, Any]:
+        """The fingerprint of the backbone without adapters."""
+        if self.parts:
+            return self.base
+        if self._reading is None:
+            return fingerprint(self.backbone)
+        self._reading = self._reading or fingerprint(self.backbone)
+        return self._reading
+
+    def check_base(self, expected: Mapping[str, Any], source: str, heads: Collection[str] = ()) -> None:
+        """See that the backbone is the one that a saved adapter was made for.
+
+        Args:
+            expected: the fingerprint that was saved; empty where none was.
+            source: what to call the saved adapter in messages.
+            heads: what of the backbone the saved adapter replaces whole.
+
+        Raises:
+            AdapterError: it is another base, and `strict_base` holds.
+        """
+        if not expected:
+            return
+        found = self._base()
+        if difference := mismatch(dict(expected), without(found, heads)):
+            problem = f"{source} was made for another base model: {difference}"
+            if self.strict_base:
+                raise AdapterError(
+                    f"{problem}; a head that is built anew each time belongs in train_head, and strict_base=False "
+                    "loads it all the same."
+                )
+            warnings.warn(f"{problem}; it is loaded all the same.", stacklevel=2)
+        held = {*without(dict(expected), heads)["samples"]} if expected.get("samples") else set()
+        lost = [
+            head
+            for head in task_heads(self.backbone)
+            if held and head not in heads and not any(name.startswith(f"{head}.") for name in held)
+        ]
+        if lost:
+            warnings.warn(
+                f"{source} knows nothing of the head {', '.join(lost)}, which stays as it was built: if it was built "
+                "anew, so will be its predictions.",
+                stacklevel=2,
+            )
+
+
+def check_same_keys(expected: set[str], found: set[str], what: str) -> None:
+    """Raise `AdapterError` in one sentence unless both sets of keys are the same."""
+    if missing := sorted(expected - found):
+        raise AdapterError(f"{what} do not fit: {len(missing)} tensors are missing, the first is {missing[0]}.")
+    if unknown := sorted(found - expected):
+        raise AdapterError(f"{what} do not fit: {len(unknown)} tensors are unknown, the first is {unknown[0]}.")
+
+
+def stack_of(backbone: nn.Module) -> AdapterStack:
+    """The stack on exactly this backbone, made empty where there is none yet."""
+    existing = backbone.__dict__.get(_ATTRIBUTE)
+    if not isinstance(existing, AdapterStack):
+        existing = backbone.__dict__[_ATTRIBUTE] = AdapterStack(backbone)
+    return existing
+
+
+def find_stacks(module: nn.Module) -> dict[str, AdapterStack]:
+    """Every non-empty stack in `module`, by the name of its backbone (`""` is the module itself)."""
+    found = ((name, m.__dict__.get(_ATTRIBUTE)) for name, m in module.named_modules())
+    return {name: stack for name, stack in found if isinstance(stack, AdapterStack) and stack.parts}
+
+
+def adapters(module: nn.Module) -> AdapterStack:
+    """The one stack of adapters in `module`: a LightningModule, or the backbone itself.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    stacks = find_stacks(module)
+    if len(stacks) != 1:
+        found = f"adapters on {', '.join(map(repr, stacks))}" if stacks else "no adapter"
+        raise ValueError(f"Expected adapters on one backbone in {type(module).__name__}, found {found}.")
+    return next(iter(stacks.values()))
+
+
+def _in_merge_order(parts: list[Part]) -> list[Part]:
+    """Inner parts first; a tuner that changes what the modules' own parameters read as is innermost wherever added."""
+    return sorted(parts, key=lambda part: not getattr(type(part.tuner), "innermost", False))
+
+
+def _set(flags: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
+
+
+def _check_strangers(stack: AdapterStack) -> None:
+    """An adapter put on by peft itself would be switched off, and left out of every checkpoint."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in stack.backbone.modules() if isinstance(m, BaseTunerLayer)]
+    ours = {part.name for other in find_stacks(stack.backbone).values() for part in other.parts}
+    found = {name for layer in layers for name in layer._get_available_adapters()} - ours
+    if found:
+        raise ValueError(
+            f"The backbone already carries an adapter of peft's own, {min(found)!r}: merge it (`merge_and_unload`), or "
+            "put it on by `load_adapter`."
+        )
+
+
+def _check_name(name: str, backbone: nn.Module) -> None:
+    """An adapter's name must be a folder's, and none that peft, which sorts tensors by it, would find elsewhere."""
+    check_folder_name(name, "An adapter's name")
+    if any(name in module.split(".") for module, _ in backbone.named_modules()):
+        raise ValueError(f"{name!r} is the name of a module of the backbone: give the adapter another name.")
+
+
+def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
+    """Every target named in a list must exist (peft is content if one of them does), and be called."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, backbone, None)  # names of older models, as peft will read them
+    targets = getattr(config, "target_modules", None)
+    modules = [name for name, _ in base_modules(backbone) if name]
+    if isinstance(targets, str):
+        check_called((name for name in modules if re.fullmatch(targets, name)), backbone)
+        return
+    for target in sorted(targets or ()):
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not found:
+            near = nearest_names(target, modules)
+            raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
+        check_called(found, backbone)

@@ -1,1 +1,0 @@
-"""What a base model looks like: its blocks and their parts, what of it is adapted, which base it is."""

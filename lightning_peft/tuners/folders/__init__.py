@@ -1,1 +1,0 @@
-"""Adapters on disk, and models written with them: saved, merged, baked, compressed."""
