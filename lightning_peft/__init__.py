@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.stack.registration import register_with_peft
+from lightning_peft.tuners import METHODS
 
 if TYPE_CHECKING:
     from lightning_peft.fitting.checkpoints import export_checkpoint, load_from_checkpoint
@@ -47,7 +48,7 @@ __all__ = [
     "steering",
 ]
 
-register_with_peft()
+register_with_peft(METHODS)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lightning_peft.backbone.modules import base_modules
+from lightning_peft.backbone.nearest_names import nearest_names
 from lightning_peft.backbone.task_heads import task_heads
-from lightning_peft.stack.configs import nearest_names
 
 QuantType = Literal["nf4", "fp4", "int8"]
 _FLAGS = {"is_loaded_in_4bit": "Linear4bit", "is_loaded_in_8bit": "Linear8bitLt"}  # bitsandbytes' classes

@@ -19,8 +19,8 @@ from lightning_peft.backbone.defaults import (
 )
 from lightning_peft.backbone.fused import read_by_kernels
 from lightning_peft.backbone.modules import base_modules, standalone_name
+from lightning_peft.backbone.nearest_names import nearest_names
 from lightning_peft.backbone.structure import blocks
-from lightning_peft.stack.configs import nearest_names
 
 Within = Literal["attention", "mlp"]
 ALL_LINEAR = "all-linear"  # peft's word

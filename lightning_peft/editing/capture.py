@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.heads import HeadSite
+from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.backbone.window import check_batch
 from lightning_peft.editing.forward import run_trunk
-from lightning_peft.editing.heads import HeadSite
-from lightning_peft.editing.layers import LayerSite
 from lightning_peft.tokens import Tokens
 
 Site = HeadSite | LayerSite

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.directions import (
     DIRECTIONS,
     contrast_pairs,
@@ -20,7 +21,7 @@ from lightning_peft.editing.directions import (
     random_directions,
     unit,
 )
-from lightning_peft.editing.heads import HeadSite, head_offsets_config
+from lightning_peft.editing.heads import head_offsets_config
 from lightning_peft.editing.probes import CCSProbes, LogisticProbes
 from lightning_peft.stack.gates import truth_gate
 

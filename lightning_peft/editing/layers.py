@@ -1,88 +1,16 @@
-"""Find what whole layers give: blocks, their attention, their feed-forward part."""
+"""Layer offsets on what a model's layers give: where they are read, and the configuration of the adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from lightning_peft.backbone.modules import base_modules
-from lightning_peft.backbone.structure import Block, blocks, matrix_shape, width
-from lightning_peft.editing.heads import Part
+from lightning_peft.backbone.layers import LayerSite, layer_sites, stream_writers
 
 if TYPE_CHECKING:
     from lightning_peft.tuners.layer_offsets import LayerOffsetsConfig
 
-Kind = Literal["block", "attention", "mlp"]
-KINDS: tuple[str, ...] = ("block", "attention", "mlp")
-
-
-@dataclass(frozen=True)
-class LayerSite:
-    """A module whose output is read.
-
-    Args:
-        name: the module's full name in the backbone, adapters' wrappers left out.
-        layer: its place among the sites, from 0.
-        kind: `"block"`, the residual stream behind a block; `"attention"` or `"mlp"`, what that part adds to it.
-        width: of the output.
-        part: as `HeadSite`'s.
-    """
-
-    name: str
-    layer: int
-    kind: Kind
-    width: int
-    part: Part = "self"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what is read at one token."""
-        return (self.width,)
-
-
-def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None) -> list[LayerSite]:
-    """The blocks of a model, or their attentions or feed-forward parts, in the order in which they stand.
-
-    Args:
-        model: the backbone; adapters, quantised and compiled modules are looked through.
-        kind: what is read. A block's output is what the next one gets; an attention's is its output projection's, a
-            feed-forward part's that of the module, experts and all, or where it is none the last matrix's.
-        part: only an encoder-decoder's `"encoder"` or its decoder (`"self"`; `"cross"` for its cross-attention).
-
-    Raises:
-        ValueError: an unknown kind, or no such part.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        ...                                      num_attention_heads=4, vocab_size=40))
-        >>> layer_sites(model)[1]
-        LayerSite(name='model.layers.1', layer=1, kind='block', width=32, part='self')
-    """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    named, found = dict(base_modules(model)), blocks(model)
-    crossed = {block.stack for block in found if len(block.attention) > 1}
-    sites: list[tuple[str, int, Part]] = []
-    for block in found:
-        of: Part = "encoder" if crossed and block.stack not in crossed else "self"
-        if kind == "attention":
-            for i, span in enumerate(block.attention):
-                sites.append((span.last, matrix_shape(named[span.last])[1], "cross" if i else of))
-            continue
-        inner = [*block.attention, *([block.mlp] if block.mlp else [])]
-        if not inner:
-            continue
-        name = block.name if kind == "block" else _mlp(block, named)
-        if name is not None:
-            sites.append((name, matrix_shape(named[inner[0].last])[1], of))
-    sites = [site for site in sites if part is None or site[2] == part]
-    if not sites:
-        raise ValueError(f"{type(model).__name__} has no {kind} whose output could be read.")
-    return [LayerSite(name, i, kind, width, of) for i, (name, width, of) in enumerate(sites)]
+__all__ = ["LayerSite", "layer_offsets_config", "layer_sites", "stream_writers"]
 
 
 def layer_offsets_config(
@@ -102,50 +30,3 @@ def layer_offsets_config(
         raise ValueError(f"Sites of different widths ({sorted(widths)}) cannot share one adapter.")
     names = [site.name for site in sites]
     return LayerOffsetsConfig(target_modules=names, width=widths.pop(), alpha=alpha, positions=positions, **options)
-
-
-def stream_writers(model: nn.Module) -> list[str]:
-    """The names of all that writes to the residual stream: embeddings, output projections, feed-forward parts.
-
-    Of a feed-forward part it is the last matrix, or, where experts share it, the whole.
-
-    Raises:
-        ValueError: there is no embedding of that width, as in a model of pictures.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        ...                                      num_attention_heads=4, vocab_size=40))
-        >>> stream_writers(model)
-        ['model.embed_tokens', 'model.layers.0.self_attn.o_proj', 'model.layers.0.mlp.down_proj']
-    """
-    named, found, size = dict(base_modules(model)), blocks(model), width(model)
-    names = [
-        name
-        for name, module in named.items()
-        if isinstance(module, nn.Embedding)
-        and module.embedding_dim == size
-        and not any(name.startswith(f"{block.name}.") for block in found)
-    ]
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no embedding of width {size} that writes to its residual stream.")
-    for block in found:
-        names += [span.last for span in block.attention]
-        if block.mlp is not None:
-            experts = any(p.dim() > 2 for p in block.module.parameters())
-            names.append((_mlp(block, named) if experts else None) or block.mlp.last)
-    return names
-
-
-def _mlp(block: Block, named: dict[str, nn.Module]) -> str | None:
-    """The one child of a block that has matrices and no attention in it; else the feed-forward part's last matrix."""
-    attention = [name for span in block.attention for name in span.matrices]
-    children = [
-        f"{block.name}.{name}"
-        for name, child in block.module.named_children()
-        if any(p.dim() > 1 for p in child.parameters())
-    ]
-    others = [name for name in children if not any(matrix.startswith(f"{name}.") for matrix in attention)]
-    if len(others) == 1 and others[0] in named:
-        return others[0]
-    return block.mlp.last if block.mlp else None

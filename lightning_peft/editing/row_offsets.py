@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.editing.heads import HeadSite
+from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.iti import HeadEdit
 from lightning_peft.positions import check_policy, track
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.layers import layer_sites
 from lightning_peft.editing.collect import capture_texts
 from lightning_peft.editing.early_exit import find_early_exit
-from lightning_peft.editing.layers import layer_sites
 
 _ROWS = 256  # queries whose distances are held at once
 

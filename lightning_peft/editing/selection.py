@@ -9,9 +9,9 @@ from typing import Any, Self
 
 from torch import nn
 
+from lightning_peft.backbone.heads import Part, head_sites
+from lightning_peft.backbone.layers import KINDS, layer_sites
 from lightning_peft.editing.capture import Capture, Site
-from lightning_peft.editing.heads import Part, head_sites
-from lightning_peft.editing.layers import KINDS, layer_sites
 from lightning_peft.tokens import Tokens
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import enum
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,13 +64,6 @@ def with_strength(config: PeftConfig, strength: float) -> PeftConfig:
             setattr(config, name, getattr(config, name) * strength)
             return config
     raise ValueError(f"{type(config).__name__} has no strength, so the dial at {strength} cannot be saved with it.")
-
-
-def nearest_names(name: str, known: Iterable[str]) -> str:
-    """The known names (or their last parts) most like a mistyped one, for an error message."""
-    last_parts = sorted({k.rsplit(".", 1)[-1] for k in known if not k.rsplit(".", 1)[-1].isdigit()})
-    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_parts, n=5, cutoff=0.3) or last_parts[:5]
-    return ", ".join(near)
 
 
 def _plain(value: Any) -> Any:

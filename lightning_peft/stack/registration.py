@@ -14,22 +14,17 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_METHODS = (  # modules that call `register_method` when imported
-    "lightning_peft.tuners.head_offsets",
-    "lightning_peft.tuners.layer_offsets",
-    "lightning_peft.tuners.weight_deltas",
-    "lightning_peft.tuners.bottleneck",
-    "lightning_peft.tuners.prefix",
-    "lightning_peft.tuners.ssb",
-)
 
+def register_with_peft(methods: Sequence[str]) -> None:
+    """Register this package's methods now if peft is loaded, else as soon as it is. Calling it again does nothing.
 
-def register_with_peft() -> None:
-    """Register this package's methods now if peft is loaded, else as soon as it is. Calling it again does nothing."""
+    Args:
+        methods: modules that call `register_method` when they are imported.
+    """
     if "peft" in sys.modules and hasattr(sys.modules["peft"], "PeftModel"):
-        _import_methods()
+        _import(methods)
     elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterPeft())
+        sys.meta_path.insert(0, _AfterPeft(methods))
 
 
 def register_method(name: str, config_cls: type, model_cls: type) -> None:
@@ -69,13 +64,16 @@ def add_peft_type(name: str) -> str:
     return member
 
 
-def _import_methods() -> None:
-    for module in _METHODS:
+def _import(modules: Sequence[str]) -> None:
+    for module in modules:
         importlib.import_module(module)
 
 
 class _AfterPeft(MetaPathFinder):
     """Finds peft as Python would, and registers our methods once its import has finished."""
+
+    def __init__(self, methods: Sequence[str]) -> None:
+        self.methods = methods
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -85,13 +83,13 @@ class _AfterPeft(MetaPathFinder):
         # it stays in place until peft runs: transformers asks whether there is a peft, and does not import it
         spec = PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(spec.loader, self.methods)
         return spec
 
 
 class _ThenRegister(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, methods: Sequence[str]) -> None:
+        self.loader, self.methods = loader, methods
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -102,4 +100,4 @@ class _ThenRegister(Loader):
         module.__spec__.loader = module.__loader__ = self.loader
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AfterPeft)]
         self.loader.exec_module(module)
-        _import_methods()
+        _import(self.methods)

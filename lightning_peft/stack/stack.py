@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from lightning_peft.backbone.fingerprint import fingerprint, mismatch, without
 from lightning_peft.backbone.fused import check_called, unfuse
 from lightning_peft.backbone.modules import base_modules, state_tensors, with_nested_keys
+from lightning_peft.backbone.nearest_names import nearest_names
 from lightning_peft.backbone.quantization import protect
 from lightning_peft.backbone.sharded import whole, write
 from lightning_peft.backbone.shared import Own, undo
 from lightning_peft.backbone.task_heads import task_heads
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
 from lightning_peft.stack.adapter_files.names import check_folder_name
-from lightning_peft.stack.configs import check_numbers, config_to_json, nearest_names
+from lightning_peft.stack.configs import check_numbers, config_to_json
 from lightning_peft.stack.injection.head_training import saved_heads
 from lightning_peft.stack.injection.initialisation import check_repeatable, check_undoable
 from lightning_peft.stack.injection.injection import Injection

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.collect import capture_tokens
-from lightning_peft.editing.heads import HeadSite
 from lightning_peft.editing.iti import HeadEdit, compute_iti
 from lightning_peft.sweep.settings import Sweep
 from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule

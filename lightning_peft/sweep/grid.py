@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.editing.heads import HeadSite
+from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.iti import HeadEdit
 from lightning_peft.editing.row_offsets import RowOffsets, displacements
 from lightning_peft.packing.fallback import objection

@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 from lightning_peft.backbone.fingerprint import fingerprint
+from lightning_peft.backbone.heads import HeadSite, head_sites
 from lightning_peft.backbone.window import check_loaded, context_window
 from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.compare.files import kept
-from lightning_peft.editing.heads import HeadSite, head_sites
 from lightning_peft.editing.iti import HeadEdit
 from lightning_peft.files.locking import only_writer
 from lightning_peft.models import CausalLM

@@ -11,10 +11,10 @@ import lightning as L
 from torch import nn
 
 from lightning_peft import callbacks as c
+from lightning_peft.backbone.heads import head_sites
 from lightning_peft.backbone.structure import width
 from lightning_peft.backbone.targets import Layers
 from lightning_peft.backbone.task_heads import task_heads
-from lightning_peft.editing.heads import head_sites
 from lightning_peft.testing.counts import (
     adalora_matrices,
     attention_inputs,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
+from lightning_peft.backbone.layers import LayerSite, layer_sites, stream_writers
 from lightning_peft.editing.contrast import ablation_direction
-from lightning_peft.editing.layers import LayerSite, layer_sites, stream_writers
 from lightning_peft.fitting.edit_layers import StatementLayers
 
 if TYPE_CHECKING:

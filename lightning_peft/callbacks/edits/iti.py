@@ -9,9 +9,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.heads import HeadSite, head_sites
 from lightning_peft.editing.capture import HeadCapture
 from lightning_peft.editing.collect import capture_tokens
-from lightning_peft.editing.heads import HeadSite, head_offsets_config, head_sites
+from lightning_peft.editing.heads import head_offsets_config
 from lightning_peft.editing.iti import REFERENCE_POSITIONS, HeadEdit, check_names, compute_iti
 from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
 from lightning_peft.positions import check_policy

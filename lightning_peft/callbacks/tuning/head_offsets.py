@@ -97,7 +97,8 @@ def head_config(
     Raises:
         ValueError: heads that are not there, or answers of an encoder-decoder.
     """
-    from lightning_peft.editing.heads import head_offsets_config, head_sites
+    from lightning_peft.backbone.heads import head_sites
+    from lightning_peft.editing.heads import head_offsets_config
 
     if positions != "all" and getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
         raise ValueError(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.quantization import is_quantized
 from lightning_peft.backbone.structure import blocks, matrix_shape, width
-from lightning_peft.editing.heads import HeadSite
 from lightning_peft.editing.reading import Way, read_texts
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import KeyMoments
 from lightning_peft.editing.facts.prompt_tokens import encode, with_object
 from lightning_peft.editing.facts.update import Factors, KnowledgeEdit, acting, rank_one, stacked
 from lightning_peft.editing.facts.values import Search, Value, find_values
-from lightning_peft.editing.heads import HeadSite
 
 
 def compute_rome(

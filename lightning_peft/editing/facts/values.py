@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.prompt_tokens import Prompt, Rows, encode, next_logits, with_object
-from lightning_peft.editing.heads import HeadSite
 
 
 @dataclass(frozen=True)

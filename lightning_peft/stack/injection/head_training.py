@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_peft.backbone.modules import base_modules
+from lightning_peft.backbone.nearest_names import nearest_names
 from lightning_peft.backbone.targets import matching
 from lightning_peft.backbone.task_heads import task_heads
-from lightning_peft.stack.configs import nearest_names
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig

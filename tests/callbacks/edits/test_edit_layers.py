@@ -17,11 +17,11 @@ from torch import Tensor
 from tuning import QUIET, Language, base_weights, fit, one_sentence
 
 from lightning_peft import adapters, load_from_checkpoint, save_adapter
+from lightning_peft.backbone.layers import stream_writers
 from lightning_peft.callbacks import CAA, ITI, Ablation, ActAdd, Edit, LayerOffsets, RepE
 from lightning_peft.callbacks.edits.act_add import encode_alike
 from lightning_peft.editing import ablation_direction, caa_vectors, capture_texts, layer_sites, repe_vectors
 from lightning_peft.editing.capture import Capture
-from lightning_peft.editing.layers import stream_writers
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in (*QUIET, "ignore:.*in eval mode")]
 DATA = Statements()
