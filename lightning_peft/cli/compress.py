@@ -73,7 +73,7 @@ def _best(scorer: Scorer, trial: Path, sign: int) -> float:
     """The alpha with the best score; of equal ones the smallest."""
     scores = {}
     for alpha in GRID:
-        scores[alpha] = scorer.score(trial, strength=alpha)
+        scores[alpha] = scorer.score(trial, scale=alpha)
         print(f"alpha {alpha:g}: {scorer.monitor} {scores[alpha]:.6g}")
     return max(GRID, key=lambda alpha: (sign * scores[alpha], -alpha))
 

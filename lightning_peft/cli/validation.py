@@ -46,12 +46,12 @@ class Scorer:
         assert name is not None  # find_backbone raises where everything is built and nothing fits
         self.backbone = self.module.get_submodule(name)
 
-    def score(self, folder: str | Path, strength: float = 1.0) -> float:
+    def score(self, folder: str | Path, scale: float = 1.0) -> float:
         """The metric with this adapter, or stack, on the backbone.
 
         Args:
             folder: what `load_adapter` reads.
-            strength: a factor of the scale of compressed adapters.
+            scale: a factor of the magnitude of compressed adapters.
 
         Raises:
             ValueError: the metric is not logged in validation.
@@ -60,9 +60,9 @@ class Scorer:
         for part in reversed(list(stack.parts)):
             stack.remove(part.name)
         parts = load_adapter(self.backbone, folder)
-        if strength != 1.0:
+        if scale != 1.0:
             for part, path in zip(parts, adapter_folders(Path(folder)), strict=True):
-                stack.load_tensors(part, restore(load_file(path / COMPRESSED), path, strength), str(path))
+                stack.load_tensors(part, restore(load_file(path / COMPRESSED), path, scale), str(path))
         metrics: Any = self.trainer.validate(self.module, datamodule=self.data, verbose=False)[0]
         if self.monitor not in metrics:
             logged = ", ".join(metrics) or "nothing"

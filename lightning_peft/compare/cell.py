@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_peft.backbone.window import ContextWindowWarning, exceeding, lengths_of, loaded
 from lightning_peft.compare.plan import Plan, Row
-from lightning_peft.fitting.multi_phase import Phased
+from lightning_peft.fitting.multi_phase import MultiPhase
 from lightning_peft.models import CausalLM
 from lightning_peft.stack.adapter_files.folder import adapter_folders, read_folder
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
@@ -272,4 +272,4 @@ class _Keep(ModelCheckpoint):
 
 def _settled(trainer: L.Trainer) -> bool:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return all(callback.settled for callback in callbacks if isinstance(callback, Phased))
+    return all(callback.settled for callback in callbacks if isinstance(callback, MultiPhase))

@@ -14,11 +14,11 @@ from lightning_peft.fitting.peft import PEFT
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
-    from lightning_peft.stack.stack import AdapterStack, Part
+    from lightning_peft.stack.stack import Adapter, AdapterStack
     from lightning_peft.tuners.weight_deltas.masks import Delta
 
 
-class Phased(PEFT):
+class MultiPhase(PEFT):
     """A callback whose adapter gets other masks and values at certain steps; its parameters stay the same ones.
 
     A change happens before the first batch of its phase, so that validation and checkpoints at the end of a phase see
@@ -56,7 +56,7 @@ class Phased(PEFT):
         """Whether training, once it has started, is in its last phase: what it makes before is not the method's."""
         return bool(self.steps) and self.turn >= len(self.steps)
 
-    def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Part:
+    def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Adapter:
         if name not in stack:
             self.steps, self.turn = [], 0  # the callback may have trained another module before
         return super()._place(stack, name, config)
@@ -94,7 +94,7 @@ class Phased(PEFT):
                 optimizer.state.clear()
 
 
-class PhasedDeltas(Phased):
+class MultiPhaseDeltas(MultiPhase):
     """Phases of weight deltas."""
 
     def flattened(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelSummary, StochasticWeightAveraging, WeightAveraging
@@ -27,7 +28,7 @@ from lightning_peft.fitting.train_modes import set_modes, stop_input_gradients
 from lightning_peft.positions import Positions, tracked
 from lightning_peft.stack.configs import different_fields
 from lightning_peft.stack.injection.head_training import saved_heads, with_heads
-from lightning_peft.stack.stack import AdapterStack, Part, find_stacks, stack_of
+from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks, stack_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -70,7 +71,7 @@ class PEFT(Callback):
 
     needs: str | None = "answers"  # what the data module must yield in training, if it says what it yields
     computed = False  # whether the weights are computed (an edit) rather than trained
-    lacks: ClassVar[Mapping[str, str]] = {}  # laws (lightning_peft.testing) that cannot apply: name -> reason
+    exempt: Mapping[str, str] = {}  # laws (lightning_peft.testing) that cannot apply: name -> reason
 
     def __init__(
         self,
@@ -99,6 +100,9 @@ class PEFT(Callback):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "lacks" in cls.__dict__:
+            warnings.warn(f"{cls.__name__}.lacks is called exempt since 0.2.", FutureWarning, stacklevel=2)
+            cls.exempt = cls.__dict__["lacks"]
         if "__init__" in cls.__dict__:
             cls.__init__ = finite_arguments(cls.__init__)  # type: ignore[method-assign]
 
@@ -120,7 +124,7 @@ class PEFT(Callback):
         """The names of this callback's adapters."""
         return (self.name,)
 
-    def apply(self, module: L.LightningModule) -> list[Part]:
+    def apply(self, module: L.LightningModule) -> list[Adapter]:
         """Freeze and inject now, without a Trainer: for launchers that fork or spawn, and for use by hand."""
         name = find_backbone(module, self.backbone, final=not building_hooks(module))
         if name is None:
@@ -248,7 +252,7 @@ class PEFT(Callback):
 
     # -- what they do ------------------------------------------------------------------------------------------------
 
-    def _inject(self, module: L.LightningModule, backbone_name: str) -> list[Part]:
+    def _inject(self, module: L.LightningModule, backbone_name: str) -> list[Adapter]:
         """Freeze and inject, once; a later call finds the adapters in place."""
         backbone = uncompiled(module.get_submodule(backbone_name))
         # the hook that ran in between may have wrapped the backbone, in a way of the user's own
@@ -268,7 +272,7 @@ class PEFT(Callback):
         named = getattr(self if self.config is None else self.config, "target_modules", None)
         return with_heads(self.make_configs(stack.backbone), stack.backbone, self.train_head, named, others)
 
-    def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Part:
+    def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Adapter:
         if name not in stack:
             return stack.add(config, name, self.computed)
         part = stack[name]

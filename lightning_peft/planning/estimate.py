@@ -23,7 +23,7 @@ from lightning_peft.planning.trained_bytes import (
     first_line,
     optimizer_bytes,
 )
-from lightning_peft.stack.stack import AdapterStack, Part, find_stacks
+from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def plan(
     )
 
 
-def _adapter(stack: AdapterStack, part: Part) -> PlannedAdapter:
+def _adapter(stack: AdapterStack, part: Adapter) -> PlannedAdapter:
     return PlannedAdapter(
         name=part.name,
         method=type(part.config).__name__.removesuffix("Config"),

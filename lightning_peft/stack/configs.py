@@ -48,22 +48,22 @@ def check_numbers(config: PeftConfig) -> None:
                 raise ValueError(f"{type(config).__name__} has {field}={number}, which must be a finite number.")
 
 
-def with_strength(config: PeftConfig, strength: float) -> PeftConfig:
-    """The configuration with the dial written into it, so that any reader of the folder gets the same strength.
+def with_scale(config: PeftConfig, scale: float) -> PeftConfig:
+    """The configuration with the dial written into it, so that any reader of the folder gets the same scale.
 
     Raises:
-        ValueError: the method has no strength to scale.
+        ValueError: the method has no dial.
     """
     config = copy.deepcopy(config)
-    if strength == 1.0:
+    if scale == 1.0:
         return config
     if pattern := getattr(config, "alpha_pattern", None):
-        config.alpha_pattern = {k: v * strength for k, v in pattern.items()}  # type: ignore[attr-defined]
+        config.alpha_pattern = {k: v * scale for k, v in pattern.items()}  # type: ignore[attr-defined]
     for name in ("lora_alpha", "alpha"):
         if hasattr(config, name):
-            setattr(config, name, getattr(config, name) * strength)
+            setattr(config, name, getattr(config, name) * scale)
             return config
-    raise ValueError(f"{type(config).__name__} has no strength, so the dial at {strength} cannot be saved with it.")
+    raise ValueError(f"{type(config).__name__} has no dial, so its scale of {scale} cannot be saved with it.")
 
 
 def _plain(value: Any) -> Any:

@@ -32,7 +32,7 @@ from lightning_peft.stack.configs import check_numbers, config_to_json
 from lightning_peft.stack.injection.head_training import saved_heads
 from lightning_peft.stack.injection.initialisation import check_repeatable, check_undoable
 from lightning_peft.stack.injection.injection import Injection
-from lightning_peft.stack.injection.registry import kind_of
+from lightning_peft.stack.injection.registry import injection_for
 from lightning_peft.stack.injection.rehearsal import (
     check_initialized,
     check_layers,
@@ -48,7 +48,7 @@ _ATTRIBUTE = "_lightning_peft_stack"
 
 
 @dataclass(eq=False)
-class Part:
+class Adapter:
     """One adapter of a stack.
 
     Args:
@@ -57,7 +57,7 @@ class Part:
         injection: how it sits on the backbone.
         computed: its weights are computed (an edit), not trained.
         record: JSON-able notes on how an edit was computed.
-        strength: the dial: 1 as trained or computed, 0 off, negative reversed.
+        scale: the dial: 1 as trained or computed, 0 off, negative reversed.
         enabled: whether it acts at all.
     """
 
@@ -66,7 +66,7 @@ class Part:
     injection: Injection
     computed: bool = False
     record: dict[str, Any] = field(default_factory=dict)
-    strength: float = 1.0
+    scale: float = 1.0
     enabled: bool = True
     scaling: dict[nn.Module, float] = field(default_factory=dict)  # each layer's own, at strength 1
 
@@ -85,7 +85,7 @@ class AdapterStack:
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
-        self.parts: list[Part] = []
+        self.parts: list[Adapter] = []
         self.base: dict[str, Any] = {}  # fingerprint of the backbone before the first adapter
         self._reading: dict[str, Any] | None = None  # the same, while nothing else can change the backbone
         self.strict_base = True  # whether what was made for another base is refused, or loaded with a warning
@@ -93,7 +93,7 @@ class AdapterStack:
 
     def add(
         self, config: PeftConfig, name: str = "default", computed: bool = False, record: dict[str, Any] | None = None
-    ) -> Part:
+    ) -> Adapter:
         """Freeze the backbone and put an adapter on it, outermost.
 
         Args:
@@ -120,7 +120,7 @@ class AdapterStack:
         _check_strangers(self)
         _check_name(name, self.backbone)
         _check_targets(config, self.backbone)
-        kind = kind_of(config)
+        kind = injection_for(config)
         kind.check(self.backbone, config, name, [part.injection for part in self.parts], computed)
         self.unmerge()
         protect(self.backbone)
@@ -135,7 +135,7 @@ class AdapterStack:
                 with one_sentence(self.backbone, config):
                     injection = kind(self.backbone, own, name)
                 check_layers(self.backbone, list(injection.layers()), own)
-            part = Part(name, copy.deepcopy(config), injection, computed, dict(record or {}))
+            part = Adapter(name, copy.deepcopy(config), injection, computed, dict(record or {}))
             part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         except Exception:
             kind.clean_up(self.backbone, own, name)
@@ -168,7 +168,7 @@ class AdapterStack:
         part.injection.take_out()
         self._activate()
 
-    def __getitem__(self, name: str) -> Part:
+    def __getitem__(self, name: str) -> Adapter:
         for part in self.parts:
             if part.name == name:
                 return part
@@ -177,7 +177,7 @@ class AdapterStack:
     def __contains__(self, name: object) -> bool:
         return any(part.name == name for part in self.parts)
 
-    def scale(self, strength: float, name: str | None = None) -> None:
+    def scale(self, scale: float, name: str | None = None) -> None:
         """Turn the dial of one adapter, or of all: 1 as made, 0 equal to the base, negative reversed.
 
         A head that is trained whole beside an adapter has no dial, and stays as it was trained.
@@ -186,17 +186,17 @@ class AdapterStack:
             ValueError: the method has no scaling, or began by changing the base's weights, as PiSSA does.
         """
         parts = self.parts if name is None else [self[name]]
-        if not math.isfinite(strength):
-            raise ValueError(f"The strength must be a finite number, got {strength}.")
+        if not math.isfinite(scale):
+            raise ValueError(f"The scale must be a finite number, got {scale}.")
         for part in parts:
             check_undoable(part.config, part.name, "scaled")
             if not part.scaling:
-                raise ValueError(f"Adapter {part.name!r} ({type(part.config).__name__}) has no strength to scale.")
+                raise ValueError(f"Adapter {part.name!r} ({type(part.config).__name__}) has no dial to scale.")
         self.unmerge()
         for part in parts:
             for module, base in part.scaling.items():
-                module.scaling[part.name] = base * strength  # type: ignore[union-attr, operator, index]
-            part.strength = strength
+                module.scaling[part.name] = base * scale  # type: ignore[union-attr, operator, index]
+            part.scale = scale
 
     def enable(self, enabled: bool = True, name: str | None = None) -> None:
         """Switch one adapter, or all, on or off. Off, the outputs are the base model's, bit for bit.
@@ -308,27 +308,27 @@ class AdapterStack:
         for part in self.parts:
             part.injection.switch(part.enabled)
 
-    def keys(self, part: Part) -> dict[str, str]:
+    def keys(self, part: Adapter) -> dict[str, str]:
         """The part's tensors: peft's key in a saved folder -> the name in the backbone's state."""
         return part.injection.keys()
 
-    def live(self, part: Part) -> dict[str, Tensor]:
+    def live(self, part: Adapter) -> dict[str, Tensor]:
         """The part's tensors themselves under their names in the backbone's state, to be written to."""
         state = state_tensors(self.backbone)
         return {name: state[name].detach() for name in self.keys(part).values()}
 
-    def tensors(self, part: Part) -> dict[str, Tensor]:
+    def tensors(self, part: Adapter) -> dict[str, Tensor]:
         """The part's tensors under the keys of a saved peft folder; of a sharded module, all processes must ask."""
         state = state_tensors(self.backbone)
         return {key: whole(state[name].detach()) for key, name in self.keys(part).items()}
 
-    def parameters(self, part: Part) -> dict[str, nn.Parameter]:
+    def parameters(self, part: Adapter) -> dict[str, nn.Parameter]:
         """The part's parameters by their names in the backbone; of a sharded module, this process's handles on them."""
         every = dict(self.backbone.named_parameters(remove_duplicate=False))
         return {name: every[name] for name in self.keys(part).values() if name in every}
 
     def load_tensors(
-        self, part: Part, tensors: Mapping[str, Tensor], source: str, keys: Mapping[str, str] | None = None
+        self, part: Adapter, tensors: Mapping[str, Tensor], source: str, keys: Mapping[str, str] | None = None
     ) -> None:
         """Copy saved tensors into a part, after checking every key, shape and value.
 
@@ -364,7 +364,7 @@ class AdapterStack:
                     "config": config_to_json(part.config),
                     "task_type": part.injection.task_type,
                     "computed": part.computed,
-                    "strength": part.strength,
+                    "strength": part.scale,
                     "record": part.record,
                     "keys": self.keys(part),
                 }
@@ -461,7 +461,7 @@ def adapters(module: nn.Module) -> AdapterStack:
     return next(iter(stacks.values()))
 
 
-def _in_merge_order(parts: list[Part]) -> list[Part]:
+def _in_merge_order(parts: list[Adapter]) -> list[Adapter]:
     """Inner parts first; a tuner that changes what the modules' own parameters read as is innermost wherever added."""
     return sorted(parts, key=lambda part: not getattr(type(part.tuner), "innermost", False))
 

@@ -15,7 +15,7 @@ from lightning_peft.positions import check_policy
 from lightning_peft.stack.adapter_files.folder import adapter_folders, read_folder
 from lightning_peft.stack.adapter_files.saving import load_adapter
 from lightning_peft.stack.injection.initialisation import check_undoable
-from lightning_peft.stack.stack import AdapterStack, Part, find_stacks, stack_of
+from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks, stack_of
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def steering(
     scale: float = 1.0,
     positions: str | None = None,
     strict_base: bool = True,
-) -> Iterator[list[Part]]:
+) -> Iterator[list[Adapter]]:
     """Within, the model is adapted by a saved adapter; afterwards it is what it was, bit for bit, also on an exception.
 
     `model.generate` and plain calls work as ever: an edit of answer positions begins at the last token of the prompt
@@ -78,7 +78,7 @@ def steering(
         raise ValueError("The model has adapters merged into its weights: unmerge them before steering.")
     trained = [parameter for parameter in stack.backbone.parameters() if parameter.requires_grad]
     before = set(stack.backbone.modules())
-    parts: list[Part] = []
+    parts: list[Adapter] = []
     try:
         for folder in folders:
             parts += load_adapter(stack.backbone, folder, _free_name(stack), strict_base)
@@ -96,7 +96,7 @@ def steering(
             parameter.requires_grad_(True)
 
 
-def reposition(part: Part, positions: str) -> bool:
+def reposition(part: Adapter, positions: str) -> bool:
     """Let an edit act on other tokens than it was made for; False where the adapter is not limited to positions.
 
     Raises:
@@ -132,7 +132,7 @@ def _free_name(stack: AdapterStack) -> str:
     return name
 
 
-def _set_strength(stack: AdapterStack, part: Part, scale: float) -> None:
+def _set_strength(stack: AdapterStack, part: Adapter, scale: float) -> None:
     if scale == 0:
         stack.enable(False, part.name)  # serves methods without a scaling too
     elif scale != 1:

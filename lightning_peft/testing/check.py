@@ -45,7 +45,7 @@ def check_adaptation(
 
     Args:
         make_module: builds the LightningModule; each call must give the same weights.
-        callback: the method; it is copied for every law. A law it declares in `lacks` is not asked of it.
+        callback: the method; it is copied for every law. A law it declares in `exempt` is not asked of it.
         batches: what to train on and look at; default, those of the module's `train_dataloader`. Laws on tokens need
             a dict with `input_ids` and `attention_mask`, both `[B, T]`.
         outputs: gives the tensor to compare, rows first, for a module and a batch; default `module(batch)`.
@@ -92,7 +92,7 @@ def check_adaptation(
 
 def check_law(cell: Cell, law: str) -> Outcome:
     """One law on one cell; an error in the middle of it is a law that does not hold."""
-    declared = cell.callback.lacks.get(law)
+    declared = cell.callback.exempt.get(law)
     if declared and law != "merge":  # where merging cannot be, its law asks for a clear error
         return Outcome(law, None, declared)
     try:

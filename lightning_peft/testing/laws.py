@@ -73,7 +73,7 @@ def merge(cell: Cell) -> None:
     """Merged = unmerged to 1e-5; a method that cannot be merged says so and stays as it was."""
     module, stack, callback = cell.adapted()
     unmerged = [cell.look(module, batch, callback) for batch in cell.batches]
-    if reason := cell.callback.lacks.get("merge"):
+    if reason := cell.callback.exempt.get("merge"):
         try:
             stack.merge()
         except ValueError:

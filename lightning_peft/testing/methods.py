@@ -67,7 +67,7 @@ def _in_four_bits(module: L.LightningModule) -> None:
 
 def _unmerged(callback: c.PEFT) -> c.PEFT:
     """A method that can be merged, but not into quantised weights."""
-    callback.lacks = {"merge": "what is written into quantised weights is rounded again"}  # type: ignore[misc]
+    callback.exempt = {"merge": "what is written into quantised weights is rounded again"}
     return callback
 
 

@@ -73,7 +73,7 @@ def _resumed(folder: Path, architecture: str, cells: dict[str, Cell]) -> dict[st
     """The law `resume` for several cells: halves here, their continuation in one other process."""
     outcomes: dict[str, Outcome] = {}
     for name, cell in cells.items():
-        if declared := cell.callback.lacks.get("resume"):
+        if declared := cell.callback.exempt.get("resume"):
             outcomes[name] = Outcome("resume", None, declared)
             continue
         try:

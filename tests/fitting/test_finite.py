@@ -125,7 +125,7 @@ def test_a_configuration_from_elsewhere_is_checked(number: float, tmp_path: Path
         load_adapter(module.net, tmp_path)
     assert one_sentence(str(error.value))
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
-    with pytest.raises(ValueError, match="The strength must be a finite number"):
+    with pytest.raises(ValueError, match="The scale must be a finite number"):
         adapters(_adapted()).scale(number)
 
 

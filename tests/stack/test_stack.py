@@ -209,14 +209,14 @@ def test_scale_is_a_dial(kind: str, tokens: Tensor) -> None:
     assert torch.equal(logits(model, tokens), logits(edited(kind, alpha=4.0)[0], tokens))
     stack.scale(-1.0, "edit")
     assert torch.equal(logits(model, tokens), logits(edited(kind, alpha=-2.0)[0], tokens))
-    assert (stack["edit"].strength, stack["lora"].strength) == (-1.0, 0.0)
+    assert (stack["edit"].scale, stack["lora"].scale) == (-1.0, 0.0)
 
 
 def test_a_method_without_a_strength_cannot_be_scaled_and_nothing_is(tokens: Tensor) -> None:
     stack = add_lora(tiny("llama"), ["o_proj"])
     stack.add(IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "ia3")
     before = logits(stack.backbone, tokens)
-    with pytest.raises(ValueError, match=r"^Adapter 'ia3' \(IA3Config\) has no strength to scale\.$"):
+    with pytest.raises(ValueError, match=r"^Adapter 'ia3' \(IA3Config\) has no dial to scale\.$"):
         stack.scale(0.0)
     assert torch.equal(logits(stack.backbone, tokens), before)
 

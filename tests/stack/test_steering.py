@@ -148,7 +148,7 @@ def test_a_saved_stack_is_put_on_whole_and_without_dropout(tmp_path: Path, token
 
 
 REFUSED = {
-    "no strength": ({"scale": 2.0}, "has no strength to scale"),
+    "no strength": ({"scale": 2.0}, "has no dial to scale"),
     "no positions": ({"positions": "all"}, "is not limited to positions: leave positions out"),
     "unknown positions": ({"positions": "some"}, "positions must be one of"),
     "from the end": ({"positions": "last"}, "are counted from the end of a text"),

@@ -51,7 +51,7 @@ class Scratching(LoRA):
 class Shy(LoRA):
     """Declares that it cannot be merged, although it can."""
 
-    lacks = {"merge": "nobody has tried"}  # noqa: RUF012
+    exempt = {"merge": "nobody has tried"}  # noqa: RUF012
 
 
 class Noisy(TinyModule):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
@@ -45,7 +46,7 @@ class AttentionPrefix(PEFT):
         ('attention_prefix',)
     """
 
-    lacks: ClassVar = {"merge": "a softmax over more keys cannot be written into the weights"}
+    exempt: Mapping[str, str] = {"merge": "a softmax over more keys cannot be written into the weights"}
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class AttentionPrefix(PEFT):
         if length < 1:
             raise ValueError(f"The length of a prefix must be at least 1, got {length}.")
         if init == "paper":
-            self.lacks = {**self.lacks, "identity": "a random prefix takes attention away from the tokens"}  # type: ignore[misc]
+            self.exempt = {**self.exempt, "identity": "a random prefix takes attention away from the tokens"}
         super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.length, self.init, self.gate, self.layers = length, init, gate, layers
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from torch import nn
 
@@ -34,7 +35,7 @@ class Bottleneck(PEFT):
         **options: see `AdapterOptions`.
     """
 
-    lacks: ClassVar = {"merge": "a non-linearity cannot be written into the weights"}
+    exempt: Mapping[str, str] = {"merge": "a non-linearity cannot be written into the weights"}
 
     def __init__(
         self,
@@ -55,9 +56,9 @@ class Bottleneck(PEFT):
         if settings.get("size") is not None:
             settings["reduction"] = None
         if settings.get("init", "lora") not in ("lora", "mam"):
-            self.lacks = {**self.lacks, "identity": f"init={settings['init']!r} does not begin at zero"}  # type: ignore[misc]
+            self.exempt = {**self.exempt, "identity": f"init={settings['init']!r} does not begin at zero"}
         if settings.get("dropout") or settings.get("drop_path"):
-            self.lacks = {**self.lacks, "resume": "what is dropped is drawn anew: checkpoints hold no random state"}  # type: ignore[misc]
+            self.exempt = {**self.exempt, "resume": "what is dropped is drawn anew: checkpoints hold no random state"}
         self.options, self.attention = settings, attention
         self.target_modules, self.layers = target_modules, layers
 

@@ -15,7 +15,7 @@ from lightning_peft.fitting.peft import PEFT
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
     from lightning_peft.stack.configs import PeftConfig
-    from lightning_peft.stack.stack import AdapterStack, Part
+    from lightning_peft.stack.stack import Adapter, AdapterStack
 
 _GAIN, _DIRECTION = ".head_offsets", ".head_offsets_directions"
 
@@ -75,7 +75,7 @@ class HeadGains(PEFT):
         config.parameters = "gains"
         return config
 
-    def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Part:
+    def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Adapter:
         new = name not in stack
         part = super()._place(stack, name, config)
         if new and self.init_from is not None:

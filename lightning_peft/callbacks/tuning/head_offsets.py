@@ -15,7 +15,7 @@ from lightning_peft.fitting.peft import PEFT
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
     from lightning_peft.stack.configs import PeftConfig
-    from lightning_peft.stack.stack import AdapterStack, Part
+    from lightning_peft.stack.stack import Adapter, AdapterStack
     from lightning_peft.tuners.head_offsets import HeadOffsetsConfig
 
 
@@ -67,14 +67,14 @@ class HeadOffsets(PEFT):
         self.init_from, self.heads, self.alpha, self.positions = init_from, heads, alpha, positions
         self.pattern, self.num_heads = pattern, num_heads
         if positions != "all":
-            self.lacks = {"merge": "a bias acts at every position"}  # type: ignore[misc]
+            self.exempt = {"merge": "a bias acts at every position"}
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         if self.init_from is not None:
             return read_edit(self.init_from)[0]
         return head_config(backbone, self.heads, self.alpha, self.positions, self.pattern, self.num_heads)
 
-    def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Part:
+    def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Adapter:
         new = name not in stack
         part = super()._place(stack, name, config)
         if new and self.init_from is not None:

@@ -54,7 +54,7 @@ class LayerOffsets(PEFT):
         super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
         self.sites, self.layers, self.alpha, self.positions = sites, layers, alpha, positions
         if positions != "all":
-            self.lacks = {"merge": "a bias acts at every position"}  # type: ignore[misc]
+            self.exempt = {"merge": "a bias acts at every position"}
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from lightning_peft.editing.layers import layer_offsets_config

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.backbone.sharded import whole, write
 from lightning_peft.callbacks.tuning.head_offsets import check_heads, head_config
-from lightning_peft.fitting.multi_phase import Phased
+from lightning_peft.fitting.multi_phase import MultiPhase
 from lightning_peft.fitting.options import AdapterOptions
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
 
-class LoFiT(Phased):
+class LoFiT(MultiPhase):
     """Localised fine-tuning (Yin et al. 2024, arXiv:2406.01563): learn which heads matter, then train their offsets.
 
     First every head has a scale `A_h [head_dim]`, `z_h + A_h * z_h`, trained with the penalty `l1 * sum(|A|)`. The
@@ -83,7 +83,7 @@ class LoFiT(Phased):
         self.heads, self.alpha, self.positions = heads, alpha, positions
         self.pattern, self.num_heads = pattern, num_heads
         self.steps, self.turn = [], 0
-        self.lacks = {"merge": "before heads are chosen they are scaled, which no bias computes"}  # type: ignore[misc]
+        self.exempt = {"merge": "before heads are chosen they are scaled, which no bias computes"}
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         config = head_config(backbone, self.heads, self.alpha, self.positions, self.pattern, self.num_heads)

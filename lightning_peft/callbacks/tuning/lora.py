@@ -106,7 +106,7 @@ class LoRA(PEFT):
         self.variant, self.init, self.bias = variant, init, bias
         self.invocation_tokens, self.init_batches = invocation_tokens, init_batches
         if variant == "alora":
-            self.lacks = {"merge": "it acts on some tokens only"}  # type: ignore[misc]
+            self.exempt = {"merge": "it acts on some tokens only"}
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from peft import LoraConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.sharded import whole
-from lightning_peft.fitting.multi_phase import PhasedDeltas, assign, mask_of, trained
+from lightning_peft.fitting.multi_phase import MultiPhaseDeltas, assign, mask_of, trained
 from lightning_peft.fitting.options import AdapterOptions
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_peft.tuners.weight_deltas.masks import Delta
 
 
-class LotteryTicket(PhasedDeltas):
+class LotteryTicket(MultiPhaseDeltas):
     """Train, prune the smallest of the remaining weights, put the others back to where they began, and again.
 
     Frankle & Carbin 2019, arXiv:1803.03635; rewinding to an early step: Frankle et al. 2020, arXiv:1912.05671; with a

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Unpack
+from collections.abc import Mapping
+from typing import Literal, Unpack
 
 from lightning_peft.backbone.targets import Layers
 from lightning_peft.callbacks.tuning.attention_prefix import AttentionPrefix
@@ -35,7 +36,7 @@ class MAM(Composite):
         ('mam-parallel', 'mam-prefix')
     """
 
-    lacks: ClassVar = AttentionPrefix.lacks
+    exempt: Mapping[str, str] = AttentionPrefix.exempt
 
     def __init__(
         self,
@@ -61,4 +62,4 @@ class MAM(Composite):
             gradient_checkpointing,
             **options,
         )
-        self.lacks = prefix.lacks  # type: ignore[misc]
+        self.exempt = prefix.exempt

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
@@ -43,7 +44,7 @@ class PTuning(PEFT):
         ...                     enable_checkpointing=False)
     """
 
-    lacks: ClassVar = PromptTuning.lacks
+    exempt: Mapping[str, str] = PromptTuning.exempt
 
     def __init__(
         self,

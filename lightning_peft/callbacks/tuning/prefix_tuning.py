@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Unpack
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
@@ -40,7 +41,7 @@ class PrefixTuning(PEFT):
         ...                     enable_checkpointing=False)
     """
 
-    lacks: ClassVar = PromptTuning.lacks
+    exempt: Mapping[str, str] = PromptTuning.exempt
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
@@ -40,7 +41,7 @@ class PromptTuning(PEFT):
         ...                     enable_checkpointing=False)
     """
 
-    lacks: ClassVar = {
+    exempt: Mapping[str, str] = {
         "identity": "virtual tokens take a part of the attention before they are trained",
         "merge": "a prompt is computed with, and no weight of the model stands for it",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import lightning as L
 from torch import nn
@@ -15,7 +15,7 @@ from lightning_peft.callbacks.quantize import Quantize, check_strategy
 from lightning_peft.callbacks.tuning.lora import LoRA
 from lightning_peft.fitting.options import AdapterOptions
 from lightning_peft.fitting.paging import PAGED, PagedOptimizer, page_optimizers
-from lightning_peft.stack.stack import Part
+from lightning_peft.stack.stack import Adapter
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -56,7 +56,7 @@ class QLoRA(LoRA):
         ...                     logger=False, enable_checkpointing=False)
     """
 
-    lacks: ClassVar[Mapping[str, str]] = {"merge": "what is written into quantised weights is rounded again"}
+    exempt: Mapping[str, str] = {"merge": "what is written into quantised weights is rounded again"}
 
     def __init__(
         self,
@@ -113,6 +113,6 @@ class QLoRA(LoRA):
         if self.paged_optimizer is not None:
             page_optimizers(trainer, self.paged_optimizer)
 
-    def _inject(self, module: L.LightningModule, backbone_name: str) -> list[Part]:
+    def _inject(self, module: L.LightningModule, backbone_name: str) -> list[Adapter]:
         self.quantization.quantize(module, backbone_name)
         return super()._inject(module, backbone_name)

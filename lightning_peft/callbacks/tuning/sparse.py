@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.backbone.targets import Layers, Within
-from lightning_peft.fitting.multi_phase import PhasedDeltas, assign, mask_of, trained
+from lightning_peft.fitting.multi_phase import MultiPhaseDeltas, assign, mask_of, trained
 from lightning_peft.fitting.options import AdapterOptions
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
 
-class LTSFT(PhasedDeltas):
+class LTSFT(MultiPhaseDeltas):
     """Find by full fine-tuning which few entries change most, go back, and train only those: `W = W0 + mask * delta`.
 
     Ansell et al. 2022, arXiv:2110.07560. First every chosen parameter is trained; then the `density` of entries with

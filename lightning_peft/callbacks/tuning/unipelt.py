@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
@@ -29,7 +30,7 @@ class GatedLowRank(Bottleneck):
         name: the adapter's name.
     """
 
-    lacks: ClassVar = {"merge": "a gate that depends on the token cannot be written into the weights"}
+    exempt: Mapping[str, str] = {"merge": "a gate that depends on the token cannot be written into the weights"}
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class UniPELT(Composite):
         ('unipelt-low_rank', 'unipelt-adapter', 'unipelt-prefix')
     """
 
-    lacks: ClassVar = AttentionPrefix.lacks
+    exempt: Mapping[str, str] = AttentionPrefix.exempt
 
     def __init__(
         self,
@@ -109,4 +110,4 @@ class UniPELT(Composite):
         adapter = Bottleneck(settings, False, None, layers, None, "adapter", False, False)
         methods = {"low_rank": GatedLowRank(r, alpha, dropout, layers), "adapter": adapter, "prefix": prefix}
         super().__init__(methods, backbone, name, backbone_dropout, gradient_checkpointing, **options)
-        self.lacks = prefix.lacks  # type: ignore[misc]
+        self.exempt = prefix.exempt

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.editing.facts.values import hooked
-from lightning_peft.stack.stack import AdapterStack, Part, stack_of
+from lightning_peft.stack.stack import Adapter, AdapterStack, stack_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -81,7 +81,7 @@ class KnowledgeEdit:
         """The LoRA configuration that holds it at strength 1."""
         return lora_config(backbone, list(self.factors), len(next(iter(self.factors.values()))[0]))
 
-    def install(self, backbone: nn.Module | AdapterStack, name: str = "rome") -> Part:
+    def install(self, backbone: nn.Module | AdapterStack, name: str = "rome") -> Adapter:
         """Put it on a backbone as an adapter, outermost, in place of what was there under that name.
 
         Args:

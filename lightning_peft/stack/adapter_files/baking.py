@@ -20,7 +20,7 @@ from lightning_peft.stack.adapter_files.divergence import Divergence, divergence
 from lightning_peft.stack.adapter_files.example_inputs import find_probe, outputs
 from lightning_peft.stack.adapter_files.verifying import HALF, Reference, Verification, digest, reference
 from lightning_peft.stack.adapter_files.verifying import verify as verify_folder
-from lightning_peft.stack.stack import Part, find_stacks, stack_of
+from lightning_peft.stack.stack import Adapter, find_stacks, stack_of
 from lightning_peft.stack.steering import reposition, steering
 
 
@@ -125,7 +125,7 @@ def bake(
 
 
 @contextmanager
-def everywhere(model: nn.Module, adapter: str | Path) -> Iterator[dict[Part, str]]:
+def everywhere(model: nn.Module, adapter: str | Path) -> Iterator[dict[Adapter, str]]:
     """Within, the model carries a saved adapter whose edits act at every position; yields where they acted as saved.
 
     Afterwards it is the same bit for bit, whatever was merged meanwhile.
@@ -150,7 +150,7 @@ def everywhere(model: nn.Module, adapter: str | Path) -> Iterator[dict[Part, str
 
 
 @contextmanager
-def acting(positions: Mapping[Part, str]) -> Iterator[None]:
+def acting(positions: Mapping[Adapter, str]) -> Iterator[None]:
     """Within, the edits act at these positions; afterwards at every one, as in `everywhere`."""
     for part, where in positions.items():
         reposition(part, where)

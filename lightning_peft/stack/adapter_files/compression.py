@@ -180,13 +180,13 @@ def decompress_adapter(folder: str | Path, output: str | Path, verify: bool = Tr
     return Path(output)
 
 
-def restore(packed: Mapping[str, Tensor], folder: Path, strength: float = 1.0) -> dict[str, Tensor]:
+def restore(packed: Mapping[str, Tensor], folder: Path, scale: float = 1.0) -> dict[str, Tensor]:
     """The adapter's tensors from a compressed file.
 
     Args:
         packed: the file's tensors.
         folder: where the file stands.
-        strength: a factor of the recorded `α σ`.
+        scale: a factor of the recorded `α σ`.
 
     Raises:
         ValueError: the file is not what `compress_adapter` writes, or the start it refers to is gone or another.
@@ -196,9 +196,9 @@ def restore(packed: Mapping[str, Tensor], folder: Path, strength: float = 1.0) -
         signs = unpack_signs({name: packed[name] for name in ("quotients", "remainders", "negative", "layout")})
         start = _initial(index, folder)
         tensors, offset = {}, 0
-        for key, shape, dtype, value, scale in index["tensors"]:
+        for key, shape, dtype, value, magnitude in index["tensors"]:
             size = torch.Size(shape).numel()
-            change = float(scale) * strength * signs[offset : offset + size].reshape(shape).float()
+            change = float(magnitude) * scale * signs[offset : offset + size].reshape(shape).float()
             begin = start[key].float() if start else float(value)
             tensors[key] = (begin + change).to(getattr(torch, dtype))
             offset += size

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_peft.stack.adapter_files.folder import CONFIG, AdapterError, adapter_folders, read_folder, write_folders
-from lightning_peft.stack.configs import config_from_json, with_strength
+from lightning_peft.stack.configs import config_from_json, with_scale
 from lightning_peft.stack.injection.head_training import saved_heads
 from lightning_peft.stack.injection.prompt_learning import is_prompt_alone
-from lightning_peft.stack.stack import AdapterStack, Part, adapters, stack_of
+from lightning_peft.stack.stack import Adapter, AdapterStack, adapters, stack_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -46,7 +46,7 @@ def write_described(
     """Write what `AdapterStack.describe` gave, with each part's tensors, as `save_adapter` does."""
     made = {}
     for part, tensors in zip(described["parts"], weights, strict=True):
-        config = with_strength(config_from_json(part["config"]), part["strength"])
+        config = with_scale(config_from_json(part["config"]), part["strength"])
         config.task_type = config.task_type or part.get("task_type")
         config.base_model_name_or_path = config.base_model_name_or_path or base
         if hasattr(config, "compacted"):
@@ -59,7 +59,7 @@ def write_described(
 
 def load_adapter(
     backbone: nn.Module, folder: str | Path, name: str | None = None, strict_base: bool = True
-) -> list[Part]:
+) -> list[Adapter]:
     """Put a saved adapter, or a saved stack of them, on `backbone`; folders of plain peft serve as well as ours.
 
     Args:
@@ -118,7 +118,7 @@ def add_read(
     computed: bool,
     record: dict[str, Any] | None,
     source: str,
-) -> Part:
+) -> Adapter:
     """Put an adapter on a stack as it was read from a file.
 
     Raises:

@@ -10,7 +10,7 @@ from lightning_peft.stack.injection.mixture import MixtureInjection
 from lightning_peft.stack.injection.prompt_learning import PromptInjection
 
 
-def kind_of(config: Any) -> type[Injection]:
+def injection_for(config: Any) -> type[Injection]:
     """The kind of injection for a configuration."""
     if config.is_prompt_learning:
         return PromptInjection

@@ -192,10 +192,10 @@ def test_training_moves_every_part_of_the_adapter_and_nothing_else(method: Any, 
 
 def test_a_start_that_is_not_the_base_model_says_so() -> None:
     for init in ("lora", "mam"):
-        assert set(Houlsby(init=init).lacks) == {"merge"}  # type: ignore[arg-type]
+        assert set(Houlsby(init=init).exempt) == {"merge"}  # type: ignore[arg-type]
     for init in ("bert", "houlsby", "glorot"):
-        assert set(Houlsby(init=init).lacks) == {"merge", "identity"}  # type: ignore[arg-type]
-    assert "resume" in AdapterPlus().lacks and "resume" in Pfeiffer(dropout=0.1).lacks
+        assert set(Houlsby(init=init).exempt) == {"merge", "identity"}  # type: ignore[arg-type]
+    assert "resume" in AdapterPlus().exempt and "resume" in Pfeiffer(dropout=0.1).exempt
 
 
 # -- YAML -----------------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_a_gated_low_rank_part_with_an_open_gate_is_lora(tokens: Tensor) -> None
 
 def test_a_prefix_at_full_weight_declares_that_it_is_no_identity() -> None:
     for make in (AttentionPrefix, MAM, UniPELT):
-        assert set(make().lacks) == {"merge"} and set(make(init="paper").lacks) == {"merge", "identity"}
+        assert set(make().exempt) == {"merge"} and set(make(init="paper").exempt) == {"merge", "identity"}
 
 
 @pytest.mark.parametrize(
