@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lightning_peft"
 
 # Rooms from the ground up: one may import those on lower floors, and none on its own or above.
 FLOORS = [
-    {"files", "tokens", "moved"},
+    {"files", "moved", "replaced", "tokens"},
     {"backbone", "positions"},
     {"stack"},
     {"effects", "packing", "tuners"},

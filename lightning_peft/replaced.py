@@ -1,0 +1,137 @@
+"""Replace a method or an attribute of one instance, and take the replacement off again, in whatever order."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+_MISSING: Any = inspect.Parameter.empty  # a class, so that copies and pickles of a link still know it
+
+
+class Handle:
+    """A replacement that can be taken off; a context manager that does so at its end."""
+
+    def remove(self) -> None:
+        """Take the replacement off; what was there before acts again. Taking it off twice does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.remove()
+
+
+class ReplacedMethod(Handle):
+    """What stands on an instance in a method's place: it passes each call on to `by`, with what was there before.
+
+    It is copied and pickled with its owner, has the signature of the method it replaces, and several may stand on one
+    another: whichever is removed, the others keep acting.
+    """
+
+    def __init__(self, owner: Any, name: str, by: Callable[..., Any], instead: bool) -> None:
+        self.owner, self.name, self.by, self.instead = owner, name, by, instead
+        self.below = owner.__dict__.get(name, _MISSING)  # what stood on the instance; missing: the class's method
+        self.acting = True
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """What is called in place of this one, were it not there."""
+        return _of_class(self.owner, self.name) if self.below is _MISSING else self.below
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        # Lightning unwraps once to see whether a hook is overridden, so this is the innermost
+        return self.below.__wrapped__ if isinstance(self.below, ReplacedMethod) else self.original
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__wrapped__)  # transformers asks which arguments a model takes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.acting:
+            return self.original(*args, **kwargs)
+        return self.by(*args, **kwargs) if self.instead else self.by(self.original, *args, **kwargs)
+
+    def remove(self) -> None:
+        self.acting = False  # somebody else may have wrapped it since; it then stays, as a passage
+        above, top = None, self.owner.__dict__.get(self.name)
+        while isinstance(top, ReplacedMethod) and top is not self:
+            above, top = top, top.below
+        if top is not self:
+            return
+        if above is not None:
+            above.below = self.below
+        elif self.below is _MISSING:
+            del self.owner.__dict__[self.name]
+        else:
+            self.owner.__dict__[self.name] = self.below
+
+
+class ReplacedAttribute(Handle):
+    """A value that stands on an instance in place of another, or of the class's."""
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self.owner, self.name, self.value = owner, name, value
+        self.before = owner.__dict__.get(name, _MISSING)
+        owner.__dict__[name] = value
+
+    def remove(self) -> None:
+        if self.owner.__dict__.get(self.name, _MISSING) is not self.value:
+            return  # somebody has set it since
+        if self.before is _MISSING:
+            del self.owner.__dict__[self.name]
+        else:
+            self.owner.__dict__[self.name] = self.before
+
+
+def replaced(owner: Any, name: str, by: Callable[..., Any], instead: bool = False) -> ReplacedMethod:
+    """Replace a method on one instance.
+
+    Args:
+        owner: the instance; its class is not changed.
+        name: the method's name.
+        by: called as `by(original, *args, **kwargs)`, where `original` is what was there, the class's method or what
+            somebody had put on the instance. A bound method of an object that can be copied, if `owner` is copied.
+        instead: call `by(*args, **kwargs)`, and what was there not at all.
+
+    Returns:
+        A handle: `remove()` takes the replacement off, in any order among several.
+
+    Raises:
+        AttributeError: the owner has no such method.
+
+    Example:
+        >>> class Model:
+        ...     def forward(self, x): return x + 1
+        >>> model = Model()
+        >>> double = replaced(model, "forward", lambda original, x: 2 * original(x))
+        >>> negate = replaced(model, "forward", lambda original, x: -original(x))
+        >>> model.forward(1)
+        -4
+        >>> double.remove()
+        >>> model.forward(1)
+        -2
+        >>> negate.remove()
+        >>> model.forward(1), vars(model)
+        (2, {})
+    """
+    getattr(owner, name)
+    link = owner.__dict__[name] = ReplacedMethod(owner, name, by, instead)
+    return link
+
+
+def replaced_attribute(owner: Any, name: str, value: Any) -> ReplacedAttribute:
+    """Set an attribute on one instance; `remove()` brings back what was there, unless somebody has set it since."""
+    return ReplacedAttribute(owner, name, value)
+
+
+def _of_class(owner: Any, name: str) -> Any:
+    """Return what the owner's class has under a name, bound to the owner, whatever stands on the instance."""
+    for cls in type(owner).__mro__:
+        if name in cls.__dict__:
+            method = cls.__dict__[name]
+            return method.__get__(owner, type(owner)) if hasattr(method, "__get__") else method
+    return type(owner).__getattr__(owner, name)  # a wrapper that passes attributes on
