@@ -46,10 +46,12 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks.tuning.ssl import SSL
     from lightning_peft.callbacks.tuning.strata import Strata
     from lightning_peft.callbacks.tuning.unipelt import UniPELT
+    from lightning_peft.fitting.adapter_callback import AdapterCallback
     from lightning_peft.fitting.edit import Edit
     from lightning_peft.fitting.peft import PEFT
 
 _MODULES = {
+    "AdapterCallback": "lightning_peft.fitting.adapter_callback",
     "PEFT": "lightning_peft.fitting.peft",
     "LoRA": "lightning_peft.callbacks.tuning.lora",
     "Edit": "lightning_peft.fitting.edit",
@@ -109,6 +111,7 @@ __all__ = [
     "Ablation",
     "ActAdd",
     "AdaLoRA",
+    "AdapterCallback",
     "AdapterEMA",
     "AdapterPlus",
     "AttentionPrefix",

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_peft.backbone.quantization import Quantization, QuantType, mark, quantize
+from lightning_peft.fitting.adapter_callback import AdapterCallback
 from lightning_peft.fitting.find_backbone import building_hooks, find_backbone, forget, when_built
-from lightning_peft.fitting.peft import PEFT
 
 
 class Quantize(Callback):
@@ -61,7 +61,7 @@ class Quantize(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[: callbacks.index(self)]:
-            if isinstance(callback, PEFT):
+            if isinstance(callback, AdapterCallback):
                 raise ValueError(
                     f"{type(callback).__name__} comes before Quantize and would adapt the full weights: put Quantize "
                     "first in the list of callbacks."

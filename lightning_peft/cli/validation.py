@@ -10,8 +10,8 @@ from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import load_file
 
 from lightning_peft.cli.verbs import OPTIONS
+from lightning_peft.fitting.adapter_callback import AdapterCallback
 from lightning_peft.fitting.find_backbone import find_backbone
-from lightning_peft.fitting.peft import PEFT
 from lightning_peft.stack.adapter_files.compression import restore
 from lightning_peft.stack.adapter_files.folder import COMPRESSED, adapter_folders
 from lightning_peft.stack.adapter_files.saving import load_adapter
@@ -40,7 +40,7 @@ class Scorer:
         self.module, self.data, self.trainer, self.monitor = built.model, built.datamodule, built.trainer, monitor
         if monitor == "val_loss" and isinstance(self.data, TruthfulQADataModule) and self.data.val_metrics is None:
             self.data.val_metrics = False  # or choices would be scored with every adapter, for nothing
-        adapting = [callback for callback in self.trainer.callbacks if isinstance(callback, PEFT)]  # type: ignore[attr-defined]
+        adapting = [callback for callback in self.trainer.callbacks if isinstance(callback, AdapterCallback)]  # type: ignore[attr-defined]
         self.trainer.callbacks = [c for c in self.trainer.callbacks if c not in adapting]  # type: ignore[attr-defined]
         name = find_backbone(self.module, adapting[0].backbone if adapting else None)
         assert name is not None  # find_backbone raises where everything is built and nothing fits

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lightning_peft.callbacks import PEFT, Edit
+from lightning_peft.callbacks import AdapterCallback, Edit
 from lightning_peft.compare.answers import Answers
 from lightning_peft.compare.decoding import Scoring
 from lightning_peft.compare.files import hashed
@@ -86,7 +86,7 @@ class Row:
     name: str
     label: str
     kind: Kind
-    callback: PEFT | None = None
+    callback: AdapterCallback | None = None
     scoring: Scoring | None = None
     few_shot: int | None = None
     draws: int = 1

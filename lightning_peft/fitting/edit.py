@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, EditOptions
 from lightning_peft.stack.stack import AdapterStack
 
 _TAKEN = ("training_step", "configure_optimizers")
@@ -19,7 +19,7 @@ _TAKEN = ("training_step", "configure_optimizers")
 T = TypeVar("T")
 
 
-class Edit(PEFT):
+class Edit(AdapterCallback):
     """Base of the callbacks that compute an adapter instead of training it.
 
     `trainer.fit` makes one pass over the training data without gradients and without the language-model head or the
@@ -29,11 +29,13 @@ class Edit(PEFT):
     is put back at the end, and on an exception.
     """
 
+    default_name = "edit"
+
     needs: str | None = "statements"
     computed = True
 
-    def __init__(self, backbone: str | None = None, name: str = "edit") -> None:
-        super().__init__(None, backbone, name)  # type: ignore[arg-type]
+    def __init__(self, **options: Unpack[EditOptions]) -> None:
+        super().__init__(**options)
         self._taken: dict[str, Any] | None = None
         self._done = False
 
@@ -147,7 +149,7 @@ class Edit(PEFT):
 
     def _check_alone(self, trainer: L.Trainer) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [type(c).__name__ for c in callbacks if isinstance(c, PEFT) and c is not self]
+        others = [type(c).__name__ for c in callbacks if isinstance(c, AdapterCallback) and c is not self]
         if others:
             raise ValueError(
                 f"{type(self).__name__} takes the whole of fit, so {others[0]} cannot share it: fit one after the "

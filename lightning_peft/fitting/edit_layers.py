@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ from lightning_peft.editing.capture import Capture, Site
 from lightning_peft.editing.contrast import LayerEdit, check_statements, data_hash, site_probes
 from lightning_peft.editing.layers import layer_offsets_config
 from lightning_peft.editing.selection import Selection
+from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.gates import check_gate
@@ -31,8 +32,6 @@ class EditLayers(Edit):
         layers: which, by number or as a window such as `"8:16"`; None: `default_layers`.
         alpha: the strength.
         positions: see `lightning_peft.tokens`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
 
     Attributes:
         edit_: the computed `LayerEdit` after `fit`.
@@ -46,12 +45,11 @@ class EditLayers(Edit):
         layers: Sequence[int] | str | None,
         alpha: float,
         positions: str,
-        backbone: str | None,
-        name: str,
+        **options: Unpack[EditOptions],
     ) -> None:
         check_policy(positions)
         Selection(sites=sites, layers=_fixed(layers))
-        super().__init__(backbone, name)
+        super().__init__(**options)
         self.sites, self.layers, self.alpha, self.positions = sites, layers, alpha, positions
         self.gate: dict[str, Any] = {}
         self.edit_: LayerEdit | None = None
@@ -108,7 +106,7 @@ class StatementLayers(EditLayers):
     """Base of those that read layers at the last token of labelled statements, and whose strength may be gated.
 
     Args:
-        sites, layers, alpha, positions, backbone, name: as `EditLayers`.
+        sites, layers, alpha, positions: as `EditLayers`.
         gate: None, `"adaptive"` or `"conditional"`, see `lightning_peft.stack.gates`.
         beta: of an adaptive gate.
         threshold: of a conditional one.
@@ -121,15 +119,14 @@ class StatementLayers(EditLayers):
         layers: Sequence[int] | str | None,
         alpha: float,
         positions: str,
-        backbone: str | None,
-        name: str,
         gate: str | None = None,
         beta: float = 0.0,
         threshold: float = 0.5,
         C: float = 1.0,
+        **options: Unpack[EditOptions],
     ) -> None:
         check_gate(gate, threshold)
-        super().__init__(sites, layers, alpha, positions, backbone, name)
+        super().__init__(sites, layers, alpha, positions, **options)
         self.gate = {"gate": gate, "beta": beta, "threshold": threshold}
         self.C = C
         self._capture: Capture | None = None

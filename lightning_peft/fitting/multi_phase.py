@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.backbone.sharded import whole, write
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_peft.tuners.weight_deltas.masks import Delta
 
 
-class MultiPhase(PEFT):
+class MultiPhase(AdapterCallback):
     """A callback whose adapter gets other masks and values at certain steps; its parameters stay the same ones.
 
     A change happens before the first batch of its phase, so that validation and checkpoints at the end of a phase see

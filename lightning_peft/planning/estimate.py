@@ -12,8 +12,8 @@ import lightning as L
 from lightning_peft.backbone.quantization import is_quantized, weight_bytes
 from lightning_peft.backbone.shapes import shapes_only
 from lightning_peft.callbacks.quantize import Quantize
+from lightning_peft.fitting.adapter_callback import AdapterCallback
 from lightning_peft.fitting.find_backbone import building_hooks, find_backbone
-from lightning_peft.fitting.peft import PEFT
 from lightning_peft.fitting.train_modes import set_modes
 from lightning_peft.planning.activation_bytes import activation_bytes
 from lightning_peft.planning.trained_bytes import (
@@ -141,7 +141,7 @@ def plan(
         >>> found.frozen_bytes, found.trainable, found.optimizer_bytes
         (17182228512, 131072, 1048584)
     """
-    adapting = [callback for callback in callbacks if isinstance(callback, PEFT)]
+    adapting = [callback for callback in callbacks if isinstance(callback, AdapterCallback)]
     if not adapting:
         raise ValueError("No callback adapts the module: add one such as lightning_peft.callbacks.LoRA.")
     notes: list[str] = []
@@ -152,11 +152,14 @@ def plan(
             raise ValueError(f"{real[0]} has values: make the module under lightning_peft's shapes_only().")
         module.train()
         for callback in callbacks:
-            if isinstance(callback, PEFT | Quantize):
+            if isinstance(callback, AdapterCallback | Quantize):
                 name = find_backbone(module, callback.backbone)
                 assert name is not None  # find_backbone raises where everything is built
                 try:
-                    callback._inject(module, name) if isinstance(callback, PEFT) else callback.quantize(module, name)
+                    if isinstance(callback, AdapterCallback):
+                        callback._inject(module, name)
+                    else:
+                        callback.quantize(module, name)
                 except (NotImplementedError, RuntimeError) as error:  # torch's, of a tensor without values
                     raise ValueError(
                         f"{type(callback).__name__} cannot be planned, for it reads values as it is put on the "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback
 from lightning_peft.stack.stack import AdapterStack, adapters
 
 Outputs = Callable[[L.LightningModule, Any], Tensor]
@@ -30,7 +30,7 @@ class Cell:
     """An adaptation to examine; see `check_adaptation` for the fields."""
 
     make_module: Callable[[], L.LightningModule]
-    callback: PEFT
+    callback: AdapterCallback
     batches: Sequence[Any]
     outputs: Outputs = call
     count: Callable[[L.LightningModule], int] | None = None
@@ -39,7 +39,7 @@ class Cell:
         """The module without adapter, in evaluation mode."""
         return self.make_module().eval()
 
-    def adapted(self, noise: float = 0.1) -> tuple[L.LightningModule, AdapterStack, PEFT]:
+    def adapted(self, noise: float = 0.1) -> tuple[L.LightningModule, AdapterStack, AdapterCallback]:
         """The module with its adapters; `noise` is added to whatever is trainable in them, so that they show."""
         module, callback = self.make_module(), copy.deepcopy(self.callback)
         torch.manual_seed(5)
@@ -52,7 +52,7 @@ class Cell:
         return module.eval(), stack, callback
 
     @torch.no_grad()
-    def look(self, module: L.LightningModule, batch: Any, callback: PEFT | None = None) -> Tensor:
+    def look(self, module: L.LightningModule, batch: Any, callback: AdapterCallback | None = None) -> Tensor:
         """What the module computes for a batch, as in validation."""
         with _answers(callback, batch):
             return self.outputs(module, batch)
@@ -109,7 +109,7 @@ def take(batch: Any, index: Tensor) -> Any:
 
 
 @contextmanager
-def _answers(callback: PEFT | None, batch: Any) -> Any:
+def _answers(callback: AdapterCallback | None, batch: Any) -> Any:
     if callback is None or callback.stack is None:
         yield
         return

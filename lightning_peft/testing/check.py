@@ -13,7 +13,7 @@ import lightning as L
 from torch import Tensor
 
 from lightning_peft.backbone.modules import state_tensors
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback
 from lightning_peft.testing.cell import Cell, call
 from lightning_peft.testing.laws import LAWS, DoesNotApply, LawBroken
 
@@ -35,7 +35,7 @@ class Outcome:
 
 def check_adaptation(
     make_module: Callable[[], L.LightningModule],
-    callback: PEFT,
+    callback: AdapterCallback,
     batches: Sequence[Any] | None = None,
     outputs: Callable[[L.LightningModule, Any], Tensor] = call,
     count: Callable[[L.LightningModule], int] | None = None,

@@ -46,7 +46,7 @@ class Method:
         prepare: what is done to the module before anything else, and belongs to the base.
     """
 
-    make: Callable[[], c.PEFT]
+    make: Callable[[], c.AdapterCallback]
     formula: Count | None = None
     needs: frozenset[str] = frozenset()
     prepare: Callable[[L.LightningModule], object] | None = None
@@ -65,7 +65,7 @@ def _in_four_bits(module: L.LightningModule) -> None:
     c.Quantize(backbone="backbone").apply(module)
 
 
-def _unmerged(callback: c.PEFT) -> c.PEFT:
+def _unmerged(callback: c.AdapterCallback) -> c.AdapterCallback:
     """A method that can be merged, but not into quantised weights."""
     callback.exempt = {"merge": "what is written into quantised weights is rounded again"}
     return callback

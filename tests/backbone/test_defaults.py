@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.backbone.defaults import default_targets, every_matrix
 from lightning_peft.backbone.structure import blocks
 from lightning_peft.callbacks import IA3, FullFineTuning, Houlsby, LoRA, ParallelAdapter, Pfeiffer
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback
 from lightning_peft.stack.stack import AdapterStack, stack_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*is deprecated", "ignore:.*Proxy")
@@ -77,7 +77,7 @@ def look(model: Any) -> Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
-def adapt(model: nn.Module, callback: PEFT) -> AdapterStack:
+def adapt(model: nn.Module, callback: AdapterCallback) -> AdapterStack:
     stack = stack_of(model)
     stack.add(callback.make_config(model), "adapter")
     with torch.no_grad():
@@ -86,7 +86,7 @@ def adapt(model: nn.Module, callback: PEFT) -> AdapterStack:
     return stack
 
 
-def check_works(model: nn.Module, callback: PEFT) -> list[str]:
+def check_works(model: nn.Module, callback: AdapterCallback) -> list[str]:
     """Every adapter acts, and merged they compute the same: none is on a matrix that nothing calls."""
     base = look(model).detach()
     stack = adapt(model, callback)
@@ -142,7 +142,7 @@ def test_what_peft_takes_for_experts_is_adapted_where_it_was_named() -> None:
 
 
 @pytest.mark.parametrize("callback", [Pfeiffer(), Houlsby(), ParallelAdapter()], ids=lambda c: type(c).__name__)
-def test_an_adapter_behind_a_part_says_that_experts_have_no_last_matrix(callback: PEFT) -> None:
+def test_an_adapter_behind_a_part_says_that_experts_have_no_last_matrix(callback: AdapterCallback) -> None:
     message = r"^The feed-forward parts of \w+ are mixtures of experts, fused into parameters such as model\.layers\.\d"
     for kind in ("qwen3_moe", "deepseek_v3"):
         with pytest.raises(ValueError, match=message) as error:

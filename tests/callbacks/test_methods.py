@@ -9,26 +9,48 @@ import pytest
 import yaml
 
 from lightning_peft import callbacks
-from lightning_peft.callbacks import PEFT, Composite, Edit
+from lightning_peft.callbacks import PEFT, AdapterCallback, Composite, Edit
+from lightning_peft.fitting.adapter_callback import AdapterOptions
 from lightning_peft.testing.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 TRAINED = [
     name
     for name in callbacks.__all__
-    if issubclass(cls := getattr(callbacks, name), PEFT) and not issubclass(cls, Edit) and cls not in (PEFT, Composite)
+    if issubclass(cls := getattr(callbacks, name), AdapterCallback)
+    and not issubclass(cls, Edit)
+    and cls not in (AdapterCallback, PEFT, Composite)
 ]
-COMMON = {"backbone", "name", "backbone_dropout", "gradient_checkpointing"}
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_method_takes_what_every_method_takes(name: str) -> None:
     parameters = dict(inspect.signature(getattr(callbacks, name)).parameters)
-    missing = COMMON - set(parameters)
-    # transformers' layers forget a given past when they are checkpointed, and the prefix is one
-    assert missing == ({"gradient_checkpointing"} if name == "PrefixTuning" else set())
-    assert parameters.pop("options").kind is inspect.Parameter.VAR_KEYWORD
-    assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
+    assert not AdapterOptions.__annotations__.keys() & parameters.keys()
+    assert parameters["options"].annotation == "Unpack[AdapterOptions]"
+    assert all(p.default is not inspect.Parameter.empty for key, p in parameters.items() if key != "options")
+    common = {"backbone": "net", "name": "mine", "backbone_dropout": True, "strict_base": False, "check_finite": False}
+    made = getattr(callbacks, name)(**common)
+    assert {key: getattr(made, key) for key in common} == common
+
+
+@pytest.mark.parametrize("name", [*TRAINED, "ITI", "CAA"])
+def test_an_argument_that_no_method_has_is_named_with_the_nearest(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} has no argument 'backbon'; the nearest are backbone"):
+        getattr(callbacks, name)(backbon="net")
+
+
+def test_prefix_tuning_says_that_it_needs_the_past_that_checkpointing_drops() -> None:
+    with pytest.raises(ValueError, match="gradient_checkpointing"):
+        callbacks.PrefixTuning(gradient_checkpointing=True)
+
+
+def test_shared_arguments_by_position_are_taken_with_a_warning() -> None:
+    from peft import LoraConfig
+
+    with pytest.warns(FutureWarning, match="by name"):
+        made = PEFT(LoraConfig(), "net", "mine")
+    assert (made.backbone, made.name) == ("net", "mine")
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import Tensor, nn
 
 from lightning_peft.backbone.layers import LayerSite, layer_sites, stream_writers
 from lightning_peft.editing.contrast import ablation_direction
+from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import StatementLayers
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ class Ablation(StatementLayers):
             `"block"`, `"attention"` or `"mlp"`.
         alpha: the strength, 1 being whole.
         positions: `"all"` (the paper's), or as `CAA`'s.
-        backbone: see `PEFT`.
-        name: the adapter's name.
 
     Attributes:
         edit_: the computed `LayerEdit` after `fit`: the direction `[1, width]`.
@@ -41,6 +40,8 @@ class Ablation(StatementLayers):
         RuntimeError: fit ended before the pass did, so that nothing was computed.
     """
 
+    default_name = "ablation"
+
     operation = "ablate"
 
     def __init__(
@@ -49,13 +50,12 @@ class Ablation(StatementLayers):
         sites: Literal["writes", "block", "attention", "mlp"] = "writes",
         alpha: float = 1.0,
         positions: str = "all",
-        backbone: str | None = None,
-        name: str = "ablation",
+        **options: Unpack[EditOptions],
     ) -> None:
         if sites not in ("writes", "block", "attention", "mlp"):
             raise ValueError(f"sites must be writes, block, attention or mlp, got {sites!r}.")
         layers = None if layer is None else [layer]
-        super().__init__("block", layers, alpha, positions, backbone, name)
+        super().__init__("block", layers, alpha, positions, **options)
         self.where = sites
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

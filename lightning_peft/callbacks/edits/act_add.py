@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import lightning as L
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_peft.editing.collect import capture_texts
 from lightning_peft.editing.contrast import LayerEdit, act_add_vectors
+from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import EditLayers
 from lightning_peft.stack.stack import AdapterStack
 
@@ -31,8 +32,6 @@ class ActAdd(EditLayers):
         positions: the phase at whose beginning the vectors are added: `"all"` (the text's front, the paper's),
             `"prompt"`, `"answer"` or `"generated"`.
         sites: as `CAA`'s.
-        backbone: see `PEFT`.
-        name: the adapter's name.
 
     Attributes:
         edit_: the computed `LayerEdit` after `fit`, its vectors `[layers, tokens, width]`.
@@ -40,6 +39,8 @@ class ActAdd(EditLayers):
     Raises:
         ValueError: no tokenizer is found, the prompts are the same, or there is no such layer.
     """
+
+    default_name = "act_add"
 
     needs = None
 
@@ -51,14 +52,13 @@ class ActAdd(EditLayers):
         layers: list[int] | str | None = None,
         positions: Literal["all", "prompt", "answer", "generated"] = "all",
         sites: Literal["block", "attention", "mlp"] = "block",
-        backbone: str | None = None,
-        name: str = "act_add",
+        **options: Unpack[EditOptions],
     ) -> None:
         if positions not in ("all", "prompt", "answer", "generated"):
             raise ValueError(f"positions must be all, prompt, answer or generated, got {positions!r}.")
         if prompt_add == prompt_sub:
             raise ValueError(f"Both prompts are {prompt_add!r}, and between them there is no difference to add.")
-        super().__init__(sites, layers, coeff, positions, backbone, name)
+        super().__init__(sites, layers, coeff, positions, **options)
         self.prompt_add, self.prompt_sub = prompt_add, prompt_sub
         self._prompts: list[list[int]] = []
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_peft.editing.contrast import caa_vectors
+from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import StatementLayers
 
 
@@ -29,8 +30,6 @@ class CAA(StatementLayers):
         beta: of an adaptive gate.
         threshold: of a conditional one.
         C: inverse strength of the L2 penalty of a gate's probes.
-        backbone: see `PEFT`.
-        name: the adapter's name.
 
     Attributes:
         edit_: the computed `LayerEdit` after `fit`.
@@ -40,6 +39,8 @@ class CAA(StatementLayers):
             finite.
         RuntimeError: fit ended before the pass did, so that nothing was computed.
     """
+
+    default_name = "caa"
 
     def __init__(
         self,
@@ -51,10 +52,9 @@ class CAA(StatementLayers):
         beta: float = 0.0,
         threshold: float = 0.5,
         C: float = 1.0,
-        backbone: str | None = None,
-        name: str = "caa",
+        **options: Unpack[EditOptions],
     ) -> None:
-        super().__init__(sites, layers, multiplier, positions, backbone, name, gate, beta, threshold, C)
+        super().__init__(sites, layers, multiplier, positions, gate, beta, threshold, C, **options)
 
     def vectors(self, activations: Tensor, truth: Tensor, question_id: Tensor) -> Tensor:
         return caa_vectors(activations, truth, question_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ from lightning_peft.editing.capture import HeadCapture
 from lightning_peft.editing.collect import capture_tokens
 from lightning_peft.editing.heads import head_offsets_config
 from lightning_peft.editing.iti import REFERENCE_POSITIONS, HeadEdit, check_names, compute_iti
+from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.gates import check_gate
@@ -55,8 +56,6 @@ class ITI(Edit):
             `"conditional"`: it acts only where `1 - p` is above `threshold`.
         beta: of an adaptive gate.
         threshold: of a conditional one.
-        backbone: see `PEFT`.
-        name: the adapter's name.
         pattern: where the architecture is unknown, a regular expression for the end of the names of the attention
             output projections.
         heads_per_layer: where no configuration says it, how many heads enter each projection.
@@ -69,6 +68,8 @@ class ITI(Edit):
             that are not finite, an unknown architecture.
         RuntimeError: fit ended before the pass did, so that nothing was computed.
     """
+
+    default_name = "iti"
 
     def __init__(
         self,
@@ -85,10 +86,9 @@ class ITI(Edit):
         gate: Literal["adaptive", "conditional"] | None = None,
         beta: float = 0.0,
         threshold: float = 0.5,
-        backbone: str | None = None,
-        name: str = "iti",
         pattern: str | None = None,
         heads_per_layer: int | None = None,
+        **options: Unpack[EditOptions],
     ) -> None:
         check_names(direction, strength)
         if positions is None:
@@ -99,7 +99,7 @@ class ITI(Edit):
             raise ValueError(f"num_heads must be at least 1, got {num_heads}.")
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}.")
-        super().__init__(backbone, name)
+        super().__init__(**options)
         self.num_heads, self.alpha, self.direction, self.positions = num_heads, alpha, direction, positions
         self.val_fraction, self.C, self.seed = val_fraction, C, seed
         self.strength, self.question_ends, self.reference = strength, question_ends or reference, reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning as L
 import torch
@@ -27,6 +27,7 @@ from lightning_peft.editing.facts import (
 )
 from lightning_peft.editing.facts.rome import check_facts
 from lightning_peft.editing.facts.update import lora_config
+from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit import Edit, from_rank_zero
 from lightning_peft.stack.stack import AdapterStack
 
@@ -54,14 +55,13 @@ class KnowledgeEditing(Edit):
         shrinkage: float,
         prefixes: int,
         seed: int,
-        backbone: str | None,
-        name: str,
+        **options: Unpack[EditOptions],
     ) -> None:
         if not 0.0 <= shrinkage <= 1.0:
             raise ValueError(f"shrinkage must be between 0 and 1, got {shrinkage}.")
         if prefixes < 0:
             raise ValueError(f"prefixes must be at least 0, got {prefixes}.")
-        super().__init__(backbone, name)
+        super().__init__(**options)
         self.facts = list(facts) if isinstance(facts, list) else read_facts(facts, numbers)
         if not self.facts:
             raise ValueError("There is no fact to rewrite: give at least one.")
@@ -164,8 +164,6 @@ class ROME(KnowledgeEditing):
         shrinkage: of the covariance towards a multiple of the identity, in [0, 1].
         prefixes: how many excerpts of the text keys and values are averaged over, beside none.
         seed: of the excerpts and of the trace's noise.
-        backbone: see `PEFT`.
-        name: the adapter's name.
 
     Attributes:
         edit_: the computed `KnowledgeEdit` after `fit`.
@@ -175,6 +173,8 @@ class ROME(KnowledgeEditing):
         ValueError: in one sentence: no tokenizer, a fact that cannot be told in tokens, no such layer, a quantised
             layer, a covariance that is singular.
     """
+
+    default_name = "rome"
 
     def __init__(
         self,
@@ -189,12 +189,11 @@ class ROME(KnowledgeEditing):
         shrinkage: float = 0.01,
         prefixes: int = 5,
         seed: int = 0,
-        backbone: str | None = None,
-        name: str = "rome",
+        **options: Unpack[EditOptions],
     ) -> None:
         search = Search(v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor)
         layers = None if layer is None else [layer]
-        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, backbone, name)
+        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, **options)
 
     @property
     def _count(self) -> int:
@@ -211,7 +210,7 @@ class MEMIT(KnowledgeEditing):
     share; the LoRA adapter has the rank of the number of facts on each layer.
 
     Args:
-        facts, numbers, shrinkage, prefixes, seed, backbone, name: as `ROME`.
+        facts, numbers, shrinkage, prefixes, seed: as `ROME`.
         layers: which blocks, from 0, ascending; default five that end where the causal trace is largest.
         mom2_update_weight: λ, how much what is held already counts; default the keys' width.
         v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor: as `ROME`; the bound is here in norms of
@@ -223,6 +222,8 @@ class MEMIT(KnowledgeEditing):
     Raises:
         ValueError: as `ROME`.
     """
+
+    default_name = "memit"
 
     def __init__(
         self,
@@ -238,13 +239,12 @@ class MEMIT(KnowledgeEditing):
         shrinkage: float = 0.01,
         prefixes: int = 5,
         seed: int = 0,
-        backbone: str | None = None,
-        name: str = "memit",
+        **options: Unpack[EditOptions],
     ) -> None:
         if layers is not None and layers != sorted(set(layers)):
             raise ValueError(f"The layers must be given in ascending order, each once, but they are {layers}.")
         search = Search(v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor)
-        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, backbone, name)
+        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, **options)
         if mom2_update_weight is not None and mom2_update_weight <= 0:
             raise ValueError(f"mom2_update_weight must be above 0, got {mom2_update_weight}.")
         self.mom2_update_weight = mom2_update_weight

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_peft.editing.contrast import repe_vectors
+from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import StatementLayers
 
 
@@ -22,8 +23,6 @@ class RepE(StatementLayers):
             length 1, and its coefficient is searched for each model).
         seed: which pair of statements stands for each question.
         positions, sites, gate, beta, threshold, C: as `CAA`'s.
-        backbone: see `PEFT`.
-        name: the adapter's name.
 
     Attributes:
         edit_: the computed `LayerEdit` after `fit`.
@@ -32,6 +31,8 @@ class RepE(StatementLayers):
         ValueError: in one sentence, as `CAA`, or fewer than two pairs.
         RuntimeError: fit ended before the pass did, so that nothing was computed.
     """
+
+    default_name = "repe"
 
     def __init__(
         self,
@@ -44,10 +45,9 @@ class RepE(StatementLayers):
         beta: float = 0.0,
         threshold: float = 0.5,
         C: float = 1.0,
-        backbone: str | None = None,
-        name: str = "repe",
+        **options: Unpack[EditOptions],
     ) -> None:
-        super().__init__(sites, layers, coeff, positions, backbone, name, gate, beta, threshold, C)
+        super().__init__(sites, layers, coeff, positions, gate, beta, threshold, C, **options)
         self.seed = seed
 
     def default_layers(self, count: int) -> str:

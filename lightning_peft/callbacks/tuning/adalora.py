@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.backbone.defaults import known_targets
 from lightning_peft.backbone.targets import Layers, Within, choose_targets
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # importance of each weight, its average, and that of its spread
 
 
-class AdaLoRA(PEFT):
+class AdaLoRA(AdapterCallback):
     """AdaLoRA: `W + P diag(lambda) Q`, whose least important singular values are pruned in training, over all matrices.
 
     Zhang et al. 2023, arXiv:2303.10512. Trainable parameters: `init_r * (inputs + outputs + 1)` for each adapted
@@ -45,10 +44,6 @@ class AdaLoRA(PEFT):
             choice for the model's type, else every linear layer of the backbone.
         layers: see `LoRA`.
         within: see `LoRA`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -61,6 +56,8 @@ class AdaLoRA(PEFT):
         >>> trainer = L.Trainer(callbacks=[AdaLoRA(tinit=200, tfinal=500)], accelerator="cpu", logger=False,
         ...                     enable_checkpointing=False)
     """
+
+    default_name = "adalora"
 
     def __init__(
         self,
@@ -78,10 +75,6 @@ class AdaLoRA(PEFT):
         target_modules: list[str] | str | None = None,
         layers: Layers | list[int] | None = None,
         within: Within | None = None,
-        backbone: str | None = None,
-        name: str = "adalora",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if not 1 <= target_r <= init_r:
@@ -95,7 +88,7 @@ class AdaLoRA(PEFT):
             )
         if min(tinit, tfinal) < 0 or delta_t < 1:
             raise ValueError(f"tinit and tfinal must be at least 0 and delta_t 1, got {tinit}, {tfinal} and {delta_t}.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.init_r, self.target_r, self.alpha, self.dropout = init_r, target_r, alpha, dropout
         self.tinit, self.tfinal, self.delta_t, self.total_steps = tinit, tfinal, delta_t, total_steps
         self.beta1, self.beta2, self.orth_reg_weight = beta1, beta2, orth_reg_weight

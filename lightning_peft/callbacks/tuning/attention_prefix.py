@@ -10,14 +10,13 @@ from torch import nn
 from lightning_peft.backbone.parts import attentions
 from lightning_peft.backbone.projections import projections
 from lightning_peft.backbone.targets import Layers
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
 
-class AttentionPrefix(PEFT):
+class AttentionPrefix(AdapterCallback):
     """Prefix tuning in place: in each attention every query also sees `length` trained keys and values.
 
     Li & Liang 2021, arXiv:2101.00190, without the reparametrisation. No position is shifted and the cache of keys
@@ -31,10 +30,6 @@ class AttentionPrefix(PEFT):
             training starts at the base model; `"paper"`: it acts in full from the start, from random values.
         gate: multiply the prefix's keys and values by `sigmoid(w x + b)` of each query token, as UniPELT does.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -46,6 +41,8 @@ class AttentionPrefix(PEFT):
         ('attention_prefix',)
     """
 
+    default_name = "attention_prefix"
+
     exempt: Mapping[str, str] = {"merge": "a softmax over more keys cannot be written into the weights"}
 
     def __init__(
@@ -54,17 +51,13 @@ class AttentionPrefix(PEFT):
         init: Literal["identity", "paper"] = "identity",
         gate: bool = False,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "attention_prefix",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if length < 1:
             raise ValueError(f"The length of a prefix must be at least 1, got {length}.")
         if init == "paper":
             self.exempt = {**self.exempt, "identity": "a random prefix takes attention away from the tokens"}
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.length, self.init, self.gate, self.layers = length, init, gate, layers
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Literal, Unpack
 from torch import nn
 
 from lightning_peft.backbone.targets import Layers, Within
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
     from lightning_peft.stack.configs import PeftConfig
 
 
-class BitFit(PEFT):
+class BitFit(AdapterCallback):
     """Train the biases and nothing else: `y = W x + b0 + delta`.
 
     Ben Zaken et al. 2022, arXiv:2106.10199. Trainable parameters: one for each output of each module with a bias.
@@ -27,10 +26,6 @@ class BitFit(PEFT):
             LLaMA-likes and T5 have none.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default everything in the backbone.
         within: train only biases of matrices in the blocks' `"attention"`, or only in their `"mlp"`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -43,21 +38,19 @@ class BitFit(PEFT):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "bitfit"
+
     def __init__(
         self,
         parts: Literal["all", "query_and_second_mlp"] = "all",
         add_missing: bool = False,
         layers: Layers | list[int] | None = None,
         within: Within | None = None,
-        backbone: str | None = None,
-        name: str = "bitfit",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if parts not in ("all", "query_and_second_mlp"):
             raise ValueError(f'parts must be "all" or "query_and_second_mlp", got {parts!r}.')
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.parts: Literal["all", "query_and_second_mlp"] = parts
         self.add_missing, self.layers, self.within = add_missing, layers, within
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from lightning_peft.backbone.parts import part_ends
 from lightning_peft.backbone.targets import Layers, choose_targets
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -20,7 +19,7 @@ Init = Literal["lora", "mam", "bert", "houlsby", "glorot"]
 Scaling = float | Literal["learned", "channel"]
 
 
-class Bottleneck(PEFT):
+class Bottleneck(AdapterCallback):
     """What the bottleneck methods share: where their adapters go. Use one of its subclasses.
 
     Args:
@@ -28,10 +27,6 @@ class Bottleneck(PEFT):
         attention: adapt attention parts as well as feed-forward parts.
         target_modules: names of the matrices to add to, in place of the parts' last.
         layers: see `LoRA`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
     """
 
@@ -43,13 +38,9 @@ class Bottleneck(PEFT):
         attention: bool,
         target_modules: list[str] | str | None,
         layers: Layers | list[int] | None,
-        backbone: str | None,
-        name: str,
-        backbone_dropout: bool,
-        gradient_checkpointing: bool,
         **options: Unpack[AdapterOptions],
     ) -> None:
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         scaling = settings.pop("scaling", 1.0)
         fixed = isinstance(scaling, int | float)
         settings |= {"alpha": float(scaling), "scaling": "fixed"} if fixed else {"scaling": scaling}
@@ -92,10 +83,6 @@ class Houlsby(Bottleneck):
         dropout: on the adapter's output, in training.
         target_modules: names of the matrices to add to, in place of the parts' last ones.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -107,6 +94,8 @@ class Houlsby(Bottleneck):
         64
     """
 
+    default_name = "houlsby"
+
     def __init__(
         self,
         reduction: int = 16,
@@ -117,10 +106,6 @@ class Houlsby(Bottleneck):
         dropout: float = 0.0,
         target_modules: list[str] | str | None = None,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "houlsby",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
@@ -129,10 +114,6 @@ class Houlsby(Bottleneck):
             True,
             target_modules,
             layers,
-            backbone,
-            name,
-            backbone_dropout,
-            gradient_checkpointing,
             **options,
         )
 
@@ -151,12 +132,10 @@ class Pfeiffer(Bottleneck):
         dropout: see `Houlsby`.
         target_modules: see `Houlsby`.
         layers: see `Houlsby`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
     """
+
+    default_name = "pfeiffer"
 
     def __init__(
         self,
@@ -168,10 +147,6 @@ class Pfeiffer(Bottleneck):
         dropout: float = 0.0,
         target_modules: list[str] | str | None = None,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "pfeiffer",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
@@ -180,10 +155,6 @@ class Pfeiffer(Bottleneck):
             False,
             target_modules,
             layers,
-            backbone,
-            name,
-            backbone_dropout,
-            gradient_checkpointing,
             **options,
         )
 
@@ -201,12 +172,10 @@ class ParallelAdapter(Bottleneck):
         init: see `Houlsby`.
         dropout: see `Houlsby`.
         layers: see `Houlsby`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
     """
+
+    default_name = "parallel"
 
     def __init__(
         self,
@@ -217,10 +186,6 @@ class ParallelAdapter(Bottleneck):
         init: Init = "lora",
         dropout: float = 0.0,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "parallel",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         settings = {"reduction": reduction, "size": size, "activation": activation, "scaling": scaling}
@@ -229,10 +194,6 @@ class ParallelAdapter(Bottleneck):
             False,
             None,
             layers,
-            backbone,
-            name,
-            backbone_dropout,
-            gradient_checkpointing,
             **options,
         )
 
@@ -249,12 +210,10 @@ class ScaledParallelAdapter(ParallelAdapter):
         init: see `Houlsby`.
         dropout: see `Houlsby`.
         layers: see `Houlsby`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
     """
+
+    default_name = "scaled_parallel"
 
     def __init__(
         self,
@@ -264,10 +223,6 @@ class ScaledParallelAdapter(ParallelAdapter):
         init: Init = "mam",
         dropout: float = 0.0,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "scaled_parallel",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         super().__init__(
@@ -277,10 +232,6 @@ class ScaledParallelAdapter(ParallelAdapter):
             init=init,
             dropout=dropout,
             layers=layers,
-            backbone=backbone,
-            name=name,
-            backbone_dropout=backbone_dropout,
-            gradient_checkpointing=gradient_checkpointing,
             **options,
         )
 
@@ -299,12 +250,10 @@ class AdapterPlus(Bottleneck):
         dropout: see `Houlsby`.
         target_modules: see `Houlsby`.
         layers: see `Houlsby`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
     """
+
+    default_name = "adapter_plus"
 
     def __init__(
         self,
@@ -316,10 +265,6 @@ class AdapterPlus(Bottleneck):
         dropout: float = 0.0,
         target_modules: list[str] | str | None = None,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "adapter_plus",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         settings = {
@@ -333,9 +278,5 @@ class AdapterPlus(Bottleneck):
             False,
             target_modules,
             layers,
-            backbone,
-            name,
-            backbone_dropout,
-            gradient_checkpointing,
             **options,
         )

@@ -6,7 +6,7 @@ from typing import Unpack
 
 from lightning_peft.backbone.targets import Layers
 from lightning_peft.callbacks.tuning.bottleneck import Activation, Bottleneck, Init, Scaling
-from lightning_peft.fitting.options import AdapterOptions
+from lightning_peft.fitting.adapter_callback import AdapterOptions
 
 
 class Compacter(Bottleneck):
@@ -26,10 +26,6 @@ class Compacter(Bottleneck):
         dropout: see `Houlsby`.
         target_modules: see `Houlsby`.
         layers: see `Houlsby`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -40,6 +36,8 @@ class Compacter(Bottleneck):
         >>> Compacter(n=4).options["kronecker"]
         4
     """
+
+    default_name = "compacter"
 
     attention_too = True
 
@@ -54,10 +52,6 @@ class Compacter(Bottleneck):
         dropout: float = 0.0,
         target_modules: list[str] | str | None = None,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "compacter",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if n < 1:
@@ -68,10 +62,6 @@ class Compacter(Bottleneck):
             self.attention_too,
             target_modules,
             layers,
-            backbone,
-            name,
-            backbone_dropout,
-            gradient_checkpointing,
             **options,
         )
 

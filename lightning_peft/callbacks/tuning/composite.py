@@ -7,23 +7,18 @@ from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
 
-class Composite(PEFT):
+class Composite(AdapterCallback):
     """Train several adapters on one backbone together; they are a stack, saved, scaled and switched part by part.
 
     Args:
         methods: for each adapter, the callback that says what it is, innermost first; the adapter's name is this
             callback's name, `-` and the key. The callbacks themselves are not given to the Trainer.
-        backbone: see `PEFT`.
-        name: the beginning of the adapters' names.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -35,20 +30,18 @@ class Composite(PEFT):
         ('composite-attention', 'composite-mlp')
     """
 
+    default_name = "composite"
+
     def __init__(
         self,
-        methods: Mapping[str, PEFT],
-        backbone: str | None = None,
-        name: str = "composite",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
+        methods: Mapping[str, AdapterCallback],
         **options: Unpack[AdapterOptions],
     ) -> None:
         if not methods:
             raise ValueError(f"{type(self).__name__} needs at least one method.")
         if edits := [type(method).__name__ for method in methods.values() if method.computed]:
             raise ValueError(f"{type(self).__name__} trains its methods together, and {edits[0]} is not trained.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.methods = dict(methods)
 
     @property

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Unpack
 from torch import nn
 
 from lightning_peft.backbone.targets import Layers, Within
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
     from lightning_peft.stack.configs import PeftConfig
 
 
-class FullFineTuning(PEFT):
+class FullFineTuning(AdapterCallback):
     """Train the backbone's own parameters, as differences from where they started: `W = W0 + delta`.
 
     The gradient of `delta` is that of `W`, so without weight decay the training is that of `W` itself; with weight
@@ -26,10 +25,7 @@ class FullFineTuning(PEFT):
     Args:
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default everything in the backbone.
         within: train only the matrices of the blocks' `"attention"`, or only of their `"mlp"`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
         backbone_dropout: see `PEFT`; plain fine-tuning of a model with dropout keeps it.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -39,17 +35,15 @@ class FullFineTuning(PEFT):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "full"
+
     def __init__(
         self,
         layers: Layers | list[int] | None = None,
         within: Within | None = None,
-        backbone: str | None = None,
-        name: str = "full",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.layers, self.within = layers, within
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
@@ -59,7 +53,7 @@ class FullFineTuning(PEFT):
         return WeightDeltasConfig(target_parameters=choose_parameters(backbone, self.layers, self.within))
 
 
-class TopLayers(PEFT):
+class TopLayers(AdapterCallback):
     """Train the last k blocks and what stands after them, as differences; everything below stays as it is.
 
     Trainable parameters: all of those. Backward ends at the lowest of the blocks.
@@ -68,10 +62,6 @@ class TopLayers(PEFT):
         k: how many blocks, from the last one down; of an encoder and a decoder both.
         final_norm: also train the normalisation after the last block.
         head: also train what else comes after it inside the backbone, such as an output embedding that is not tied.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -80,20 +70,18 @@ class TopLayers(PEFT):
         ('top',)
     """
 
+    default_name = "top"
+
     def __init__(
         self,
         k: int = 2,
         final_norm: bool = True,
         head: bool = True,
-        backbone: str | None = None,
-        name: str = "top",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if k < 1:
             raise ValueError(f"TopLayers trains at least one block, got k={k}.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.k, self.final_norm, self.head = k, final_norm, head
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

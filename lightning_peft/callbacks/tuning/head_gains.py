@@ -9,8 +9,7 @@ from torch import nn
 
 from lightning_peft.backbone.sharded import write
 from lightning_peft.callbacks.tuning.head_offsets import check_heads, head_config, read_edit
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 _GAIN, _DIRECTION = ".head_offsets", ".head_offsets_directions"
 
 
-class HeadGains(PEFT):
+class HeadGains(AdapterCallback):
     """Train how far each head of an edit goes: `z_h + gain_h * offset_h` with the offsets of a saved ITI edit frozen.
 
     ITI gives all heads one strength alpha, in standard deviations (Li et al. 2023, arXiv:2306.03341); here each head's
@@ -35,10 +34,6 @@ class HeadGains(PEFT):
         seed: of the random directions.
         pattern: of the control, see `HeadOffsets`.
         num_heads: for models without a configuration, how many heads enter each projection.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -48,6 +43,8 @@ class HeadGains(PEFT):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "head_gains"
+
     def __init__(
         self,
         init_from: str | None = None,
@@ -56,14 +53,10 @@ class HeadGains(PEFT):
         seed: int = 0,
         pattern: str | None = None,
         num_heads: int | None = None,
-        backbone: str | None = None,
-        name: str = "head_gains",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         check_heads(heads, positions, init_from)
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.init_from, self.heads, self.positions, self.seed = init_from, heads, positions, seed
         self.pattern, self.num_heads = pattern, num_heads
 

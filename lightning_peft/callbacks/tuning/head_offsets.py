@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from torch import Tensor, nn
 
 from lightning_peft.backbone.structure import blocks
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_peft.tuners.head_offsets import HeadOffsetsConfig
 
 
-class HeadOffsets(PEFT):
+class HeadOffsets(AdapterCallback):
     """Train a vector for each attention head, added to the head's output: `z_h + alpha * offset_h`, zero at the start.
 
     The second step of LoFiT (Yin et al. 2024, arXiv:2406.01563). What ITI computes, trained: with `init_from` the start
@@ -35,10 +34,6 @@ class HeadOffsets(PEFT):
         pattern: a regular expression for the end of the names of the attention's output projections. Default: the
             last matrix of each attention in the backbone's blocks.
         num_heads: for models without a configuration, how many heads enter each of them.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -48,6 +43,8 @@ class HeadOffsets(PEFT):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "head_offsets"
+
     def __init__(
         self,
         heads: list[tuple[int, int]] | None = None,
@@ -56,14 +53,10 @@ class HeadOffsets(PEFT):
         init_from: str | None = None,
         pattern: str | None = None,
         num_heads: int | None = None,
-        backbone: str | None = None,
-        name: str = "head_offsets",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         check_heads(heads, positions, init_from)
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.init_from, self.heads, self.alpha, self.positions = init_from, heads, alpha, positions
         self.pattern, self.num_heads = pattern, num_heads
         if positions != "all":

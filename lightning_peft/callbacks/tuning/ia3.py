@@ -11,14 +11,13 @@ from lightning_peft.backbone.defaults import every_matrix, known_targets, takes_
 from lightning_peft.backbone.modules import base_modules
 from lightning_peft.backbone.structure import blocks
 from lightning_peft.backbone.targets import Layers, choose_targets, matching
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
 
-class IA3(PEFT):
+class IA3(AdapterCallback):
     """IA3: keys, values and the feed-forward part's inner activations are each multiplied by a trained vector.
 
     Liu et al. 2022, arXiv:2205.05638. Trainable parameters: the outputs of each adapted matrix, the inputs of each
@@ -32,10 +31,6 @@ class IA3(PEFT):
             layer.
         feedforward_modules: those among them whose inputs, not outputs, are multiplied; default likewise.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -47,20 +42,18 @@ class IA3(PEFT):
         >>> trainer = L.Trainer(callbacks=[IA3()], accelerator="cpu", logger=False, enable_checkpointing=False)
     """
 
+    default_name = "ia3"
+
     def __init__(
         self,
         target_modules: list[str] | str | None = None,
         feedforward_modules: list[str] | str | None = None,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "ia3",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if feedforward_modules is not None and target_modules is None:
             raise ValueError("feedforward_modules are some of the target_modules: name those too.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.target_modules, self.feedforward_modules, self.layers = target_modules, feedforward_modules, layers
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

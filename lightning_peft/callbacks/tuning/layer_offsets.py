@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig  # as in lora.py
 
 
-class LayerOffsets(PEFT):
+class LayerOffsets(AdapterCallback):
     """Train a vector for each block, attention or feed-forward part, added to its output: `x + alpha * v`.
 
     What CAA computes, trained from zero. Trainable parameters: the width of the residual stream for each site.
@@ -24,10 +23,6 @@ class LayerOffsets(PEFT):
         alpha: the strength.
         positions: `"all"` tokens, where the offset can be merged (of blocks, where nothing follows the residual sum);
             only those from the `"answer"`'s beginning on; or only `"generated"` ones.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -37,21 +32,19 @@ class LayerOffsets(PEFT):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "layer_offsets"
+
     def __init__(
         self,
         sites: Literal["block", "attention", "mlp"] = "block",
         layers: list[int] | str | None = None,
         alpha: float = 1.0,
         positions: Literal["all", "answer", "generated"] = "all",
-        backbone: str | None = None,
-        name: str = "layer_offsets",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if positions not in ("all", "answer", "generated"):
             raise ValueError(f'positions must be "all", "answer" or "generated", got {positions!r}.')
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.sites, self.layers, self.alpha, self.positions = sites, layers, alpha, positions
         if positions != "all":
             self.exempt = {"merge": "a bias acts at every position"}

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_peft.backbone.sharded import whole, write
 from lightning_peft.callbacks.tuning.head_offsets import check_heads, head_config
+from lightning_peft.fitting.adapter_callback import AdapterOptions
 from lightning_peft.fitting.multi_phase import MultiPhase
-from lightning_peft.fitting.options import AdapterOptions
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -39,10 +39,6 @@ class LoFiT(MultiPhase):
             beginning on; or only `"generated"` ones.
         pattern: see `HeadOffsets`.
         num_heads: for models without a configuration, how many heads enter each projection.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -55,6 +51,8 @@ class LoFiT(MultiPhase):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "lofit"
+
     def __init__(
         self,
         share: float = 0.03,
@@ -65,10 +63,6 @@ class LoFiT(MultiPhase):
         positions: Literal["all", "answer", "generated"] = "all",
         pattern: str | None = None,
         num_heads: int | None = None,
-        backbone: str | None = None,
-        name: str = "lofit",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if not 0.0 < share <= 1.0:
@@ -78,7 +72,7 @@ class LoFiT(MultiPhase):
                 f"LoFiT needs an l1 of at least 0 and at least one step to select, got {l1}, {select_steps}."
             )
         check_heads(heads, positions)
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.share, self.select_steps, self.l1 = share, select_steps, l1
         self.heads, self.alpha, self.positions = heads, alpha, positions
         self.pattern, self.num_heads = pattern, num_heads

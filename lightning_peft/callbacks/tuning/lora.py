@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from lightning_peft.backbone.targets import Layers, Within, beside_experts, choose_with_experts
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 from lightning_peft.fitting.data_init import look
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
 from lightning_peft.stack.injection.eva import Inputs
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 _INITS = (True, False, "gaussian", "orthogonal", "mica", "eva", "pissa", "olora", "loftq")
 
 
-class LoRA(PEFT):
+class LoRA(AdapterCallback):
     """Low-rank adaptation: `y = W x + (alpha / r) B A x`, with W frozen and B zero at the start.
 
     Hu et al. 2021, arXiv:2106.09685. Trainable parameters: `r * (inputs + outputs)` for each adapted matrix.
@@ -44,10 +43,6 @@ class LoRA(PEFT):
             leave W alone; `"pissa"`, `"olora"` and `"loftq"` (on CUDA) take A and B out of it, so that the adapter
             cannot be switched off or taken out; loading does it again, on the pristine base.
         bias: `"none"`, `"all"` or `"lora_only"`: which biases are trained too.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         invocation_tokens: for `variant="alora"`: token ids.
         init_batches: for `init="eva"`: how many training batches to look at.
         target_parameters: names (or ends of names) of parameters to adapt besides, such as the fused experts of a
@@ -67,6 +62,8 @@ class LoRA(PEFT):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "lora"
+
     def __init__(
         self,
         r: int = 8,
@@ -78,10 +75,6 @@ class LoRA(PEFT):
         variant: Literal["lora", "rslora", "dora", "alora"] = "lora",
         init: bool | str = True,
         bias: Literal["none", "all", "lora_only"] = "none",
-        backbone: str | None = None,
-        name: str = "lora",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         invocation_tokens: list[int] | None = None,
         init_batches: int = 16,
         target_parameters: list[str] | None = None,
@@ -99,7 +92,7 @@ class LoRA(PEFT):
             raise ValueError(f"init must be one of {', '.join(map(repr, _INITS))}, got {init!r}.")
         if init_batches < 1:
             raise ValueError(f"init_batches must be at least 1, got {init_batches}.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.target_modules, self.target_parameters = target_modules, target_parameters
         self.layers, self.within = layers, within

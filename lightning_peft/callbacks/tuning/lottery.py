@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.sharded import whole
+from lightning_peft.fitting.adapter_callback import AdapterOptions
 from lightning_peft.fitting.multi_phase import MultiPhaseDeltas, assign, mask_of, trained
-from lightning_peft.fitting.options import AdapterOptions
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -40,10 +40,6 @@ class LotteryTicket(MultiPhaseDeltas):
         output_rate: the output layer is pruned at `output_rate * prune`; in the paper at half the rate.
         criterion: what is pruned first: the smallest `"magnitude"`, or `"random"` entries, as a control.
         seed: of the random control.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -56,6 +52,8 @@ class LotteryTicket(MultiPhaseDeltas):
         ...                     logger=False, enable_checkpointing=False)
     """
 
+    default_name = "ticket"
+
     def __init__(
         self,
         rounds: int = 5,
@@ -66,10 +64,6 @@ class LotteryTicket(MultiPhaseDeltas):
         output_rate: float = 0.5,
         criterion: Literal["magnitude", "random"] = "magnitude",
         seed: int = 0,
-        backbone: str | None = None,
-        name: str = "ticket",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if rounds < 1 or rewind_steps < 0 or (round_steps is not None and round_steps <= rewind_steps):
@@ -78,7 +72,7 @@ class LotteryTicket(MultiPhaseDeltas):
             raise ValueError(f"prune must be in (0, 1) and output_rate in [0, 1], got {prune} and {output_rate}.")
         if criterion not in ("magnitude", "random"):
             raise ValueError(f'criterion must be "magnitude" or "random", got {criterion!r}.')
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.rounds, self.prune, self.rewind_steps, self.round_steps = rounds, prune, rewind_steps, round_steps
         self.output_layer, self.output_rate, self.criterion, self.seed = output_layer, output_rate, criterion, seed
         self.steps, self.turn = [], 0

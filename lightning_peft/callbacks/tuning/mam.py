@@ -9,7 +9,7 @@ from lightning_peft.backbone.targets import Layers
 from lightning_peft.callbacks.tuning.attention_prefix import AttentionPrefix
 from lightning_peft.callbacks.tuning.bottleneck import ScaledParallelAdapter, Scaling
 from lightning_peft.callbacks.tuning.composite import Composite
-from lightning_peft.fitting.options import AdapterOptions
+from lightning_peft.fitting.adapter_callback import AdapterOptions
 
 
 class MAM(Composite):
@@ -24,10 +24,6 @@ class MAM(Composite):
         init: of the prefix, see `AttentionPrefix`.
         dropout: on the parallel adapter's output, in training.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
-        backbone: see `PEFT`.
-        name: the beginning of the adapters' names.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -35,6 +31,8 @@ class MAM(Composite):
         >>> MAM(size=64).names
         ('mam-parallel', 'mam-prefix')
     """
+
+    default_name = "mam"
 
     exempt: Mapping[str, str] = AttentionPrefix.exempt
 
@@ -46,20 +44,12 @@ class MAM(Composite):
         init: Literal["identity", "paper"] = "identity",
         dropout: float = 0.0,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "mam",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         prefix = AttentionPrefix(prefix_length, init, layers=layers)
         parallel = ScaledParallelAdapter(size, scaling, dropout=dropout, layers=layers)
         super().__init__(
             {"parallel": parallel, "prefix": prefix},
-            backbone,
-            name,
-            backbone_dropout,
-            gradient_checkpointing,
             **options,
         )
         self.exempt = prefix.exempt

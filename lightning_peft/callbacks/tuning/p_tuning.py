@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Literal, Unpack
 from torch import nn
 
 from lightning_peft.callbacks.tuning.prompt_tuning import PromptTuning
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
 
-class PTuning(PEFT):
+class PTuning(AdapterCallback):
     """P-tuning: virtual tokens before those of every call, computed by a small network that is trained with them.
 
     Liu et al. 2021, arXiv:2103.10385. Trainable parameters, with width `d`, `n` tokens and hidden size `h`:
@@ -29,9 +28,6 @@ class PTuning(PEFT):
         encoder_num_layers: of the LSTM.
         encoder_dropout: of the LSTM, in [0, 1).
         backbone: see `PEFT`; it must be a transformers model that takes `inputs_embeds`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -44,6 +40,8 @@ class PTuning(PEFT):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "p_tuning"
+
     exempt: Mapping[str, str] = PromptTuning.exempt
 
     def __init__(
@@ -53,10 +51,6 @@ class PTuning(PEFT):
         encoder_hidden_size: int | None = None,
         encoder_num_layers: int = 2,
         encoder_dropout: float = 0.0,
-        backbone: str | None = None,
-        name: str = "p_tuning",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if num_virtual_tokens < 1:
@@ -65,7 +59,7 @@ class PTuning(PEFT):
             raise ValueError(f'encoder must be "mlp" or "lstm", got {encoder!r}.')
         if not 0.0 <= encoder_dropout < 1.0:
             raise ValueError(f"encoder_dropout must be in [0, 1), got {encoder_dropout}.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.num_virtual_tokens, self.encoder = num_virtual_tokens, encoder
         self.encoder_hidden_size = encoder_hidden_size
         self.encoder_num_layers, self.encoder_dropout = encoder_num_layers, encoder_dropout

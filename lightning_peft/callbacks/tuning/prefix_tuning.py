@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Unpack
 from torch import nn
 
 from lightning_peft.callbacks.tuning.prompt_tuning import PromptTuning
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
 
-class PrefixTuning(PEFT):
+class PrefixTuning(AdapterCallback):
     """Prefix tuning: trained keys and values that every layer's attention finds before those of the tokens.
 
     Li and Liang 2021, arXiv:2101.00190. Trainable parameters: `num_virtual_tokens * 2 * layers * key_value_width`;
@@ -27,12 +26,10 @@ class PrefixTuning(PEFT):
         prefix_projection: compute the prefix by a two-layer perceptron, the paper's reparametrisation.
         encoder_hidden_size: the perceptron's hidden size; default the model's width.
         backbone: see `PEFT`; it must be a transformers model that generates.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
-        ValueError: no virtual token is asked for.
+        ValueError: no virtual token is asked for, or gradient checkpointing is.
 
     Example:
         >>> import lightning as L
@@ -41,6 +38,8 @@ class PrefixTuning(PEFT):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "prefix_tuning"
+
     exempt: Mapping[str, str] = PromptTuning.exempt
 
     def __init__(
@@ -48,14 +47,16 @@ class PrefixTuning(PEFT):
         num_virtual_tokens: int = 10,
         prefix_projection: bool = False,
         encoder_hidden_size: int | None = None,
-        backbone: str | None = None,
-        name: str = "prefix_tuning",
-        backbone_dropout: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens must be at least 1, got {num_virtual_tokens}.")
-        super().__init__(None, backbone, name, backbone_dropout, **options)  # type: ignore[arg-type]
+        if options.get("gradient_checkpointing"):
+            raise ValueError(
+                "Prefix tuning cannot have gradient_checkpointing: transformers' layers drop a past when they are "
+                "checkpointed, and the prefix is one."
+            )
+        super().__init__(**options)
         self.num_virtual_tokens = num_virtual_tokens
         self.prefix_projection, self.encoder_hidden_size = prefix_projection, encoder_hidden_size
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
 
-class PromptTuning(PEFT):
+class PromptTuning(AdapterCallback):
     """Prompt tuning: trained embeddings of virtual tokens before the tokens of every call.
 
     Lester et al. 2021, arXiv:2104.08691. Trainable parameters: `num_virtual_tokens * width`. The model's outputs are
@@ -26,9 +25,6 @@ class PromptTuning(PEFT):
         text: for `init="text"`; it is repeated or cut to the number of virtual tokens.
         tokenizer: for `init="text"`: the tokenizer's name or folder.
         backbone: see `PEFT`; it must be a transformers model that takes `inputs_embeds`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -41,6 +37,8 @@ class PromptTuning(PEFT):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "prompt_tuning"
+
     exempt: Mapping[str, str] = {
         "identity": "virtual tokens take a part of the attention before they are trained",
         "merge": "a prompt is computed with, and no weight of the model stands for it",
@@ -52,10 +50,6 @@ class PromptTuning(PEFT):
         init: Literal["vocab", "text", "random"] = "vocab",
         text: str | None = None,
         tokenizer: str | None = None,
-        backbone: str | None = None,
-        name: str = "prompt_tuning",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if num_virtual_tokens < 1:
@@ -64,7 +58,7 @@ class PromptTuning(PEFT):
             raise ValueError(f'init must be "vocab", "text" or "random", got {init!r}.')
         if (init == "text") != (text is not None and tokenizer is not None):
             raise ValueError('init="text" goes with a text and the tokenizer to read it by, and they with it.')
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.num_virtual_tokens, self.init, self.text, self.tokenizer = num_virtual_tokens, init, text, tokenizer
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

@@ -13,7 +13,7 @@ from lightning_peft.backbone.defaults import every_matrix, unambiguous
 from lightning_peft.backbone.targets import Layers, Within
 from lightning_peft.callbacks.quantize import Quantize, check_strategy
 from lightning_peft.callbacks.tuning.lora import LoRA
-from lightning_peft.fitting.options import AdapterOptions
+from lightning_peft.fitting.adapter_callback import AdapterOptions
 from lightning_peft.fitting.paging import PAGED, PagedOptimizer, page_optimizers
 from lightning_peft.stack.stack import Adapter
 
@@ -43,10 +43,6 @@ class QLoRA(LoRA):
         skip_modules: see `Quantize`.
         paged_optimizer: `"paged_adamw_32bit"` (the paper's) or `"paged_adamw_8bit"` takes the place of the module's
             AdamW, with its groups and hyper-parameters; default, the module's own stays.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -55,6 +51,8 @@ class QLoRA(LoRA):
         >>> trainer = L.Trainer(callbacks=[QLoRA(r=16, paged_optimizer="paged_adamw_8bit")], accelerator="cpu",
         ...                     logger=False, enable_checkpointing=False)
     """
+
+    default_name = "qlora"
 
     exempt: Mapping[str, str] = {"merge": "what is written into quantised weights is rounded again"}
 
@@ -72,10 +70,6 @@ class QLoRA(LoRA):
         compute_dtype: str | None = None,
         skip_modules: Sequence[str] | None = None,
         paged_optimizer: PagedOptimizer | None = None,
-        backbone: str | None = None,
-        name: str = "qlora",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if paged_optimizer is not None and paged_optimizer not in PAGED:
@@ -88,10 +82,6 @@ class QLoRA(LoRA):
             layers=layers,
             within=within,
             variant=variant,
-            backbone=backbone,
-            name=name,
-            backbone_dropout=backbone_dropout,
-            gradient_checkpointing=gradient_checkpointing,
             **options,
         )
         self.paged_optimizer = paged_optimizer

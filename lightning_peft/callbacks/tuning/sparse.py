@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.backbone.targets import Layers, Within
+from lightning_peft.fitting.adapter_callback import AdapterOptions
 from lightning_peft.fitting.multi_phase import MultiPhaseDeltas, assign, mask_of, trained
-from lightning_peft.fitting.options import AdapterOptions
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -39,10 +39,6 @@ class LTSFT(MultiPhaseDeltas):
             loss is without it.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default everything in the backbone.
         within: only the matrices of the blocks' `"attention"`, or only of their `"mlp"`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -55,6 +51,8 @@ class LTSFT(MultiPhaseDeltas):
         ...                     logger=False, enable_checkpointing=False)
     """
 
+    default_name = "lt-sft"
+
     def __init__(
         self,
         density: float = 0.01,
@@ -64,10 +62,6 @@ class LTSFT(MultiPhaseDeltas):
         l1: float = 0.0,
         layers: Layers | list[int] | None = None,
         within: Within | None = None,
-        backbone: str | None = None,
-        name: str = "lt-sft",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if not 0.0 < density < 1.0:
@@ -76,7 +70,7 @@ class LTSFT(MultiPhaseDeltas):
             raise ValueError("LTSFT takes full_steps or full_epochs, not both.")
         if min(full_steps or 1, full_epochs or 1, iterations) < 1 or 0 in (full_steps, full_epochs) or l1 < 0:
             raise ValueError("LTSFT needs at least one full step or epoch, one iteration, and an l1 of at least 0.")
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.density, self.full_steps, self.full_epochs = density, full_steps, full_epochs
         self.iterations, self.l1, self.layers, self.within = iterations, l1, layers, within
         self.steps, self.turn = [], 0

@@ -11,15 +11,14 @@ from lightning_peft.backbone.fused import never_called
 from lightning_peft.backbone.modules import base_modules, is_linear
 from lightning_peft.backbone.structure import blocks
 from lightning_peft.backbone.targets import Layers, Within, choose_targets
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
     from lightning_peft.stack.configs import PeftConfig
 
 
-class SSB(PEFT):
+class SSB(AdapterCallback):
     """Scale each weight from both sides by learned vectors: `y = u ⊙ W (v ⊙ x) + b`, u and v ones at the start.
 
     Si, Yang and Shen 2024, arXiv:2407.05417. Trainable parameters: `inputs + outputs` for each adapted matrix.
@@ -29,10 +28,6 @@ class SSB(PEFT):
             linear layer of the backbone's blocks, or of the backbone where it has no blocks.
         layers: which blocks to adapt: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
         within: adapt only modules in `"attention"`, or only those in the `"mlp"`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -41,6 +36,8 @@ class SSB(PEFT):
         >>> trainer = L.Trainer(callbacks=[SSB()], accelerator="cpu", logger=False, enable_checkpointing=False)
     """
 
+    default_name = "ssb"
+
     sides = "both"
 
     def __init__(
@@ -48,13 +45,9 @@ class SSB(PEFT):
         target_modules: list[str] | str | None = None,
         layers: Layers | list[int] | None = None,
         within: Within | None = None,
-        backbone: str | None = None,
-        name: str = "ssb",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
-        super().__init__(None, backbone, name, backbone_dropout, gradient_checkpointing, **options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.target_modules, self.layers, self.within = target_modules, layers, within
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

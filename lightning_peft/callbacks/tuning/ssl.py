@@ -6,7 +6,7 @@ from typing import Unpack
 
 from lightning_peft.backbone.targets import Layers, Within
 from lightning_peft.callbacks.tuning.ssb import SSB
-from lightning_peft.fitting.options import AdapterOptions
+from lightning_peft.fitting.adapter_callback import AdapterOptions
 
 
 class SSL(SSB):
@@ -19,10 +19,6 @@ class SSL(SSB):
         target_modules: see `SSB`.
         layers: see `SSB`.
         within: see `SSB`.
-        backbone: see `PEFT`.
-        name: the adapter's name.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -32,6 +28,8 @@ class SSL(SSB):
         ...                     enable_checkpointing=False)
     """
 
+    default_name = "ssl"
+
     sides = "input"
 
     def __init__(
@@ -39,12 +37,6 @@ class SSL(SSB):
         target_modules: list[str] | str | None = None,
         layers: Layers | list[int] | None = None,
         within: Within | None = None,
-        backbone: str | None = None,
-        name: str = "ssl",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
-        super().__init__(
-            target_modules, layers, within, backbone, name, backbone_dropout, gradient_checkpointing, **options
-        )
+        super().__init__(target_modules, layers, within, **options)

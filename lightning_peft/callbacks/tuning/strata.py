@@ -12,8 +12,7 @@ from lightning_peft.backbone.structure import blocks
 from lightning_peft.callbacks.tuning.bitfit import BitFit
 from lightning_peft.callbacks.tuning.composite import Composite
 from lightning_peft.callbacks.tuning.lora import LoRA
-from lightning_peft.fitting.options import AdapterOptions
-from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -35,10 +34,7 @@ class Strata(Composite):
         r: the rank of SPAFIT's LoRA.
         alpha: its scaling is `alpha / r`.
         add_missing: SPAFIT's biases are created where there are none; LLaMA-likes and T5 have none.
-        backbone: see `PEFT`.
         name: the beginning of the adapters' names; the stratum's number and the method's name follow.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -50,17 +46,15 @@ class Strata(Composite):
         ('strata-2-bitfit', 'strata-3-lora', 'strata-3-bitfit')
     """
 
+    default_name = "strata"
+
     def __init__(
         self,
         boundaries: tuple[int, ...] | list[int] | None = None,
-        methods: list[list[PEFT]] | None = None,
+        methods: list[list[AdapterCallback]] | None = None,
         r: int = 8,
         alpha: float = 16,
         add_missing: bool = False,
-        backbone: str | None = None,
-        name: str = "strata",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if methods is None:
@@ -77,7 +71,7 @@ class Strata(Composite):
         named = {f"{number}-{method.name}": method for number, stratum in enumerate(methods, 1) for method in stratum}
         if len(named) < sum(map(len, methods)):
             raise ValueError("Two methods of one stratum have the same name: give one of them another.")
-        super().__init__(named, backbone, name, backbone_dropout, gradient_checkpointing, **options)
+        super().__init__(named, **options)
         self.boundaries = None if boundaries is None else tuple(boundaries)
         self.count = len(methods)
 

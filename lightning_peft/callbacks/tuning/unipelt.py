@@ -13,7 +13,7 @@ from lightning_peft.backbone.targets import Layers
 from lightning_peft.callbacks.tuning.attention_prefix import AttentionPrefix
 from lightning_peft.callbacks.tuning.bottleneck import Bottleneck
 from lightning_peft.callbacks.tuning.composite import Composite
-from lightning_peft.fitting.options import AdapterOptions
+from lightning_peft.fitting.adapter_callback import AdapterOptions
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -27,8 +27,9 @@ class GatedLowRank(Bottleneck):
         alpha: the scaling is `alpha / r`.
         dropout: on the product, in training.
         layers: see `LoRA`.
-        name: the adapter's name.
     """
+
+    default_name = "low_rank"
 
     exempt: Mapping[str, str] = {"merge": "a gate that depends on the token cannot be written into the weights"}
 
@@ -38,14 +39,12 @@ class GatedLowRank(Bottleneck):
         alpha: float = 2,
         dropout: float = 0.0,
         layers: Layers | list[int] | None = None,
-        name: str = "low_rank",
+        **options: Unpack[AdapterOptions],
     ) -> None:
         if r < 1:
             raise ValueError(f"The rank r must be at least 1, got {r}.")
-        options = {"size": r, "activation": "linear", "biases": False, "placement": "parallel", "gate": True}
-        super().__init__(
-            {**options, "scaling": alpha / r, "dropout": dropout}, False, None, layers, None, name, False, False
-        )
+        settings = {"size": r, "activation": "linear", "biases": False, "placement": "parallel", "gate": True}
+        super().__init__({**settings, "scaling": alpha / r, "dropout": dropout}, False, None, layers, **options)
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from lightning_peft.tuners.bottleneck import BottleneckConfig
@@ -75,10 +74,6 @@ class UniPELT(Composite):
         init: of the prefix, see `AttentionPrefix`.
         dropout: on the outputs of LoRA and adapter, in training.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
-        backbone: see `PEFT`.
-        name: the beginning of the adapters' names.
-        backbone_dropout: see `PEFT`.
-        gradient_checkpointing: see `PEFT`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -86,6 +81,8 @@ class UniPELT(Composite):
         >>> UniPELT().names
         ('unipelt-low_rank', 'unipelt-adapter', 'unipelt-prefix')
     """
+
+    default_name = "unipelt"
 
     exempt: Mapping[str, str] = AttentionPrefix.exempt
 
@@ -99,15 +96,11 @@ class UniPELT(Composite):
         init: Literal["identity", "paper"] = "identity",
         dropout: float = 0.0,
         layers: Layers | list[int] | None = None,
-        backbone: str | None = None,
-        name: str = "unipelt",
-        backbone_dropout: bool = False,
-        gradient_checkpointing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         prefix = AttentionPrefix(prefix_length, init, gate=True, layers=layers)
         settings = {"reduction": reduction, "size": size, "activation": "relu", "dropout": dropout, "gate": True}
-        adapter = Bottleneck(settings, False, None, layers, None, "adapter", False, False)
+        adapter = Bottleneck(settings, False, None, layers)
         methods = {"low_rank": GatedLowRank(r, alpha, dropout, layers), "adapter": adapter, "prefix": prefix}
-        super().__init__(methods, backbone, name, backbone_dropout, gradient_checkpointing, **options)
+        super().__init__(methods, **options)
         self.exempt = prefix.exempt
