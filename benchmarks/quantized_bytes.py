@@ -57,7 +57,7 @@ def resident(line: str) -> int:
 
 def train(side: str, model: str, r: int, tokens: int) -> dict[str, int]:
     """Train one side in this process; what it took."""
-    from lightning_peft.tuners.backbone.targets import every_matrix
+    from lightning_peft.tuners.backbone.defaults import every_matrix
     from lightning_peft.tuners.quantization import quantized_layers, weight_bytes
 
     quiet()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.moved.paths import install
 from lightning_peft.tuners.registration import register_with_peft
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "steering",
 ]
 
+install()
 register_with_peft()
 
 
