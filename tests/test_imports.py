@@ -13,6 +13,7 @@ PACKAGE = ROOT / "lightning_peft"
 # -- one direction --------------------------------------------------------------------------------------------------
 
 FORBIDDEN = {
+    "moved": {"callbacks", "checkpoint", "compare", "editing", "models", "testing", "truthfulqa", "tuners", "torch"},
     "positions.py": {"callbacks", "checkpoint", "compare", "editing", "models", "testing", "truthfulqa", "tuners"},
     "tuners": {"callbacks", "checkpoint", "compare", "editing", "models", "testing", "truthfulqa", "lightning"},
     "editing": {"callbacks", "checkpoint", "compare", "models", "testing", "truthfulqa"},

@@ -32,13 +32,21 @@ from lightning_peft.moved import NAMES, new_path, resolve
 def imported(module, name=None):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        value = importlib.import_module(module)
-        if name:
-            value = getattr(__import__(module, fromlist=[name]), name)
+        try:
+            value = __import__(module, fromlist=[name or "__name__"])
+            value = getattr(value, name) if name else value
+        except (ImportError, AttributeError) as error:
+            return error, []  # which is not what stands at the new place
     return value, [str(w.message) for w in caught if w.category is FutureWarning and "will be gone" in str(w.message)]
 
+def at(path):
+    try:
+        return resolve(path)
+    except (ImportError, AttributeError):
+        return None
+
 def is_scattered(module):  # a package whose modules went to different rooms: it warns of each name that is taken of it
-    return new_path(module) is not None and sys.modules[module].__name__ == module
+    return new_path(module) is not None and getattr(sys.modules.get(module), "__name__", "") == module
 
 rows = []
 for module in given["modules"]:
@@ -48,7 +56,7 @@ for module in given["modules"]:
         continue
     value, warned = imported(module)
     new = None if is_scattered(module) else new_path(module)
-    same = value is importlib.import_module(new or module)
+    same = value is sys.modules.get(new or module)
     rows.append({"path": module, "new": new, "same": same, "warned": warned})
 for module, names in given["names"].items():
     for name in names:
@@ -57,9 +65,9 @@ for module, names in given["names"].items():
         where = f"{new_path(module) or module}.{name}"
         new = NAMES.get(path, where if is_scattered(module) else None)
         if path in given["modules"]:  # imported above
-            new, same = None, value is importlib.import_module(new_path(path) or path)
+            new, same = None, value is sys.modules.get(new_path(path) or path)
         else:
-            same = value is resolve(new or where)
+            same = value is at(new or where)
         rows.append({"path": path, "new": new, "same": same, "warned": warned})
 print(json.dumps(rows))
 """
