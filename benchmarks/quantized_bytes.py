@@ -57,8 +57,8 @@ def resident(line: str) -> int:
 
 def train(side: str, model: str, r: int, tokens: int) -> dict[str, int]:
     """Train one side in this process; what it took."""
+    from lightning_peft.backbone.defaults import every_matrix
     from lightning_peft.backbone.quantization import quantized_layers, weight_bytes
-    from lightning_peft.backbone.targets import every_matrix
 
     quiet()
     import bitsandbytes  # noqa: F401 - on both sides, though only one needs it

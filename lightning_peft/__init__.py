@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.moved.paths import install
 from lightning_peft.stack.registration import register_with_peft
 from lightning_peft.tuners import METHODS
 
@@ -48,6 +49,7 @@ __all__ = [
     "steering",
 ]
 
+install()
 register_with_peft(METHODS)
 
 

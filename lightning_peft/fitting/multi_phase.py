@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_peft.backbone.sharded import whole, write
 from lightning_peft.fitting.adapter_callback import AdapterCallback
+from lightning_peft.moved.names import keep_old_names
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -125,3 +126,6 @@ def trained(delta: Delta) -> Tensor:
 def assign(delta: Delta, value: Tensor) -> None:
     """Set the whole of a delta."""
     write(delta.value, value)
+
+
+keep_old_names(__name__)

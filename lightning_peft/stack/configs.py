@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.moved.names import keep_old_names
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -76,3 +78,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+keep_old_names(__name__)

@@ -26,6 +26,7 @@ from lightning_peft.backbone.quantization import protect
 from lightning_peft.backbone.sharded import whole, write
 from lightning_peft.backbone.shared import Own, undo
 from lightning_peft.backbone.task_heads import task_heads
+from lightning_peft.moved.names import keep_old_names
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
 from lightning_peft.stack.adapter_files.names import check_folder_name
 from lightning_peft.stack.configs import check_numbers, config_to_json
@@ -509,3 +510,6 @@ def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
             near = nearest_names(target, modules)
             raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
         check_called(found, backbone)
+
+
+keep_old_names(__name__)

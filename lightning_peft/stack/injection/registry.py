@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_peft.moved.names import keep_old_names
 from lightning_peft.stack.injection.adaption_prompt import AdaptionInjection
 from lightning_peft.stack.injection.injection import Injection
 from lightning_peft.stack.injection.mixture import MixtureInjection
@@ -19,3 +20,6 @@ def injection_for(config: Any) -> type[Injection]:
     if config.peft_type == "XLORA":
         return MixtureInjection
     return Injection
+
+
+keep_old_names(__name__)

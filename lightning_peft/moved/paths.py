@@ -1,0 +1,85 @@
+"""Old module paths: an old path is the very module that stands at the new one, not a copy of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+from lightning_peft.moved import MODULES, new_path, warn_moved
+
+
+def install(modules: Mapping[str, str] = MODULES) -> OldPaths:
+    """Let Python import old paths; returns the finder that does, which is in `sys.meta_path` now."""
+    finder = OldPaths(modules)
+    sys.meta_path.insert(0, finder)  # a folder that an update left behind would be found as a package by the others
+    return finder
+
+
+class OldPaths(MetaPathFinder):
+    """Finds modules by their old paths."""
+
+    def __init__(self, modules: Mapping[str, str]) -> None:
+        self.modules = dict(modules)
+        self.packages = {key[:end] for key in modules for end, letter in enumerate(key) if letter == "."}
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        new = new_path(fullname, self.modules)
+        if fullname in self.packages and self._is_scattered(fullname, new):
+            kept = PathFinder.find_spec(fullname, path) if new is None else None
+            if kept is not None and kept.loader is not None:
+                return None
+            return ModuleSpec(fullname, _Scattered(self.modules), is_package=True)
+        real = importlib.util.find_spec(new) if new else None
+        if real is None:
+            return None
+        is_package = real.submodule_search_locations is not None
+        return ModuleSpec(fullname, _Alias(real), origin=real.origin, is_package=is_package)
+
+    def _is_scattered(self, package: str, new: str | None) -> bool:
+        """Return whether modules of a package stand elsewhere than in the package that took its place."""
+        below = [key for key in self.modules if key.startswith(f"{package}.")]
+        return new is None or any(self.modules[key] != new + key[len(package) :] for key in below)
+
+
+class _Alias(Loader):
+    """Loads the module at the new path as the one at the old path."""
+
+    def __init__(self, real: ModuleSpec) -> None:
+        self.real = real
+
+    def exec_module(self, module: ModuleType) -> None:
+        # importlib goes on with what stands here, and leaves the attributes of that module alone
+        sys.modules[module.__name__] = importlib.import_module(self.real.name)
+        warn_moved(module.__name__, self.real.name)
+
+    def get_code(self, fullname: str) -> Any:
+        """Return the code at the new path: `python -m` runs that."""
+        warn_moved(fullname, self.real.name)
+        return self.real.loader.get_code(self.real.name)  # type: ignore[union-attr]
+
+
+class _Scattered(Loader):
+    """Makes a package without files, whose attributes are looked up where they stand now."""
+
+    def __init__(self, modules: Mapping[str, str]) -> None:
+        self.modules = modules
+
+    def exec_module(self, module: ModuleType) -> None:
+        package = module.__name__
+        new = new_path(package, self.modules)
+
+        def answer(name: str) -> Any:
+            if f"{package}.{name}" in self.modules:
+                return importlib.import_module(f"{package}.{name}")
+            if new is None or name.startswith("__"):
+                raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            value = getattr(importlib.import_module(new), name)
+            warn_moved(f"{package}.{name}", f"{new}.{name}")
+            return value
+
+        vars(module)["__getattr__"] = answer
