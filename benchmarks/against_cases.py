@@ -6,6 +6,7 @@ the package it uses names that its documentation has.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,7 @@ from lightning_peft import callbacks as c
 Make = Callable[[], list[Callback]]  # looks the names up when it is called, so that a missing one costs one case
 
 KINDS = ("llama", "gpt2")
-FOUR_BITS = {"QLoRA", "int8 QLoRA", "Quantize, IA3", "Quantize, Pfeiffer"}  # their base is quantised
-NOT_ADAPTING = {"Edit", "Steer"}  # the base class of edits; what applies a saved adapter, which the probe does itself
+QUANTIZED = {"QLoRA": "nf4", "int8 QLoRA": "int8", "Quantize, IA3": "nf4", "Quantize, Pfeiffer": "nf4"}  # their bases
 
 
 def _facts() -> list[Any]:
@@ -116,4 +116,20 @@ EDITS: dict[str, Make] = {
     "MEMIT": lambda: [c.MEMIT(facts=_facts(), layers=[0, 1], prefixes=0, **_SEARCH)],
 }
 
-CASES = {"edits": EDITS, "tuning": TUNED}
+
+def cases(section: str) -> dict[str, Make]:
+    """Return the cases of `"edits"` or `"tuning"`: those above, and by its default arguments any method not in them."""
+    return {"edits": EDITS, "tuning": TUNED}[section] | {
+        method.__name__: lambda method=method: [method()]
+        for method in _others()
+        if issubclass(method, c.Edit) == (section == "edits")
+    }
+
+
+def _others() -> list[type[c.PEFT]]:
+    used = {c.PEFT, c.Edit}
+    for make in (*TUNED.values(), *EDITS.values()):
+        with contextlib.suppress(AttributeError, TypeError):  # a commit may lack a name or an argument
+            used |= {type(callback) for callback in make()}
+    exported = [getattr(c, name) for name in c.__all__]
+    return [one for one in exported if isinstance(one, type) and issubclass(one, c.PEFT) and one not in used]

@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from against_cases import CASES, FOUR_BITS, KINDS
+from against_cases import KINDS, QUANTIZED, cases
 from safetensors.torch import save_file
 from tiny_models import VOCABULARY, tiny
 from torch import Tensor, nn
@@ -65,6 +65,14 @@ class Tiny(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02, weight_decay=0.1)
+
+
+class TinyInFewBits(Tiny):
+    """The same, quantised when it is made."""
+
+    def __init__(self, kind: str, quant_type: Any = "nf4") -> None:
+        super().__init__(kind)
+        c.Quantize(quant_type, backbone="backbone").apply(self)
 
 
 def tokenizer() -> Any:
@@ -196,16 +204,16 @@ def score_smollm2(model: Path, folder: Path) -> None:
 
 def load_folder(saved: Path, name: str, kind: str, folder: Path) -> None:
     """Write the logits of a saved adapter, put on a new model from its folder."""
-    module = Tiny(kind)
-    if name in FOUR_BITS:
-        c.Quantize("int8" if name.startswith("int8") else "nf4", backbone="backbone").apply(module)
+    module = TinyInFewBits(kind, QUANTIZED[name]) if name in QUANTIZED else Tiny(kind)
     load_adapter(module.backbone, saved / "adapter")
     write(folder / "logits.safetensors", logits(module))
 
 
 def load_checkpoint(saved: Path, name: str, kind: str, folder: Path) -> None:
     """Write the logits of a module made from a checkpoint."""
-    write(folder / "logits.safetensors", logits(load_from_checkpoint(Tiny, saved / "last.ckpt")))
+    given = {"quant_type": QUANTIZED[name]} if name in QUANTIZED else {}
+    module = load_from_checkpoint(TinyInFewBits if given else Tiny, saved / "last.ckpt", **given)
+    write(folder / "logits.safetensors", logits(module))
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -232,7 +240,7 @@ def compute(out: Path, sections: list[str], smollm2: Path | None) -> None:
             with case(out / "logprobs" / "SmolLM2") as folder:
                 score_smollm2(smollm2, folder)
     for section in ("edits", "tuning"):
-        for name, make in CASES[section].items() if section in sections else ():
+        for name, make in cases(section).items() if section in sections else ():
             for kind in KINDS:
                 with case(out / section / f"{name} on {kind}") as folder:
                     adapt(make, kind, folder)
@@ -242,8 +250,8 @@ def compute(out: Path, sections: list[str], smollm2: Path | None) -> None:
 
 
 def load_all(out: Path, saved: Path) -> None:
-    for section, made in CASES.items():
-        for name in made:
+    for section in ("edits", "tuning"):
+        for name in cases(section):
             for kind in KINDS:
                 title = f"{name} on {kind}"
                 if not (saved / section / title / "adapter").is_dir():
