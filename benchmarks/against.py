@@ -13,14 +13,16 @@ once, one thread each, and writes what it computed:
 - folders: what COMMIT saved of these is loaded by the present tree, and must give the logits that COMMIT computed;
 - demo: the table of `lightning-peft compare` and every choice's score.
 
-Printed are the numbers of cases and of values compared, each value that differs, and what was not compared because
-COMMIT does not have it. Exit status 1 if anything differs. Times, versions and paths are not compared.
+Printed are the numbers of cases and of values compared, each case that differs and in what, and what was not compared
+because COMMIT does not have it. Exit status 1 if anything differs. Times, versions and paths are not compared. Two to
+four minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +40,7 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 COMPUTED = ("logprobs", "edits", "tuning")
 SAVED = ("edits", "tuning")  # what of it leaves folders and checkpoints
 SECTIONS = (*COMPUTED, "folders")
+SHOWN = 5  # values of a case that are named
 
 
 @contextmanager
@@ -70,8 +73,12 @@ def finish(processes: Mapping[Path, subprocess.Popen[bytes]]) -> None:
     Raises:
         SystemExit: one failed; with the end of its log.
     """
-    for process in processes.values():
-        process.wait()
+    try:
+        for process in processes.values():
+            process.wait()
+    finally:
+        for process in processes.values():
+            process.kill()  # where this one is interrupted; nothing to those that have ended
     for log, process in processes.items():
         if process.returncode:
             raise SystemExit(f"{log.stem} failed:\n" + "\n".join(log.read_text().splitlines()[-30:]))
@@ -147,14 +154,15 @@ def report(compared: Mapping[str, Comparison], commit: str) -> None:
     """Print the table, what differs, and what was not compared."""
     print(f"{'section':<20}{'cases':>8}{'values':>10}{'equal':>10}{'differ':>8}{'left out':>10}")
     for section, comparison in compared.items():
-        different = len(comparison.differing)
-        numbers = f"{comparison.cases:>8}{comparison.values:>10}{max(comparison.values - different, 0):>10}"
-        print(f"{section:<20}{numbers}{different:>8}{len(comparison.left_out):>10}")
+        differing = sum(len(lines) for lines in comparison.differing.values())
+        numbers = f"{comparison.cases:>8}{comparison.values:>10}{max(comparison.values - differing, 0):>10}"
+        print(f"{section:<20}{numbers}{differing:>8}{len(comparison.left_out):>10}")
     for section, comparison in compared.items():
-        for line in comparison.differing:
-            print(f"DIFFERS  {section}: {line}")
+        for case, lines in comparison.differing.items():
+            print(f"{section}: {case} differs in {len(lines)} values")
+            print(*(f"    {line}" for line in lines[:SHOWN]), *["    ..."] * (len(lines) > SHOWN), sep="\n")
         for case, reason in comparison.left_out.items():
-            print(f"not compared  {section}: {case} {reason} in {commit}")
+            print(f"{section}: {case} is not compared, it {reason} in {commit}")
 
 
 def main() -> int:
@@ -167,6 +175,7 @@ def main() -> int:
     options = parser.parse_args()
     sections = [*(options.only or SECTIONS), *(["demo"] if options.demo else [])]
     begin = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is taken away
     with tempfile.TemporaryDirectory() as temporary:
         out = (options.keep or Path(temporary, "out")).resolve()
         out.mkdir(parents=True)

@@ -48,6 +48,11 @@ TUNED: dict[str, Make] = {
     "LoRA, backbone dropout": lambda: [c.LoRA(r=2, alpha=4, backbone_dropout=True)],
     "LoRA, gradient checkpointing": lambda: [c.LoRA(r=2, alpha=4, gradient_checkpointing=True)],
     "LoRA of the last MLP": lambda: [c.LoRA(r=2, alpha=4, layers=[2], within="mlp")],
+    **{
+        f"LoRA, {name}": lambda name=name: [c.LoRA(r=2, init=name)]
+        for name in ("gaussian", "orthogonal", "mica", "eva")
+    },
+    "LoRA, pissa": lambda: [c.LoRA(r=2, init="pissa")],
     "rsLoRA": lambda: [c.LoRA(r=2, alpha=4, variant="rslora")],
     "DoRA": lambda: [c.LoRA(r=2, alpha=4, variant="dora")],
     "AdaLoRA": lambda: [c.AdaLoRA(init_r=4, target_r=2, total_steps=6)],
@@ -61,13 +66,22 @@ TUNED: dict[str, Make] = {
     "PromptTuning": lambda: [c.PromptTuning(num_virtual_tokens=3)],
     "PTuning": lambda: [c.PTuning(num_virtual_tokens=3, encoder_hidden_size=4)],
     "PrefixTuning": lambda: [c.PrefixTuning(num_virtual_tokens=3)],
+    "PrefixTuning, projected": lambda: [
+        c.PrefixTuning(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=4)
+    ],
     "AttentionPrefix": lambda: [c.AttentionPrefix(length=3)],
+    "AttentionPrefix, paper, gated": lambda: [c.AttentionPrefix(length=3, init="paper", gate=True)],
     "Houlsby": lambda: [c.Houlsby(size=4)],
+    **{
+        f"Houlsby, {name}": lambda name=name: [c.Houlsby(size=4, init=name)]
+        for name in ("mam", "bert", "houlsby", "glorot")
+    },
     "Pfeiffer": lambda: [c.Pfeiffer(size=4)],
     "ParallelAdapter": lambda: [c.ParallelAdapter(size=4)],
     "ScaledParallelAdapter": lambda: [c.ScaledParallelAdapter(size=4)],
     "AdapterPlus": lambda: [c.AdapterPlus(size=4)],
     "Compacter": lambda: [c.Compacter(n=4, size=4)],
+    "Compacter, glorot": lambda: [c.Compacter(n=4, size=4, init="glorot")],
     "CompacterPlusPlus": lambda: [c.CompacterPlusPlus(n=4, size=4)],
     "MAM": lambda: [c.MAM(prefix_length=3, size=4)],
     "UniPELT": lambda: [c.UniPELT(r=2, prefix_length=3, size=4)],

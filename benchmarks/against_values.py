@@ -29,22 +29,23 @@ class Comparison:
     Args:
         cases: the number of cases that both sides computed.
         values: the number of tensors, numbers and texts in them.
-        differing: a line for each value that differs.
+        differing: for each case that differs, a line for each value that does.
         left_out: for each case that was not compared, why.
     """
 
     cases: int = 0
     values: int = 0
-    differing: list[str] = field(default_factory=list)
+    differing: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
     def add(self, case: str, before: Values, after: Values) -> None:
         """Compare two sides of a case, value by value."""
         self.cases += 1
-        for name in sorted(before.keys() | after.keys()):
-            self.values += 1
-            if difference := differs(before.get(name, _ABSENT), after.get(name, _ABSENT)):
-                self.differing.append(f"{case}, {name}: {difference}")
+        names = sorted(before.keys() | after.keys())
+        self.values += len(names)
+        differences = {name: differs(before.get(name, _ABSENT), after.get(name, _ABSENT)) for name in names}
+        if lines := [f"{name}: {difference}" for name, difference in differences.items() if difference]:
+            self.differing[case] = lines
 
 
 def compare(before: Path, after: Path) -> Comparison:
@@ -57,7 +58,7 @@ def compare(before: Path, after: Path) -> Comparison:
         if reason := _failure(before / case):
             comparison.left_out[case] = reason
         elif reason := _failure(after / case):
-            comparison.differing.append(f"{case}: {reason} in the present tree")
+            comparison.differing[case] = [f"{reason} in the present tree"]
         else:
             comparison.add(case, read_values(before / case), read_values(after / case))
     return comparison
@@ -74,7 +75,7 @@ def compare_loaded(saved: Path, loaded: Path) -> Comparison:
             for source in ("folder", "checkpoint"):
                 title = f"{case} from its {source}"
                 if reason := _failure(loaded / source / case):
-                    comparison.differing.append(f"{title}: {reason} in the present tree")
+                    comparison.differing[title] = [f"{reason} in the present tree"]
                 else:
                     comparison.add(title, expected, load_file(loaded / source / case / "logits.safetensors"))
     return comparison
@@ -132,7 +133,7 @@ def _failure(folder: Path) -> str | None:
 
 def _content(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        return load_file(path) | {"(bytes)": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return load_file(path) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     if path.suffix == ".ckpt":
         return torch.load(path, weights_only=True)
     if path.suffix == ".json":
