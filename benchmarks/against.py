@@ -121,15 +121,17 @@ def demo(trees: Mapping[str, Path], out: Path, questions: int) -> None:
 
 
 def _plan(questions: int) -> str:
-    """Return the quick comparison on so many questions, of which a fold leaves half for demonstrations."""
+    """Return the quick comparison, or with fewer questions one in which every row is tried once or twice, briefly."""
     import yaml
 
     plan = yaml.safe_load((ROOT / "configs" / "compare" / "quick.yaml").read_text())
     plan["model"], plan["accelerator"] = str(MODEL), "cpu"
-    plan["data"]["limit"] = questions
-    for row in plan["rows"]:
-        if "few_shot" in row:
-            row["few_shot"] = min(row["few_shot"], questions // 2)
+    if questions < plan["data"]["limit"]:
+        plan["data"] |= {"limit": questions, "side_effects": {"tokens": 128, "length": 64, "capability": 2}}
+        for row in plan["rows"]:
+            shorter: dict[str, Any] = {"few_shot": questions // 2, "max_epochs": 1}
+            row |= {name: value for name, value in shorter.items() if name in row}
+            row |= {name: row[name][:2] for name in ("learning_rates", "alphas") if name in row}
     return yaml.safe_dump(plan, sort_keys=False)
 
 
@@ -170,7 +172,12 @@ def main() -> int:
     parser.add_argument("commit")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS, "demo"], help="default: all but the demo")
     parser.add_argument("--demo", action="store_true", help="the quick comparison too, which takes many minutes")
-    parser.add_argument("--questions", type=int, default=100, help="of the quick comparison")
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=100,
+        help="of the quick comparison; below 100 it is shortened in other ways too",
+    )
     parser.add_argument("--keep", type=Path, help="a new folder for everything computed; default, a temporary one")
     options = parser.parse_args()
     sections = [*(options.only or SECTIONS), *(["demo"] if options.demo else [])]
