@@ -140,7 +140,8 @@ def run(trees: Mapping[str, Path], out: Path, sections: list[str], questions: in
     computed = [section for section in COMPUTED if section in sections]
     saved = [section for section in SAVED if "folders" in sections and section not in computed]
     before, after = out / "before", out / "after"
-    probe(trees, out, {"before": computed + saved, "after": computed})
+    if computed or saved:
+        probe(trees, out, {"before": computed + saved, "after": computed})
     compared = {section: compare(before / section, after / section) for section in computed}
     if "folders" in sections:
         load(trees["after"], out)
@@ -176,7 +177,7 @@ def main() -> int:
         "--questions",
         type=int,
         default=100,
-        help="of the quick comparison; below 100 it is shortened in other ways too",
+        help="of the quick comparison; at least 10; below 100 it is shortened in other ways too",
     )
     parser.add_argument("--keep", type=Path, help="a new folder for everything computed; default, a temporary one")
     options = parser.parse_args()
