@@ -168,6 +168,12 @@ def report(compared: Mapping[str, Comparison], commit: str) -> None:
             print(f"{section}: {case} is not compared, it {reason} in {commit}")
 
 
+def _stop(*_: Any) -> None:
+    """Exit by way of the worktree's removal, which a second signal must not cut short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit")
@@ -183,7 +189,7 @@ def main() -> int:
     options = parser.parse_args()
     sections = [*(options.only or SECTIONS), *(["demo"] if options.demo else [])]
     begin = time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is taken away
+    signal.signal(signal.SIGTERM, _stop)
     with tempfile.TemporaryDirectory() as temporary:
         out = (options.keep or Path(temporary, "out")).resolve()
         out.mkdir(parents=True)
