@@ -11,6 +11,7 @@ from lightning_peft.callbacks import AdapterCallback, Edit
 from lightning_peft.compare.answers import Answers
 from lightning_peft.compare.decoding import Scoring
 from lightning_peft.compare.files import hashed
+from lightning_peft.moved import resolve
 from lightning_peft.stack.adapter_files.names import check_folder_name
 from lightning_peft.truthfulqa import Question, SideEffects
 from lightning_peft.truthfulqa.folds import assign_folds
@@ -224,13 +225,24 @@ def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, data_hash: str, 
     by_name, needed = {r.name: r for r in plan.rows}, [row.name]
     for name in needed:  # which grows
         needed += by_name[name].earlier
-    depends = [_without_later(rows[name]) for name in needed]
+    depends = [_as_in_the_first_release(rows[name]) for name in needed]
     return hashed([depends, plan.model, plan.dtype, plan.seed, plan.data.settings(), data_hash, fold])
 
 
-def _without_later(settings: Any) -> Any:
-    """Return a row's settings without the arguments of `_LATER` that change nothing."""
-    if isinstance(settings, Mapping):
-        items = settings.items()
-        return {name: _without_later(v) for name, v in items if name not in _LATER or v != _LATER[name]}
-    return [_without_later(value) for value in settings] if isinstance(settings, list) else settings
+def _as_in_the_first_release(settings: Any) -> Any:
+    """Return a row's settings as the first release would have written them, so that its finished cells still count.
+
+    Arguments that came later are left out where they change nothing; those that callbacks share, which are written
+    now only where they are given, stood there always.
+    """
+    if isinstance(settings, list):
+        return [_as_in_the_first_release(value) for value in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    kept = {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
+    if "class_path" in kept and issubclass(callback := resolve(kept["class_path"]), AdapterCallback):
+        shared = {"backbone": None, "name": callback.default_name}
+        if not callback.computed:
+            shared |= {"backbone_dropout": False, "gradient_checkpointing": False}
+        kept["init_args"] = shared | dict(kept.get("init_args") or {})
+    return {name: _as_in_the_first_release(value) for name, value in kept.items()}
