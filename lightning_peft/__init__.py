@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_peft.stack.stack import AdapterStack, adapters
     from lightning_peft.stack.steering import steering
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "AdapterStack": "lightning_peft.stack.stack",
