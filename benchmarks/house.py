@@ -4,8 +4,8 @@
 
 Lines are those that are neither blank nor part of a docstring. `Any` is counted in the types of parameters and results,
 each time that it stands there. An import goes up where the room that it names is on the floor of the importing room or
-above; the floors of both trees are those of tests/test_imports.py as it is now, exceptions count, and rooms that an older
-tree had elsewhere are listed as without a floor. A few seconds.
+above; the floors of both trees are those of tests/test_imports.py as it is now, exceptions count, and rooms that an
+older tree had elsewhere are listed as without a floor. A few seconds.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_peft.editing.arithmetic import combine
     from lightning_peft.editing.capture import Capture, HeadCapture
-    from lightning_peft.editing.collect import Captured, capture_moments, capture_texts, capture_tokens
+    from lightning_peft.editing.collect import Captured, capture_texts, capture_tokens
     from lightning_peft.editing.contrast import (
         LayerEdit,
         ablation_direction,
@@ -33,18 +33,7 @@ if TYPE_CHECKING:
     from lightning_peft.editing.heads import HeadSite, head_offsets_config, head_sites
     from lightning_peft.editing.iti import HeadEdit, compute_iti
     from lightning_peft.editing.layers import LayerSite, layer_offsets_config, layer_sites, stream_writers
-    from lightning_peft.editing.moments import GroupedMoments, Moments
-    from lightning_peft.editing.probes import (
-        CCSProbes,
-        LDAProbes,
-        LogisticProbes,
-        MassMeanProbes,
-        MLPProbes,
-        RidgeProbes,
-        cross_validate,
-        permutation_null,
-        top_k_stability,
-    )
+    from lightning_peft.editing.probes import CCSProbes, LogisticProbes
     from lightning_peft.editing.row_offsets import RowOffsets, displacements
     from lightning_peft.editing.rtd import RTD, final_states
     from lightning_peft.editing.selection import Selection
@@ -67,20 +56,10 @@ _MODULES = {
     "Capture": "capture",
     "HeadCapture": "capture",
     "Captured": "collect",
-    "capture_moments": "collect",
     "capture_texts": "collect",
     "capture_tokens": "collect",
-    "GroupedMoments": "moments",
-    "Moments": "moments",
     "CCSProbes": "probes",
-    "LDAProbes": "probes",
     "LogisticProbes": "probes",
-    "MLPProbes": "probes",
-    "MassMeanProbes": "probes",
-    "RidgeProbes": "probes",
-    "cross_validate": "probes",
-    "permutation_null": "probes",
-    "top_k_stability": "probes",
     "RowOffsets": "row_offsets",
     "displacements": "row_offsets",
     "DoLa": "dola",
@@ -109,26 +88,19 @@ __all__ = [
     "DoLa",
     "Fact",
     "FactScores",
-    "GroupedMoments",
     "HeadCapture",
     "HeadEdit",
     "HeadSite",
     "KeyMoments",
     "KnowledgeEdit",
-    "LDAProbes",
     "LayerEdit",
     "LayerSite",
     "LogisticProbes",
-    "MLPProbes",
-    "MassMeanProbes",
-    "Moments",
-    "RidgeProbes",
     "RowOffsets",
     "Selection",
     "ablation_direction",
     "act_add_vectors",
     "caa_vectors",
-    "capture_moments",
     "capture_texts",
     "capture_tokens",
     "causal_trace",
@@ -137,7 +109,6 @@ __all__ = [
     "compute_iti",
     "compute_memit",
     "compute_rome",
-    "cross_validate",
     "displacements",
     "final_states",
     "head_offsets_config",
@@ -145,12 +116,10 @@ __all__ = [
     "key_moments",
     "layer_offsets_config",
     "layer_sites",
-    "permutation_null",
     "read_facts",
     "repe_vectors",
     "score_facts",
     "stream_writers",
-    "top_k_stability",
 ]
 
 

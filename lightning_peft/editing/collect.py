@@ -1,4 +1,4 @@
-"""Read sites in many texts: what they share computed once, kept in memory, in a file, or as moments only."""
+"""Read sites in many texts: what they share computed once, kept in memory or in a file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.editing.capture import Site
-from lightning_peft.editing.moments import GroupedMoments
+from lightning_peft.editing.ranks import of_all_ranks, rank_and_count
 from lightning_peft.editing.reading import Way, read_texts
 from lightning_peft.tokens import Tokens
 
@@ -95,7 +94,7 @@ def capture_texts(
     text = torch.tensor([i for i, places in enumerate(wanted) for _ in places])
     place = torch.tensor([p for places in wanted for p in places])
     shape = (len(text), len(sites), *sites[0].shape) if sites else (len(text), 0)
-    rank, ranks = _rank()
+    rank, ranks = rank_and_count()
     way = Way(autocast, share, batch_size, row_tokens, rank, ranks)
     part = None if file is None else Path(f"{file}.part")
     if part is None:
@@ -118,59 +117,9 @@ def capture_texts(
             os.replace(part, Path(str(file)))
         _barrier()
     elif ranks > 1:
-        parts: list[Any] = [None] * ranks
-        torch.distributed.all_gather_object(parts, (done, values[done]))
-        for rows, read in parts:
+        for rows, read in of_all_ranks((done, values[done])):
             values[rows] = read
     return Captured(values, text, place)
-
-
-def capture_moments(
-    backbone: nn.Module,
-    sites: Sequence[Site],
-    sequences: Sequence[Sequence[int]],
-    truth: Tensor,
-    group: Tensor,
-    positions: str = "last",
-    prompt_lengths: Sequence[int] | None = None,
-    *,
-    autocast: bool = False,
-    share: bool | None = None,
-    batch_size: int = 32,
-    row_tokens: int = 256,
-) -> GroupedMoments:
-    """Read sites as `capture_texts` does, and keep nothing but moments: no activation is stored.
-
-    Args:
-        backbone, sites, sequences, positions, prompt_lengths: as `capture_texts`.
-        truth: `[N]`, 0 or 1.
-        group: `[N]`, each text's group: the fold of its question, as a rule.
-        autocast, share, batch_size, row_tokens: as `Way`.
-
-    Returns:
-        The moments of each group, from which mass mean, LDA, ridge and sigma follow exactly for any split by groups;
-        heads are numbered layer after layer.
-    """
-    if not len(sequences) == len(truth) == len(group):
-        raise ValueError(f"{len(sequences)} texts, {len(truth)} truth values and {len(group)} groups were given.")
-    wanted = _wanted(sequences, positions, prompt_lengths)
-    gathered = GroupedMoments()
-    held: list[tuple[Tensor, Tensor]] = []
-
-    def add() -> None:
-        rows = torch.cat([texts for texts, _ in held])
-        gathered.update(torch.cat([values for _, values in held]), truth[rows], group[rows])
-        held.clear()
-
-    way = Way(autocast, share, batch_size, row_tokens, *_rank())
-    for texts, read in read_texts(backbone, sites, sequences, wanted, way):
-        held.append((torch.tensor([i for i in texts for _ in wanted[i]]), read))
-        if sum(len(rows) for rows, _ in held) >= 512:  # few rows at a time would waste the products
-            add()
-    if held:
-        add()
-    gathered.gather()
-    return gathered
 
 
 def _wanted(
@@ -194,14 +143,8 @@ def _wanted(
     return wanted
 
 
-def _rank() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def _barrier() -> None:
-    if _rank()[1] > 1:
+    if rank_and_count()[1] > 1:
         torch.distributed.barrier()
 
 

@@ -5,27 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_peft.editing.moments import Moments
 from lightning_peft.editing.probes import LinearProbes
 
 DIRECTIONS = ("mass_mean", "probe_weight", "ccs", "pca", "random")  # those that ITI offers by name
 
 
-def mass_mean(x: Tensor | Moments, y: Tensor | None = None) -> Tensor:
+def mass_mean(x: Tensor, y: Tensor) -> Tensor:
     """Mean of the true examples minus mean of the false ones, unit length: `[G, d]` from `x [N, G, d]`, `y [N]`.
 
-    Li et al. 2023 (arXiv:2306.03341), "mass mean shift". `Moments` may be given in place of examples.
+    Li et al. 2023 (arXiv:2306.03341), "mass mean shift".
     """
-    if isinstance(x, Moments):
-        return unit(x.mean[1] - x.mean[0])
     return unit(x[y == 1].mean(0) - x[y == 0].mean(0))
 
 
 def probe_weight(probes: LinearProbes) -> Tensor:
     """The normals of fitted probes' planes, `[G, d]`, unit length, in the space of the raw features.
 
-    Whatever linear probes are given: logistic ones for Li et al.'s "probe weight", `CCSProbes` for their "CCS",
-    `LDAProbes` for the mass mean with the covariance corrected for.
+    Whatever linear probes are given: logistic ones for Li et al.'s "probe weight", `CCSProbes` for their "CCS".
     """
     return unit(probes.coef_)
 
@@ -78,12 +74,6 @@ def contrast_pairs(truth: Tensor, question_id: Tensor, seed: int = 0) -> Tensor:
 def random_directions(groups: int, width: int, seed: int) -> Tensor:
     """Uniform random unit directions `[groups, width]`: the control that any effect must beat."""
     return unit(torch.randn(groups, width, generator=torch.Generator().manual_seed(seed)))
-
-
-def random_like(vectors: Tensor, seed: int) -> Tensor:
-    """Vectors of the same lengths as `vectors [G, d]` in random directions: the control for an edit already scaled."""
-    drawn = random_directions(vectors.shape[0], vectors.shape[1], seed).to(vectors)
-    return drawn * vectors.norm(dim=-1, keepdim=True)
 
 
 def projection_std(x: Tensor, directions: Tensor) -> Tensor:

@@ -18,15 +18,16 @@ except ModuleNotFoundError:  # Windows, where nobody is kept out
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
+def new_file(path: str | Path, writer: str = "new") -> Iterator[Path]:
     """Within, write the file that is given; left without an error, it takes its place, else it is gone.
 
     Args:
         path: the file to make or replace; folders above it are made.
+        writer: ends the name under which it is written: one of its own for each of several that write at once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.new")
+    made = path.with_name(f".{path.name}.{writer}")
     clear(made)
     try:
         yield made

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from lightning_peft.files.atomic import new_file
 
 _SUM = "sha256"  # of a record, with nothing in this place
 Kind = type | tuple[type, ...]
@@ -25,13 +26,8 @@ def write_atomically(path: Path, text: str) -> None:
         path: of the file; folders above it are made.
         text: its content.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path, f"{uuid4().hex}.tmp") as made:
+        made.write_text(text, encoding="utf-8")
 
 
 def write_record(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:

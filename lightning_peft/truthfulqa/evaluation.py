@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, SumMetric
 
 from lightning_peft.truthfulqa.metrics import ChoiceMetrics
 from lightning_peft.truthfulqa.scoring import AnswerScorer, ChoiceScorer
@@ -44,7 +44,8 @@ class Evaluation(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.choices, self.text, self.losses = ChoiceMetrics(), TextEffects(), _MeanLoss()
+        self.choices, self.text = ChoiceMetrics(), TextEffects()
+        self.losses, self.tokens = MeanMetric(nan_strategy="disable"), SumMetric()  # a loss that is NaN stays one
         self._scoring: Callable[[], Scores] | None = None
         self._scores: Scores | None = None
         self._effects: Scores | None = None
@@ -78,8 +79,10 @@ class Evaluation(nn.Module):
         self.choices.begin()
         self.text.reset()
         self.text.update(torch.zeros(1, 4))  # of several processes those without any text must take part too
-        self.losses.reset()
-        self.add_loss(torch.zeros(()), 0)
+        for metric in (self.losses, self.tokens):  # nor those without any loss be left out
+            metric.reset()
+        self.losses.update(0.0, 0)
+        self.tokens.update(0)
 
     def step(self, batch: Batch) -> Tensor | None:
         """Measure a batch of choices or of neutral text.
@@ -104,14 +107,18 @@ class Evaluation(nn.Module):
 
     def add_loss(self, loss: Tensor, tokens: int) -> None:
         """Count a batch's mean loss as often as it has tokens."""
-        self.losses.update(loss.detach(), tokens)
+        if tokens:  # the mean of none is no number
+            self.losses.update(loss.detach(), tokens)
+            self.tokens.update(tokens)
 
     def finish(self, prefix: str = "") -> dict[str, float]:
         """What was measured, over all processes, under names that begin with `prefix`."""
-        found = self.losses.compute() | {name: float(value) for name, value in self.choices.finish().items()}
+        loss, tokens = self.losses.compute(), self.tokens.compute()
+        found = {"loss": float(loss)} if tokens else {}
+        found |= {name: float(value) for name, value in self.choices.finish().items()}
         found |= {name: value for name, value in self.text.compute().items() if not math.isnan(value)}
-        self.text.reset()
-        self.losses.reset()
+        for metric in (self.text, self.losses, self.tokens):
+            metric.reset()
         self._scoring = self._scores = self._effects = None
         return {prefix + name: value for name, value in found.items()}
 
@@ -121,25 +128,3 @@ def by_logprob(backbone: nn.Module) -> Scores:
     apart = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
     scorer = AnswerScorer(backbone) if apart else ChoiceScorer(backbone)
     return lambda batch: scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
-
-
-class _MeanLoss(Metric):
-    """The mean loss over tokens; a loss that is NaN stays one."""
-
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "tokens"):
-            self.add_state(name, default=torch.tensor(0.0), dist_reduce_fx="sum")
-
-    def update(self, loss: Tensor, tokens: int) -> None:
-        if tokens:  # the mean of none is no number
-            self.total += loss.to(self.total) * tokens
-            self.tokens += tokens
-
-    def compute(self) -> dict[str, float]:
-        return {"loss": float(self.total / self.tokens)} if self.tokens else {}

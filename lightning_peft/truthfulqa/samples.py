@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_peft.editing.intervals import wilson
+from lightning_peft.editing.ranks import of_all_ranks
 from lightning_peft.files.records import write_atomically
 from lightning_peft.truthfulqa.metrics import mc1, mc2
 from lightning_peft.truthfulqa.protocols import PROTOCOLS, Protocol
@@ -30,7 +31,6 @@ Task = Literal["mc1", "mc2"]
 TASKS: tuple[Task, ...] = ("mc1", "mc2")
 FILES: dict[Task, str] = {task: f"samples_truthfulqa_{task}.jsonl" for task in TASKS}
 SMALL = 10  # questions of a category below which its mean says little
-_Z = 1.959964  # of a 95% interval
 
 
 def harness_samples(
@@ -142,7 +142,7 @@ def by_category(samples: Iterable[Mapping[str, Any]]) -> dict[str, CategoryScore
     scores: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         scores[sample["category"]].append(sample["acc"])
-    return {category: _wilson(scores[category]) for category in sorted(scores)}
+    return {category: _mean(scores[category]) for category in sorted(scores)}
 
 
 class SampleWriter(Callback):
@@ -194,11 +194,7 @@ class SampleWriter(Callback):
 
 def gathered(found: dict[Any, Any]) -> dict[Any, Any]:
     """What all processes found, by key; of what several found, what the first did."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return found
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, found)
-    return {key: value for part in reversed(parts) for key, value in part.items()}
+    return {key: value for part in reversed(of_all_ranks(found)) for key, value in part.items()}
 
 
 def _targets(question: Question, task: Task) -> dict[str, list[Any]]:
@@ -208,11 +204,9 @@ def _targets(question: Question, task: Task) -> dict[str, list[Any]]:
     return {"choices": [c.text for c in chosen], "labels": [getattr(c, task) for c in chosen]}
 
 
-def _wilson(scores: Sequence[float]) -> CategoryScore:
+def _mean(scores: Sequence[float]) -> CategoryScore:
     n, mean = len(scores), sum(scores) / len(scores)
-    centre, spread = mean + _Z**2 / (2 * n), _Z * math.sqrt(mean * (1 - mean) / n + (_Z / (2 * n)) ** 2)
-    low, high = ((centre + sign * spread) / (1 + _Z**2 / n) for sign in (-1, 1))
-    return CategoryScore(n, mean, max(0.0, low), min(1.0, high))
+    return CategoryScore(n, mean, *wilson(mean, n))
 
 
 def _hash(text: str) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lightning_peft.editing import (
     Capture,
     HeadSite,
-    capture_moments,
     capture_texts,
     capture_tokens,
     head_sites,
@@ -162,39 +161,20 @@ def test_bfloat16_is_near_and_takes_half_the_room() -> None:
     assert 0 < float((read.float() - expected).abs().max() / expected.abs().max()) < 0.05
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_streamed_moments_are_those_of_the_stored_activations(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
-    sites, truth = head_sites(model), torch.arange(len(TEXTS)) % 2
-    fold = torch.arange(len(TEXTS)) // 2 % 3
-    stored = capture_texts(model, sites, TEXTS, share=share).values.flatten(1, 2).double()
-    streamed = capture_moments(model, sites, TEXTS, truth, fold, share=share, row_tokens=20)
-    for left_out in ((), (1,)):
-        rows = ~torch.isin(fold, torch.tensor(left_out, dtype=torch.long))
-        pooled = streamed.pooled(without=left_out)
-        for label in (0, 1):
-            z = stored[rows & (truth == label)]
-            assert float(pooled.count[label]) == len(z)
-            torch.testing.assert_close(pooled.mean[label], z.mean(0), rtol=1e-6, atol=1e-6)
-            covariance = torch.stack([torch.cov(z[:, g].T, correction=0) for g in range(z.shape[1])])
-            torch.testing.assert_close(pooled.scatter[label] / len(z), covariance, rtol=1e-6, atol=1e-6)
-
-
 PROCESS = """
 import sys
 import torch
 from test_collect import TEXTS
 from tiny_models import tiny
-from lightning_peft.editing import capture_moments, capture_texts, head_sites
+from lightning_peft.editing import capture_texts, head_sites
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 model = tiny("llama")
-sites, truth = head_sites(model), torch.arange(len(TEXTS)) % 2
+sites = head_sites(model)
 found = {
     "shared": capture_texts(model, sites, TEXTS, row_tokens=20).values,
     "plain": capture_texts(model, sites, TEXTS, share=False, batch_size=2).values,
     "file": capture_texts(model, sites, TEXTS, row_tokens=20, file=f"{folder}/values.bin").values.clone(),
-    "scatter": capture_moments(model, sites, TEXTS, truth, truth * 0, row_tokens=20).pooled().scatter,
 }
 torch.save(found, f"{folder}/{rank}.pt")
 torch.distributed.destroy_process_group()
@@ -213,18 +193,16 @@ def test_two_processes_read_what_one_does_bit_for_bit(tmp_path: Path) -> None:
     ]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
     model = tiny("llama")
-    sites, truth = head_sites(model), torch.arange(len(TEXTS)) % 2
+    sites = head_sites(model)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     shared = capture_texts(model, sites, TEXTS, row_tokens=20).values
     plain = capture_texts(model, sites, TEXTS, share=False, batch_size=2).values
-    scatter = capture_moments(model, sites, TEXTS, truth, truth * 0, row_tokens=20).pooled().scatter
     torch.set_num_threads(before)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(found["shared"], shared) and torch.equal(found["plain"], plain)
         assert torch.equal(found["file"], shared)
-        torch.testing.assert_close(found["scatter"], scatter, rtol=1e-9, atol=1e-12)
 
 
 def test_packing_loses_nothing_and_keeps_to_its_budget() -> None:

@@ -12,7 +12,6 @@ from lightning_peft.editing.directions import (
     probe_weight,
     projection_std,
     random_directions,
-    random_like,
     unit,
 )
 
@@ -73,14 +72,6 @@ def test_reading_vectors_find_what_differs_within_pairs_whatever_else_varies_mor
     assert float(principal(x, truth, pairs)[0, 1]) > 0.99
     assert float(principal(x, truth)[0, 1].abs()) < 0.99
     torch.testing.assert_close(principal(x, truth, pairs.flip(1)), principal(x, truth, pairs))
-
-
-def test_a_random_control_has_the_lengths_of_what_it_controls_for() -> None:
-    vectors = torch.randn(6, 5, generator=torch.Generator().manual_seed(6)) * torch.arange(1, 7)[:, None]
-    control = random_like(vectors, seed=1)
-    torch.testing.assert_close(control.norm(dim=-1), vectors.norm(dim=-1))
-    assert float(torch.cosine_similarity(control, vectors).abs().max()) < 0.99
-    assert torch.equal(control, random_like(vectors, seed=1))
 
 
 def test_a_probes_weight_is_the_normal_of_its_plane() -> None:

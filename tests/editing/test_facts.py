@@ -79,7 +79,7 @@ def test_the_package_has_at_least_fifty_facts() -> None:
 @pytest.mark.parametrize("number", range(len(read_facts())))
 def test_a_fact_has_two_paraphrases_and_five_neighbours(number: int) -> None:
     fact = read_facts(numbers=[number])[0]
-    assert len(set(fact.paraphrase_prompts) - {fact.prompt}) == 2
+    assert len(set(fact.paraphrases) - {fact.relation}) == 2
     assert len(set(fact.neighbours) - {fact.subject}) == 5
     for text in (fact.subject, fact.relation, fact.true, fact.new, *fact.paraphrases, *fact.neighbours):
         assert text == text.strip() and text.isascii()

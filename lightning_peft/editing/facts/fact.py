@@ -27,8 +27,8 @@ class Fact:
             a neighbour that is the subject.
 
     Example:
-        >>> Fact("Lyon", "{} is a city in", "France", "Japan", neighbours=("Nice",)).neighbour_prompts
-        ['Nice is a city in']
+        >>> Fact("Lyon", "{} is a city in", "France", "Japan", neighbours=("Nice",)).prompt
+        'Lyon is a city in'
     """
 
     subject: str
@@ -55,14 +55,6 @@ class Fact:
     @property
     def prompt(self) -> str:
         return self.relation.replace("{}", self.subject)
-
-    @property
-    def paraphrase_prompts(self) -> list[str]:
-        return [template.replace("{}", self.subject) for template in self.paraphrases]
-
-    @property
-    def neighbour_prompts(self) -> list[str]:
-        return [self.relation.replace("{}", neighbour) for neighbour in self.neighbours]
 
 
 def read_facts(path: str | Path | None = None, numbers: list[int] | None = None) -> list[Fact]:

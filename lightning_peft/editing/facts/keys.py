@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.quantization import is_quantized
 from lightning_peft.backbone.structure import blocks, matrix_shape, width
+from lightning_peft.editing.ranks import of_all_ranks
 from lightning_peft.editing.reading import Way, read_texts
 
 
@@ -108,11 +109,8 @@ class KeyMoments:
 
     def gather(self) -> None:
         """Add what the other ranks have gathered; without ranks, nothing."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, (self.sums, self.count))
-        self.sums, self.count = torch.stack([sums for sums, _ in ranks]).sum(0), sum(count for _, count in ranks)
+        sums, counts = zip(*of_all_ranks((self.sums, self.count)), strict=True)
+        self.sums, self.count = torch.stack(sums).sum(0), sum(counts)
 
     def matrix(self, number: int, shrinkage: float = 0.0) -> Tensor:
         """`(1 - s) C + s tr(C)/d I` of the site of this number, float64 `[width, width]`.

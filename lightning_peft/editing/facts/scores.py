@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.prompt_tokens import Prompt, encode, object_log_probs
 from lightning_peft.editing.facts.values import frozen
-from lightning_peft.editing.probes.scores import accuracy_influence, clustered_error, wilson
+from lightning_peft.editing.intervals import clustered_wilson
 
 KINDS = ("efficacy", "paraphrase", "neighbourhood")
 
@@ -65,12 +65,10 @@ class FactScores:
         if not rows.any():
             raise ValueError(f"The facts have no prompt for {kind}: give them paraphrases and neighbours.")
         right, wrong = (self.true, self.new) if kind == "neighbourhood" else (self.new, self.true)
-        right, wrong, groups = right[rows].double(), wrong[rows].double(), self.fact[rows]
-        success = (right > wrong).double()[:, None]
-        error = clustered_error(accuracy_influence(success), groups)
-        low, high = wilson(success.mean(0), error, len(groups.unique()))
+        right, wrong = right[rows].double(), wrong[rows].double()
+        success = (right > wrong).double()
         magnitude = float((right.exp() - wrong.exp()).mean())
-        return Score(float(success.mean()), float(low), float(high), magnitude, int(rows.sum()))
+        return Score(float(success.mean()), *clustered_wilson(success, self.fact[rows]), magnitude, int(rows.sum()))
 
     @property
     def overall(self) -> float:

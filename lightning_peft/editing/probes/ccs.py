@@ -8,8 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightning_peft.editing.examples import check_examples
-from lightning_peft.editing.probes.linear import LinearProbes
+from lightning_peft.editing.probes.linear import LinearProbes, check_examples
 from lightning_peft.editing.probes.threads import each
 
 _BLOCK = 16  # heads at a time
@@ -89,20 +88,17 @@ class CCSProbes(LinearProbes):
         a, b = ((sides - centre) / scale).float().permute(1, 2, 0, 3).contiguous()  # [g, P, d] each
         count = a.shape[1]
         offset = w.new_zeros(len(w), 1, self.restarts)
-        state = [[torch.zeros_like(v), torch.zeros_like(v)] for v in (w, offset)]
+        w = w.clone()  # the caller's beginnings stay as they are
+        optimizer = torch.optim.AdamW([w, offset], lr=self.lr, weight_decay=self.weight_decay)
         loss = w.new_zeros(len(w), self.restarts)
-        for step in range(1, self.max_iter + 1):
+        for _ in range(self.max_iter):
             p, q = torch.sigmoid(a @ w + offset), torch.sigmoid(b @ w + offset)  # [g, P, restarts]
             both, sure = p + q - 1, torch.minimum(p, q)
             loss = (both.square() + sure.square()).mean(1)
             down_p = 2 * (both + sure * (p <= q)) * p * (1 - p) / count
             down_q = 2 * (both + sure * (q < p)) * q * (1 - q) / count
-            gradients = (a.mT @ down_p + b.mT @ down_q, (down_p + down_q).sum(1, keepdim=True))
-            for value, gradient, (first, second) in zip((w, offset), gradients, state, strict=True):
-                first.mul_(0.9).add_(gradient, alpha=0.1)
-                second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-                size = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
-                value.mul_(1 - self.lr * self.weight_decay).sub_(self.lr / (1 - 0.9**step) * first / size)
+            w.grad, offset.grad = a.mT @ down_p + b.mT @ down_q, (down_p + down_q).sum(1, keepdim=True)
+            optimizer.step()
         best = loss.argmin(1)
         rows = torch.arange(len(w), device=w.device)
         coef = w[rows, :, best].double() / scale

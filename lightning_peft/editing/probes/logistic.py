@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lightning_peft.editing.examples import check_examples
-from lightning_peft.editing.probes.linear import LinearProbes
+from lightning_peft.editing.probes.linear import LinearProbes, check_examples
 from lightning_peft.editing.probes.newton import Solution, minimise
 from lightning_peft.editing.probes.threads import each
 
