@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from lightning_peft.cli import COMMANDS
+
+Plan = TypeVar("Plan")
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -17,6 +20,27 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         epilog=f"example: {COMMANDS[command].example}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+
+
+def read_plan(command: str, description: str, kind: type[Plan], args: list[str]) -> tuple[Plan, dict[str, Any], bool]:
+    """Read a plan from YAML and options, which are the fields of its class.
+
+    Returns:
+        The plan, the plain values that it was made of, and whether to wait for another run that writes to its folder.
+    """
+    from jsonargparse import ArgumentParser
+
+    options = ArgumentParser(prog=f"lightning-peft {command}", description=description)
+    options.add_argument("--config", action="config", help="YAML file with these options")
+    options.add_class_arguments(kind, as_positional=False)
+    options.add_argument("--wait", action="store_true", help="where another run writes to the same folder, wait for it")
+    parsed = options.parse_args(args[1:])
+    settings, made = parsed.clone().as_dict(), options.instantiate(parsed).as_dict()
+    wait = settings["wait"]
+    for values in (settings, made):
+        for name in ("config", "wait"):
+            values.pop(name, None)
+    return kind(**made), settings, wait
 
 
 @contextmanager

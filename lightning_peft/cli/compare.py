@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cli.arguments import one_sentence
+from lightning_peft.cli.arguments import one_sentence, read_plan
 
 
 def main(args: list[str]) -> dict[str, Any]:
     """Run a comparison, print its table, write its report; returns the results."""
-    from jsonargparse import ArgumentParser
     from rich.console import Console
 
     from lightning_peft.compare.answers_view import answers_view
@@ -25,19 +24,8 @@ def main(args: list[str]) -> dict[str, Any]:
     from lightning_peft.compare.verdict import verdict
     from lightning_peft.files.locking import only_writer
 
-    parser = ArgumentParser(prog="lightning-peft compare", description="Compare adaptations on one question set.")
-    parser.add_argument("--config", action="config", help="YAML file with the plan")
-    parser.add_class_arguments(Plan, as_positional=False)
-    parser.add_argument("--wait", action="store_true", help="where another run writes to the same folder, wait for it")
-    parsed = parser.parse_args(args[1:])
-    settings = parsed.clone().as_dict()
-    wait = settings.pop("wait")
-    settings.pop("config", None)
+    plan, settings, wait = read_plan("compare", "Compare adaptations on one question set.", Plan, args)
     settings["rows"] = {row["name"]: row for row in settings["rows"]}
-    instantiated = parser.instantiate(parsed).as_dict()
-    for name in ("config", "wait"):
-        instantiated.pop(name, None)
-    plan = Plan(**instantiated)
     # a table of numbers must not be folded to the 80 columns assumed where there is no terminal
     console = Console(width=None if sys.stdout.isatty() else 120)
     output = Path(plan.output or f"runs/{plan.name}")

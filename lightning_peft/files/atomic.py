@@ -46,10 +46,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         path: a folder that does not exist yet or is empty; folders above it are made.
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.new")
-    with locked(made):
-        clear_folder(made)
+    with _beside(path, "new") as made:
         try:
             yield made
             if os.name == "nt" and path.exists():
@@ -63,11 +60,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(path: str | Path) -> Iterator[Path]:
     """Within, an empty folder beside a path, where what will be at the path is tried; afterwards it is gone."""
-    path = Path(os.path.abspath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.trial")
-    with locked(made):
-        clear_folder(made)
+    with _beside(Path(os.path.abspath(path)), "trial") as made:
         try:
             yield made
         finally:
@@ -129,6 +122,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _beside(path: Path, writer: str) -> Iterator[Path]:
+    """Within, an empty folder beside a path, which no other process is within."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".{path.name}.{writer}")
+    with locked(made):
+        clear_folder(made)
+        yield made
 
 
 def _make(folder: Path) -> None:

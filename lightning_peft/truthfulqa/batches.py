@@ -1,12 +1,18 @@
-"""Which rows and which batches follow each other."""
+"""Rows as batches, and which rows and batches follow each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import lightning as L
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _POOL = 8  # batches whose rows are sorted together: enough to be alike, few enough to stay shuffled
 
@@ -23,6 +29,39 @@ def evenly_mixed(*kinds: Sequence[T]) -> list[T]:
     """
     placed = [(i / len(batches), kind, batch) for kind, batches in enumerate(kinds) for i, batch in enumerate(batches)]
     return [batch for *_, batch in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def padded(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Put rows into one batch, padded on the right: `input_ids`, `attention_mask` and `labels [B, T]`.
+
+    Args:
+        rows: with `input_ids` and `labels` of one length each.
+        tokenizer: says what to pad ids with; labels are padded with -100.
+    """
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, labels = ([torch.as_tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=0 if pad is None else pad),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+
+
+def tokenizer_of(data: L.LightningDataModule, given: PreTrainedTokenizerBase | str | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that was given, by itself or by its name, or else that of the LightningModule.
+
+    Raises:
+        ValueError: neither has one.
+    """
+    if isinstance(given, str):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(given)
+    if given is None:
+        given = getattr(getattr(data.trainer, "lightning_module", None), "tokenizer", None)
+    if given is None:
+        raise ValueError("The data module needs a tokenizer: give one, or a LightningModule that has one.")
+    return given
 
 
 class LengthGroupedSampler(Sampler[int]):

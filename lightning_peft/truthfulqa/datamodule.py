@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_peft.backbone.window import context_window
-from lightning_peft.truthfulqa.batches import LengthGroupedSampler, evenly_mixed
+from lightning_peft.truthfulqa.batches import LengthGroupedSampler, evenly_mixed, padded, tokenizer_of
 from lightning_peft.truthfulqa.evaluation import Batch, Evaluation
 from lightning_peft.truthfulqa.fitting import fewer_demonstrations
 from lightning_peft.truthfulqa.folds import assign_folds, inner_split
@@ -151,7 +151,7 @@ class TruthfulQADataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the questions and split them; the same questions stay where they are when called again."""
-        self._tokenizer = self._find_tokenizer()
+        self._tokenizer = tokenizer_of(self, self.tokenizer)
         self._apart = self._reads_apart() if self.encoder_decoder is None else self.encoder_decoder
         if self._apart and self.side_effects is not None and self.side_effects.tokens:
             raise ValueError("An encoder-decoder has no next token of a text: set side_effects.tokens to 0.")
@@ -395,15 +395,7 @@ class TruthfulQADataModule(L.LightningDataModule):
 
     def _collate(self, examples: Sequence[Example]) -> Batch:
         assert self._tokenizer is not None
-        pad = self._tokenizer.pad_token_id
-        pad = self._tokenizer.eos_token_id if pad is None else pad
-        ids = [torch.tensor(e["input_ids"]) for e in examples]
-        pad_to = torch.nn.utils.rnn.pad_sequence
-        batch = {
-            "input_ids": pad_to(ids, batch_first=True, padding_value=0 if pad is None else pad),
-            "attention_mask": pad_to([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": pad_to([torch.tensor(e["labels"]) for e in examples], batch_first=True, padding_value=-100),
-        }
+        batch = padded(examples, self._tokenizer)
         for name in ("truth", "question_id", "answer_start"):
             if name in examples[0]:
                 batch[name] = torch.tensor([e[name] for e in examples])
@@ -413,16 +405,3 @@ class TruthfulQADataModule(L.LightningDataModule):
         """Whether the LightningModule's backbone is an encoder-decoder."""
         backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
         return bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
-
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            module = getattr(self.trainer, "lightning_module", None)
-            found = getattr(module, "tokenizer", None)
-            if found is None:
-                raise ValueError("The data module needs a tokenizer: give one, or a LightningModule that has one.")
-            return found
-        if isinstance(self.tokenizer, str):
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(self.tokenizer)
-        return self.tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import SumMetric
 
 from lightning_peft.truthfulqa.metrics import ChoiceMetrics
 from lightning_peft.truthfulqa.scoring import AnswerScorer, ChoiceScorer
@@ -45,7 +45,8 @@ class Evaluation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.choices, self.text = ChoiceMetrics(), TextEffects()
-        self.losses, self.tokens = MeanMetric(nan_strategy="disable"), SumMetric()  # a loss that is NaN stays one
+        # a loss that is NaN stays one; MeanMetric(nan_strategy="disable") takes no weights (torchmetrics 1.9)
+        self.loss, self.tokens = SumMetric(nan_strategy="disable"), SumMetric()
         self._scoring: Callable[[], Scores] | None = None
         self._scores: Scores | None = None
         self._effects: Scores | None = None
@@ -79,10 +80,9 @@ class Evaluation(nn.Module):
         self.choices.begin()
         self.text.reset()
         self.text.update(torch.zeros(1, 4))  # of several processes those without any text must take part too
-        for metric in (self.losses, self.tokens):  # nor those without any loss be left out
+        for metric in (self.loss, self.tokens):
             metric.reset()
-        self.losses.update(0.0, 0)
-        self.tokens.update(0)
+            metric.update(0)  # as must those without any loss
 
     def step(self, batch: Batch) -> Tensor | None:
         """Measure a batch of choices or of neutral text.
@@ -108,16 +108,16 @@ class Evaluation(nn.Module):
     def add_loss(self, loss: Tensor, tokens: int) -> None:
         """Count a batch's mean loss as often as it has tokens."""
         if tokens:  # the mean of none is no number
-            self.losses.update(loss.detach(), tokens)
+            self.loss.update(loss.detach().float() * tokens)
             self.tokens.update(tokens)
 
     def finish(self, prefix: str = "") -> dict[str, float]:
         """What was measured, over all processes, under names that begin with `prefix`."""
-        loss, tokens = self.losses.compute(), self.tokens.compute()
-        found = {"loss": float(loss)} if tokens else {}
+        loss, tokens = self.loss.compute(), self.tokens.compute()
+        found = {"loss": float(loss / tokens)} if tokens else {}
         found |= {name: float(value) for name, value in self.choices.finish().items()}
         found |= {name: value for name, value in self.text.compute().items() if not math.isnan(value)}
-        for metric in (self.text, self.losses, self.tokens):
+        for metric in (self.text, self.loss, self.tokens):
             metric.reset()
         self._scoring = self._scores = self._effects = None
         return {prefix + name: value for name, value in found.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_peft.truthfulqa.batches import LengthGroupedSampler
+from lightning_peft.truthfulqa.batches import LengthGroupedSampler, padded, tokenizer_of
 from lightning_peft.truthfulqa.judges.protocol import Judgement, judge_prompt, load_judgements, split_by_question
 from lightning_peft.truthfulqa.prompts import encode_pair
 
@@ -62,7 +62,7 @@ class JudgeDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the judgements."""
-        self._tokenizer = self._find_tokenizer()
+        self._tokenizer = tokenizer_of(self, self.tokenizer)
         if self.train_rows:
             return
         train, val, self.test_rows = split_by_question(
@@ -96,27 +96,7 @@ class JudgeDataModule(L.LightningDataModule):
 
     def _collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         assert self._tokenizer is not None
-        pad = self._tokenizer.pad_token_id
-        pad = self._tokenizer.eos_token_id if pad is None else pad
-        ids = [row["input_ids"] for row in rows]
-        pad_to = torch.nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": pad_to(ids, batch_first=True, padding_value=0 if pad is None else pad),
-            "attention_mask": pad_to([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": pad_to([row["labels"] for row in rows], batch_first=True, padding_value=-100),
-        }
-
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            found = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
-            if found is None:
-                raise ValueError("The data module needs a tokenizer: give one, or a LightningModule that has one.")
-            return found
-        if isinstance(self.tokenizer, str):
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(self.tokenizer)
-        return self.tokenizer
+        return padded(rows, self._tokenizer)
 
 
 def draw(rows: Sequence[Judgement], limit: int | None, seed: int) -> list[Judgement]:
