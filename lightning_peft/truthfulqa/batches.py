@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import lightning as L
 import torch
@@ -31,20 +31,23 @@ def evenly_mixed(*kinds: Sequence[T]) -> list[T]:
     return [batch for *_, batch in sorted(placed, key=lambda entry: entry[:2])]
 
 
-def padded(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Put rows into one batch, padded on the right: `input_ids`, `attention_mask` and `labels [B, T]`.
+def padded(rows: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Put rows into one batch, padded on the right: `input_ids`, `attention_mask` and any `labels`, `[B, T]`.
 
     Args:
-        rows: with `input_ids` and `labels` of one length each.
+        rows: with `input_ids`, and all or none with `labels` of the same length.
         tokenizer: says what to pad ids with; labels are padded with -100.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids, labels = ([torch.as_tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
-    return {
+    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+    batch = {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=0 if pad is None else pad),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
     }
+    if "labels" in rows[0]:
+        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
+    return batch
 
 
 def tokenizer_of(data: L.LightningDataModule, given: PreTrainedTokenizerBase | str | None) -> PreTrainedTokenizerBase:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.backbone.window import check_lengths, context_window, lengths_of
 from lightning_peft.truthfulqa.questions import Question, load_questions, subset
 from lightning_peft.truthfulqa.text import TextSlice, text_batches, text_slice
@@ -124,16 +125,11 @@ def text_effects(
         >>> TextEffects()(values)  # doctest: +SKIP
         {'ce_base': 3.41, 'ce': 3.43, 'kl': 0.02}
     """
-    training = {module: module.training for module in backbone.modules()}
     device = next(backbone.parameters()).device
-    backbone.eval()
-    try:
-        batches = list(text_batches(text, tokenizer, batch_size))
-        check_lengths(backbone, (n for batch in batches for n in lengths_of(batch)), "neutral texts", cut=True)
+    batches = list(text_batches(text, tokenizer, batch_size))
+    check_lengths(backbone, (n for batch in batches for n in lengths_of(batch)), "neutral texts", cut=True)
+    with evaluating(backbone):
         return torch.cat([batch_effects(backbone, {k: v.to(device) for k, v in b.items()}, off) for b in batches])
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_peft.truthfulqa.batches import padded
 from lightning_peft.truthfulqa.questions import DataError
 
 if TYPE_CHECKING:
@@ -107,16 +108,10 @@ def text_batches(
     text: TextSlice, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
 ) -> Iterator[dict[str, Tensor]]:
     """The slice as batches: `input_ids [B, T]`, `attention_mask [B, T]`, padded on the right, and `document [B]`."""
-    rows = [torch.tensor(tokenizer(document)["input_ids"]) for document in text.documents]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    pad_to = torch.nn.utils.rnn.pad_sequence
+    rows = [{"input_ids": tokenizer(document)["input_ids"]} for document in text.documents]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        yield {
-            "input_ids": pad_to(part, batch_first=True, padding_value=0 if pad is None else pad),
-            "attention_mask": pad_to([torch.ones_like(row) for row in part], batch_first=True),
-            "document": torch.arange(start, start + len(part)),
-        }
+        yield padded(part, tokenizer) | {"document": torch.arange(start, start + len(part))}
 
 
 def _in_order(documents: Iterable[Document], seed: int) -> list[Document]:

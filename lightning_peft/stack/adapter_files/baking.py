@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.backbone.modules import base_modules
 from lightning_peft.backbone.quantization import is_quantized
 from lightning_peft.files.atomic import new_folder
@@ -137,7 +138,7 @@ def everywhere(model: nn.Module, adapter: str | Path) -> Iterator[dict[Adapter, 
         if parameter is not None
     ]
     try:
-        with _evaluating(model), steering(model, adapter) as parts:
+        with evaluating(model), steering(model, adapter) as parts:
             positions = {part: part.config.positions for part in parts if hasattr(part.config, "positions")}
             for part in positions:
                 reposition(part, "all")
@@ -294,14 +295,3 @@ def _precision(model: nn.Module) -> Iterator[Callable[[torch.dtype], None]]:
         yield change
     finally:
         change(HALF[0])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.evaluating import evaluating
+
 _ROWS, _LENGTH = 2, 12
 
 Probe = Mapping[str, Tensor]
@@ -39,15 +41,9 @@ def outputs(model: Any, probe: Probe) -> list[Tensor]:
     }
     if "use_cache" in inspect.signature(type(model).forward).parameters:
         given["use_cache"] = False  # type: ignore[assignment]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            output = model(**given)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        output = model(**given)
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
     return [v.float().cpu() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 

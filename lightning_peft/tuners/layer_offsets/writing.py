@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.backbone.modules import base_modules, is_linear
 from lightning_peft.backbone.structure import blocks
 
@@ -109,17 +110,13 @@ def final_matrices(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module
                 exact[name] = matrix
 
         handles.append(named[name].register_forward_hook(attempt, with_kwargs=True))
-    training = [module for module in backbone.modules() if module.training]
     try:
         if handles:
-            backbone.eval()
-            with torch.no_grad():
+            with evaluating(backbone), torch.no_grad():
                 backbone(**call)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     return exact
 
 
