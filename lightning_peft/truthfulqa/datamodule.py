@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import lightning as L
 import torch
@@ -37,7 +37,15 @@ from lightning_peft.truthfulqa.text import text_batches
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Example = dict[str, list[int] | int]
+
+class Example(TypedDict):
+    """A row of a batch before it is padded."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truth: int
+    question_id: int
+    answer_start: NotRequired[int]
 
 
 class TruthfulQADataModule(L.LightningDataModule):
@@ -192,10 +200,10 @@ class TruthfulQADataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         if self.kind == "statements":
             # sorted by length, so that a batch holds little padding, whatever sampler a strategy puts in
-            examples = sorted(self._statements(self.fold_questions), key=lambda e: len(e["input_ids"]))  # type: ignore[arg-type]
+            examples = sorted(self._statements(self.fold_questions), key=lambda e: len(e["input_ids"]))
             return self._loader(examples)
         examples = self._answers(self.train_questions)
-        lengths = [len(e["input_ids"]) for e in examples]  # type: ignore[arg-type]
+        lengths = [len(e["input_ids"]) for e in examples]
         return self._loader(examples, sampler=LengthGroupedSampler(lengths, self.batch_size, self.seed))
 
     def val_dataloader(self) -> DataLoader:
@@ -310,13 +318,13 @@ class TruthfulQADataModule(L.LightningDataModule):
     def _ready(self, batches: list[Batch]) -> DataLoader:
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers)  # type: ignore[arg-type]
 
-    def _loader(self, examples: Sequence[Example], **options: object) -> DataLoader:
+    def _loader(self, examples: Sequence[Example], sampler: LengthGroupedSampler | None = None) -> DataLoader:
         return DataLoader(
             list(examples),  # type: ignore[arg-type]
             batch_size=self.batch_size,
+            sampler=sampler,
             collate_fn=self._collate,
             num_workers=self.num_workers,
-            **options,  # type: ignore[arg-type]
         )
 
     def _answers(self, questions: Sequence[Question]) -> list[Example]:
@@ -334,7 +342,8 @@ class TruthfulQADataModule(L.LightningDataModule):
                 if choice.mc2 >= 0:
                     text = statement(question.text, choice.text)
                     example = self._continued(question, text[: -len(choice.text)], choice.text, choice.mc2)
-                    examples.append(example | {"labels": [-100] * len(example["labels"])})  # type: ignore[arg-type]
+                    example["labels"] = [-100] * len(example["labels"])
+                    examples.append(example)
         return examples
 
     def _tested(self, questions: Sequence[Question], contexts: Mapping[int, str]) -> list[list[Batch]]:
@@ -393,7 +402,7 @@ class TruthfulQADataModule(L.LightningDataModule):
             "answer_start": prompt - 1,
         }
 
-    def _collate(self, examples: Sequence[Example]) -> Batch:
+    def _collate(self, examples: Sequence[Mapping[str, object]]) -> Batch:
         assert self._tokenizer is not None
         batch = padded(examples, self._tokenizer)
         for name in ("truth", "question_id", "answer_start"):

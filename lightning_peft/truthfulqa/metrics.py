@@ -167,24 +167,27 @@ class ChoiceMetrics(nn.ModuleDict):
     def begin(self) -> None:
         """Take part in every metric: of several processes, those without any question must too."""
         none = torch.zeros(0, dtype=torch.long)
-        for metric in self.values():
-            metric.reset()  # type: ignore[operator]
-            metric.update(none, none, none)  # type: ignore[operator]
+        for metric in self._metrics().values():
+            metric.reset()
+            metric.update(none, none, none)
 
     def add(self, logprobs: Tensor, batch: dict[str, Tensor]) -> None:
         """Add the questions of a test batch of `TruthfulQADataModule`, whose choices have these `logprobs [B]`."""
         given = {name: values.cpu() for name, values in batch.items() if values.dim() == 1}
-        for name, metric in self.items():
+        for name, metric in self._metrics().items():
             truth = given.get("mc2" if name == "mc3" else name)
             if truth is not None:
-                metric.update(logprobs, truth, given["question_id"], given.get("strict"))  # type: ignore[operator]
+                metric.update(logprobs, truth, given["question_id"], given.get("strict"))
 
     def finish(self) -> dict[str, Tensor]:
         """The metrics for which there was any question, over all processes; then they begin anew."""
-        found = {name: metric.compute() for name, metric in self.items()}  # type: ignore[operator]
-        for metric in self.values():
-            metric.reset()  # type: ignore[operator]
-        return {name: value for name, value in found.items() if not value.isnan()}
+        means = {name: metric.compute() for name, metric in self._metrics().items()}
+        for metric in self._metrics().values():
+            metric.reset()
+        return {name: value for name, value in means.items() if not value.isnan()}
+
+    def _metrics(self) -> dict[str, _ChoiceMetric]:
+        return {name: metric for name, metric in self.items() if isinstance(metric, _ChoiceMetric)}
 
 
 def _ties(strict: bool) -> Ties:

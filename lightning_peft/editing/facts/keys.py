@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.quantization import is_quantized
 from lightning_peft.backbone.structure import blocks, matrix_shape, width
+from lightning_peft.editing.facts.prompt_tokens import Tokenizer
 from lightning_peft.editing.ranks import of_all_ranks
 from lightning_peft.editing.reading import Way, read_texts
 
@@ -142,7 +143,7 @@ class KeyMoments:
 
 
 def key_moments(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], layers: Sequence[int], tokens: int | None = None
+    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], layers: Sequence[int], tokens: int | None = None
 ) -> KeyMoments:
     """Read the second moment of the keys of some layers over all tokens of texts.
 

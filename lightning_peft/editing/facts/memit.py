@@ -12,6 +12,7 @@ from torch import nn
 from lightning_peft.backbone.structure import blocks
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import KeyMoments
+from lightning_peft.editing.facts.prompt_tokens import Tokenizer
 from lightning_peft.editing.facts.rome import check_facts, told
 from lightning_peft.editing.facts.update import Factors, KnowledgeEdit, acting, least_squares
 from lightning_peft.editing.facts.values import Search, Value, find_values, hooked, read_at_subject
@@ -19,7 +20,7 @@ from lightning_peft.editing.facts.values import Search, Value, find_values, hook
 
 def compute_memit(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     facts: Sequence[Fact],
     moments: KeyMoments,
     prefixes: Sequence[str] = ("",),
@@ -80,7 +81,7 @@ def compute_memit(
     return KnowledgeEdit(factors, {"method": "memit", **settings, "facts": told(facts, values)})
 
 
-def _check_added(model: nn.Module, tokenizer: Any, fact: Fact, name: str, stream: str) -> None:
+def _check_added(model: nn.Module, tokenizer: Tokenizer, fact: Fact, name: str, stream: str) -> None:
     """Refuse a block that normalises, say, what its feed-forward part gives before it joins the residual stream."""
     before = read_at_subject(model, tokenizer, [fact], stream, ("",))[1]
     shift = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)) * before.std()

@@ -5,12 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.editing.facts.fact import Fact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Rows:
         return 1 if len(columns) == 0 else self.input_ids.shape[1] - int(columns[0]) + 1
 
 
-def encode(tokenizer: Any, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Rows:
+def encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Rows:
     """Prompts as tokens.
 
     A token is the object's where it reaches beyond the prompt, so that none is lost where a tokenizer joins the two.
@@ -104,7 +109,7 @@ def encode(tokenizer: Any, prompts: Sequence[Prompt], device: torch.device | str
     return Rows(*(t.to(device) for t in (input_ids, mask, subject, begin, objects)))
 
 
-def _encode(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int, int, int]:
+def _encode(tokenizer: Tokenizer, prompt: Prompt) -> tuple[list[int], int, int, int]:
     """Token ids, the subject's first and last token, and how many of the object."""
     place = prompt.place
     if place < 0 or not prompt.subject:

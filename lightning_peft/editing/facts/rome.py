@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import KeyMoments
-from lightning_peft.editing.facts.prompt_tokens import encode, with_object
+from lightning_peft.editing.facts.prompt_tokens import Tokenizer, encode, with_object
 from lightning_peft.editing.facts.update import Factors, KnowledgeEdit, acting, rank_one, stacked
 from lightning_peft.editing.facts.values import Search, Value, find_values
 
 
 def compute_rome(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     facts: Sequence[Fact],
     moments: KeyMoments,
     prefixes: Sequence[str] = ("",),
@@ -56,7 +56,7 @@ def compute_rome(
 
 def compute_rome_each(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     facts: Sequence[Fact],
     moments: KeyMoments,
     prefixes: Sequence[str] = ("",),
@@ -86,7 +86,7 @@ def compute_rome_each(
 
 
 def _prepare(
-    tokenizer: Any, facts: Sequence[Fact], moments: KeyMoments, search: Search | None, shrinkage: float
+    tokenizer: Tokenizer, facts: Sequence[Fact], moments: KeyMoments, search: Search | None, shrinkage: float
 ) -> tuple[HeadSite, Search, Tensor]:
     check_facts(tokenizer, facts)
     if len(moments.sites) != 1:
@@ -101,7 +101,7 @@ def _record(
     return {"method": "rome", **settings, "search": asdict(search), "facts": told(facts, values)}
 
 
-def check_facts(tokenizer: Any, facts: Sequence[Fact]) -> None:
+def check_facts(tokenizer: Tokenizer, facts: Sequence[Fact]) -> None:
     """Refuse facts that cannot be told to a model, before anything is computed."""
     if not facts:
         raise ValueError("There is no fact to rewrite: give at least one.")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.editing.facts.fact import Fact
-from lightning_peft.editing.facts.prompt_tokens import Prompt, encode, object_log_probs
+from lightning_peft.editing.facts.prompt_tokens import Prompt, Tokenizer, encode, object_log_probs
 from lightning_peft.editing.facts.values import frozen
 from lightning_peft.editing.intervals import clustered_wilson
 
@@ -87,7 +86,7 @@ class FactScores:
 
 
 @torch.no_grad()
-def score_facts(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], batch_size: int = 16) -> FactScores:
+def score_facts(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact], batch_size: int = 16) -> FactScores:
     """Ask a model for both objects after every prompt of every fact (Meng et al. 2022, arXiv:2202.05262, §3.4).
 
     Args:

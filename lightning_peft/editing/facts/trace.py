@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import memory_sites
-from lightning_peft.editing.facts.prompt_tokens import Prompt, Rows, encode, object_log_probs
+from lightning_peft.editing.facts.prompt_tokens import Prompt, Rows, Tokenizer, encode, object_log_probs
 from lightning_peft.editing.facts.values import frozen, hooked
 
 
 @torch.no_grad()
 def causal_trace(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     facts: Sequence[Fact],
     noise: float = 3.0,
     samples: int = 3,

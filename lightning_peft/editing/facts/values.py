@@ -15,7 +15,7 @@ from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.editing.facts.fact import Fact
-from lightning_peft.editing.facts.prompt_tokens import Prompt, Rows, encode, next_logits, with_object
+from lightning_peft.editing.facts.prompt_tokens import Prompt, Rows, Tokenizer, encode, next_logits, with_object
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Value:
 
 def find_values(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     facts: Sequence[Fact],
     site: HeadSite,
     prefixes: Sequence[str],
@@ -108,7 +108,7 @@ def find_values(
 
 def _find(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     facts: Sequence[Fact],
     site: HeadSite,
     prefixes: Sequence[str],
@@ -176,7 +176,12 @@ def _find(
 
 
 def read_at_subject(
-    model: nn.Module, tokenizer: Any, facts: Sequence[Fact], module: str, prefixes: Sequence[str], batch_size: int = 16
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    facts: Sequence[Fact],
+    module: str,
+    prefixes: Sequence[str],
+    batch_size: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """A module's mean input and mean output at each fact's subject's last token, over the prefixes, `[n, width]`."""
     read: list[tuple[Tensor, Tensor]] = []
@@ -185,8 +190,8 @@ def read_at_subject(
             batch = facts[begin : begin + batch_size]
             prompts = [prompt for fact in batch for prompt in with_object(fact, "", prefixes)]
             rows = encode(tokenizer, prompts, next(model.parameters()).device)
-            pair = _at_subject(model, rows, module)
-            read.append(tuple(x.unflatten(0, (len(batch), -1)).mean(1).cpu() for x in pair))  # type: ignore[arg-type]
+            given, gave = (x.unflatten(0, (len(batch), -1)).mean(1).cpu() for x in _at_subject(model, rows, module))
+            read.append((given, gave))
     inputs, outputs = zip(*read, strict=True)
     return torch.cat(inputs), torch.cat(outputs)
 
