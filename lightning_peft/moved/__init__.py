@@ -69,6 +69,7 @@ MODULES: dict[str, str] = {
     "lightning_peft.compare.scoring": "lightning_peft.compare.decoding",
     "lightning_peft.complete": "lightning_peft.fitting.complete",
     "lightning_peft.editing.checkpoints": "lightning_peft.editing.differences",
+    "lightning_peft.editing.examples": "lightning_peft.editing.probes.linear",
     "lightning_peft.editing.facts.prompts": "lightning_peft.editing.facts.prompt_tokens",
     "lightning_peft.hyperparameters": "lightning_peft.fitting.hyperparameters",
     "lightning_peft.locking": "lightning_peft.files.locking",
