@@ -44,7 +44,7 @@ class TruthfulQADataModule(L.LightningDataModule):
     """TruthfulQA (or this package's own questions) in folds: train on all but one, test on that one.
 
     Batches are dicts of tensors, padded on the right: `input_ids [B, T]`, `attention_mask [B, T]`, `labels [B, T]`
-    (-100 outside the answer), `truth [B]` (1 true, 0 false), `question_id [B]`, and `answer_start [B]`, the position
+    (-100 outside the answer), `truth [B]` (1 true, 0 false), `question_id [B]`, and `prompt_end [B]`, the position
     id of the last prompt token, from which the answer is predicted.
 
     - Training, `train="answers"` (to tune): every true answer to the inner training questions, shuffled,
@@ -63,7 +63,7 @@ class TruthfulQADataModule(L.LightningDataModule):
       each answer says which `question_id` it is to. See `generation.encode_prompts`.
 
     For encoder-decoder models `input_ids [B, T]` are prompts and `labels [B, U]` answers, encoded on their own and
-    without an end token, as lm-evaluation-harness does; then there is no `answer_start`.
+    without an end token, as lm-evaluation-harness does; then there is no `prompt_end`.
 
     Args:
         source: `"hub"`, `"package"`, or a folder or file; see `load_questions`.
@@ -390,7 +390,7 @@ class TruthfulQADataModule(L.LightningDataModule):
             "labels": [-100] * prompt + ids[prompt:],
             "truth": truth,
             "question_id": question.id,
-            "answer_start": prompt - 1,
+            "prompt_end": prompt - 1,
         }
 
     def _collate(self, examples: Sequence[Example]) -> Batch:
@@ -404,7 +404,7 @@ class TruthfulQADataModule(L.LightningDataModule):
             "attention_mask": pad_to([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_to([torch.tensor(e["labels"]) for e in examples], batch_first=True, padding_value=-100),
         }
-        for name in ("truth", "question_id", "answer_start"):
+        for name in ("truth", "question_id", "prompt_end"):
             if name in examples[0]:
                 batch[name] = torch.tensor([e[name] for e in examples])
         return batch

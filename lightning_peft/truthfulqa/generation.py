@@ -48,7 +48,7 @@ def encode_prompts(
     """Prompts as batches of like length, padded on the left: the shortest first, whatever order the questions are in.
 
     Returns:
-        Dicts with `input_ids [B, T]`, `attention_mask [B, T]`, `question_id [B]`, `answer_start [B]` (the position id
+        Dicts with `input_ids [B, T]`, `attention_mask [B, T]`, `question_id [B]`, `prompt_end [B]` (the position id
         of the last prompt token), and `ending` and `max_new_tokens` of the prompting.
     """
     rows = sorted(
@@ -64,7 +64,7 @@ def encode_prompts(
                 "input_ids": torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in part]),
                 "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part]),
                 "question_id": torch.tensor([number for _, number in part]),
-                "answer_start": torch.tensor([len(ids) - 1 for ids, _ in part]),
+                "prompt_end": torch.tensor([len(ids) - 1 for ids, _ in part]),
                 "ending": prompting.ending,
                 "max_new_tokens": prompting.max_new_tokens,
             }
