@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -177,13 +176,11 @@ class AnswerGenerator:
 
         dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
         allowed = _TOLERANCE if dtype == torch.float32 else 64 * torch.finfo(dtype).eps
-        against = objection(difference, allowed, "in a logit")
-        if not against:
-            return prefix
-        self._cache = None
-        name = type(self.backbone).__name__
-        warnings.warn(f"{name} answers from whole prompts: with the primer shared, {against}.", stacklevel=2)
-        return []
+        instead = "answers from whole prompts"
+        if objection(self.backbone, "with the primer shared", difference, allowed, "in a logit", instead):
+            self._cache = None
+            return []
+        return prefix
 
     def _computed(self, prefix: list[int]) -> Any:
         from transformers import DynamicCache
