@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -302,9 +303,12 @@ class Positions:
         """
         backward = torch._C._current_graph_task_id()
         if backward not in self._recalled:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recalled.pop(backward, None))
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._forget, backward))
         self._recalled[backward] = call
         self._running.set(call)
+
+    def _forget(self, backward: int) -> None:
+        self._recalled.pop(backward, None)
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `generate`, which is `original`, with the prompt's real length noted first."""

@@ -285,7 +285,7 @@ def test_a_model_whose_prompt_is_no_tokens_generates_where_the_edit_needs_none(p
 
 
 def test_prefix_tuning_under_offsets_generates_without_a_cache(tokens: Tensor) -> None:
-    model = tiny("llama")
+    model = tiny("gpt2")
     stack = stack_of(model)
     stack.add(PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "prefix")
     options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

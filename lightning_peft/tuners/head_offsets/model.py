@@ -70,7 +70,8 @@ class HeadOffsetsModel(BaseTuner):
             if isinstance(module, HeadOffsetsLayer):
                 module.check_merge(list(self.peft_config))
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unload: Any = super()._unload_and_optionally_merge
+        model = unload(*args, **kwargs)
         untrack(self.model)
         return model
