@@ -1,7 +1,7 @@
 """LightningModules for transformers models: causal language model, sequence classifier, sequence to sequence.
 
 Batches are dicts of tensors: `input_ids [B, T]`, `attention_mask [B, T]`, `labels`, and where known
-`answer_start [B]`, the position id of the last prompt token. `position_ids` are always passed where the model takes
+`prompt_end [B]`, the position id of the last prompt token. `position_ids` are always passed where the model takes
 them, so that padding does not change a row's result.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft.backbone.window import check_batch, check_loaded
 from lightning_peft.fitting.checkpoints import AdapterCheckpointMixin
-from lightning_peft.positions import answering
+from lightning_peft.positions import answering_batch
 from lightning_peft.stack.injection.initialisation import changes_base
 from lightning_peft.stack.stack import adapters, find_stacks
 from lightning_peft.truthfulqa.evaluation import Evaluation, by_logprob
@@ -201,8 +201,7 @@ class CausalLM(_LanguageModel):
         return loss, int((targets != -100).sum())
 
     def _answers(self, batch: Batch) -> AbstractContextManager[None]:
-        start = batch.get("answer_start")
-        return nullcontext() if start is None else answering(self.backbone, start=start)
+        return answering_batch(self.backbone, batch)
 
 
 def _by_logprob(module: CausalLM) -> Callable[[Batch], Tensor]:

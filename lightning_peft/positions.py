@@ -3,14 +3,15 @@
 A tuner layer sees only `x [B, T, ·]`. Rules on that shape ("one token, so we are decoding") break with cached
 prefixes, chunked prefill and `use_cache=False`. So each tracked model carries one `Positions` object: a forward
 pre-hook reads that call's attention mask, cache and position ids, and layers ask it for the mask of their policy.
-Nothing is global and nothing is counted; the object belongs to the model and is copied with it. A policy is a
-selection in the language of `lightning_peft.tokens`, such as `"answer"` or `"generated[0:5]"`.
+What is known of a call belongs to the thread (or asyncio task) that makes it, so that several may call one model at a
+time; the object belongs to the model and is copied with it. A policy is a selection in the language of
+`lightning_peft.tokens`, such as `"answer"` or `"generated[0:5]"`.
 
 `start [B]` is the position id of the token whose output is the first to be edited: the last prompt token, since its
 output predicts the first answer token. It comes from the first of these that is known:
 
 1. an explicit context, `answering(model, start=...)` or `answering(model, mask=...)` (scorers);
-2. the batch's `answer_start`, set by the callbacks for the length of a step;
+2. the batch's `prompt_end`, set by the callbacks for the length of a step;
 3. the call's `labels` (the first that is not -100, minus one);
 4. `generate` on the tracked model (real prompt length minus one, fixed once per call);
 5. a call without a cached past: plain text, where every position is an answer position.
@@ -21,14 +22,19 @@ A call with a past and none of these is an error: where its answer began cannot 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.per_thread import PerThread
+from lightning_peft.prompt_end import mentions_prompt_end, prompt_end
+from lightning_peft.replaced import replaced
 from lightning_peft.tokens import Tokens
 
 Policy = Literal["answer", "generated", "all"]
@@ -54,6 +60,23 @@ class PositionsError(RuntimeError):
     """The positions an edit applies to cannot be known for this call."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What is known of calls before they are made: `answering`'s start and mask, the batch's and `generate`'s start.
+
+    Of a `generate` without a prompt of tokens, the start is empty.
+    """
+
+    start: Tensor | None = None
+    mask: Tensor | None = None
+    batch: Tensor | None = None
+    prompt: Tensor | None = None
+
+    @property
+    def lacks_prompt(self) -> bool:
+        return self.prompt is not None and not len(self.prompt)
+
+
 @dataclass
 class _Call:
     """One forward call: `position_ids [B, T]`, `real [B, T]` (not padding), `start [B]` (or `[B, T]`), what is past."""
@@ -61,10 +84,15 @@ class _Call:
     position_ids: Tensor
     real: Tensor
     start: Tensor | None
-    mask: Tensor | None
+    given: _Given
     has_past: bool
     made: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, bool] = field(default_factory=dict)
+
+
+# asyncio's tasks share a thread
+_NOTHING = _Given()
+_GIVEN: ContextVar[Mapping[Positions, _Given]] = ContextVar("_GIVEN", default={})  # noqa: B039 - never changed in place
 
 
 class Positions:
@@ -76,12 +104,56 @@ class Positions:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.explicit_start: Tensor | None = None
-        self.explicit_mask: Tensor | None = None
-        self.batch_start: Tensor | None = None
-        self._prompt_start: Tensor | None = None
-        self._call: _Call | None = None
+        self.borrowed = 0  # by how many contexts, besides the layers of adapters
+        self._running: PerThread[_Call] = PerThread()
+        self._known: PerThread[_Given] = PerThread()  # as `_GIVEN`, for compiled code
+        self._recalled: dict[int, _Call] = {}  # by the backward pass that runs some of its blocks again
         self._arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            model.register_forward_hook(self.after_forward, always_call=True),
+        ]
+        if callable(getattr(type(model), "generate", None)):
+            self._handles.append(replaced(model, "generate", self.generate))
+
+    def remove(self) -> None:
+        """Take the hooks and the replaced `generate` off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def _given(self) -> _Given:
+        # compiled code cannot read a context variable
+        return (self._known.get() if torch.compiler.is_compiling() else _GIVEN.get().get(self)) or _NOTHING
+
+    @contextmanager
+    def giving(self, **values: Tensor | None) -> Iterator[None]:
+        """Know this of the calls that the thread or task makes inside; see `_Given` for the names."""
+        outer = self._given
+        self._give(replace(outer, **values))
+        try:
+            yield
+        finally:
+            self._give(outer)
+
+    def note_batch(self, start: Tensor | None) -> None:
+        """Know where the answers of the batch begin, `[B]`, until the next is noted; None forgets it."""
+        self._give(replace(self._given, batch=start))
+
+    def _give(self, given: _Given) -> None:
+        others = {positions: known for positions, known in _GIVEN.get().items() if positions is not self}
+        known = any(value is not None for value in vars(given).values())
+        _GIVEN.set({**others, self: given} if known else others)
+        self._known.set(given)
+
+    @property
+    def _call(self) -> _Call | None:
+        """The call that runs, or the one whose blocks a backward pass runs again, in whatever thread."""
+        if self._recalled and not torch.compiler.is_compiling():
+            recalled = self._recalled.get(torch._C._current_graph_task_id())
+            if recalled is not None:
+                return recalled
+        return self._running.get()
 
     def mask(self, policy: str) -> Tensor:
         """The tokens of the current call that `policy` edits, bool `[B, T]`; computed once a call.
@@ -91,6 +163,7 @@ class Positions:
         """
         call = self._call
         if call is None:
+            self._check_prompt(self._given)
             raise PositionsError(
                 f"An edit limited to {policy!r} positions ran outside {type(self.model).__name__}.forward, so its "
                 "positions are unknown; call the backbone itself, not one of its submodules."
@@ -102,7 +175,14 @@ class Positions:
     @property
     def generation(self) -> object | None:
         """What stands for the running call of `generate`, the same in all of its steps; None outside of one."""
-        return self._prompt_start
+        call = self._call
+        return None if call is None else call.given.prompt
+
+    @property
+    def by_mask(self) -> bool:
+        """Whether the edited tokens of the current call were given themselves, not where they begin."""
+        call = self._call
+        return call is not None and call.given.mask is not None
 
     def everywhere(self, policy: str) -> bool:
         """Whether `policy` is known to edit every token of the current call, so that no mask is needed.
@@ -111,24 +191,30 @@ class Positions:
         """
         if policy == "all":
             return True
-        if self._prompt_start is None or torch.compiler.is_compiling():
-            return False
         call = self._call
-        if call is None or policy not in call.whole:
-            mask, call = self.mask(policy), self._call
-            assert call is not None  # or there would be no mask
-            call.whole[policy] = bool(mask.all())
+        if call is None or call.given.prompt is None or torch.compiler.is_compiling():
+            return False
+        if policy not in call.whole:
+            call.whole[policy] = bool(self.mask(policy).all())
         return call.whole[policy]
 
     @staticmethod
-    def _make(call: _Call, policy: str) -> Tensor:
+    def _check_prompt(given: _Given) -> None:
+        if given.lacks_prompt:
+            raise PositionsError(
+                "`generate` was called without a prompt of tokens, so where the answer begins is unknown: pass "
+                'input_ids or inputs_embeds, or let the edit act at positions="all".'
+            )
+
+    def _make(self, call: _Call, policy: str) -> Tensor:
         if policy == "all":
             return call.real
-        if call.mask is not None:
-            return call.mask & call.real
+        if call.given.mask is not None:
+            return call.given.mask.to(call.real.device, torch.bool) & call.real
         tokens = Tokens.parse(policy)
         start = call.start
         if start is None and tokens.needs_start:
+            self._check_prompt(call.given)
             if call.has_past:
                 raise PositionsError(
                     "The call continues a cached past but nothing says where the answer began; use `generate`, or "
@@ -140,43 +226,41 @@ class Positions:
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: read this call's tokens, mask, cache and position ids."""
-        given = dict(zip(self._arguments, args, strict=False)) | kwargs
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        given = self._given
+        arguments = dict(zip(self._arguments, args, strict=False)) | kwargs
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, Tensor):  # not a token model: only edits of all positions can apply
-            self._call = None
+            self._running.set(None)
             return
         batch, length = tokens.shape[:2]
-        past: Any = given.get("past_key_values")
+        past: Any = arguments.get("past_key_values")
         past_length = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
-        attention = given.get("attention_mask")
+        attention = arguments.get("attention_mask")
         if not (isinstance(attention, Tensor) and attention.dim() == 2):
             attention = None
         real = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
         if attention is not None:
             real = attention[:, -length:].to(tokens.device, torch.bool)
 
-        position_ids = given.get("position_ids")
-        if isinstance(position_ids, Tensor):
+        position_ids = arguments.get("position_ids")
+        if isinstance(position_ids, Tensor) and position_ids.dim() <= 2 and position_ids.shape[-1] == length:
             position_ids = position_ids.to(tokens.device).expand(batch, length)
         elif attention is not None:
             position_ids = (attention.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(tokens.device)
         else:
             position_ids = (past_length + torch.arange(length, device=tokens.device)).expand(batch, length)
 
-        mask = None
-        if self.explicit_mask is not None:
-            mask = self.explicit_mask.to(tokens.device, torch.bool)
-            if mask.shape != (batch, length):
-                raise PositionsError(
-                    f"The explicit position mask has shape {tuple(mask.shape)} but this call has {(batch, length)}."
-                )
-        start = None if mask is not None else self._start(position_ids, given.get("labels"))
-        self._call = _Call(position_ids, real, start, mask, past_length > 0)
+        if given.mask is not None and given.mask.shape != (batch, length):
+            raise PositionsError(
+                f"The explicit position mask has shape {tuple(given.mask.shape)} but this call has {(batch, length)}."
+            )
+        start = None if given.mask is not None else self._start(given, position_ids, arguments.get("labels"))
+        self._running.set(_Call(position_ids, real, start, given, past_length > 0))
 
-    def _start(self, position_ids: Tensor, labels: Any) -> Tensor | None:
+    def _start(self, given: _Given, position_ids: Tensor, labels: Any) -> Tensor | None:
         batch, length = position_ids.shape
-        for start in (self.explicit_start, self.batch_start):
+        for start in (given.start, given.batch):
             if start is not None:
                 return self._rows(start, batch, length, position_ids.device)
         if isinstance(labels, Tensor) and labels.shape == position_ids.shape:
@@ -185,8 +269,8 @@ class Positions:
             start = position_ids.gather(1, first[:, None].to(position_ids.device)).squeeze(1)
             # a row without any label has no answer: nothing of it is edited
             return start.masked_fill(~answered.any(-1).to(start.device), torch.iinfo(torch.long).max)
-        if self._prompt_start is not None:
-            return self._rows(self._prompt_start, batch, length, position_ids.device)
+        if given.prompt is not None and not given.lacks_prompt:
+            return self._rows(given.prompt, batch, length, position_ids.device)
         return None
 
     @staticmethod
@@ -205,32 +289,40 @@ class Positions:
         come in between, so it is recalled when the gradient of its output arrives.
         """
         if not torch.is_grad_enabled():
-            self._call = None
+            self._running.set(None)
         elif not torch.compiler.is_compiling():
-            call = self._call
-
-            def recall(_: Tensor) -> None:
-                self._call = call
-
+            call = self._running.get()
             for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(recall)
+                if tensor.requires_grad and call is not None:
+                    tensor.register_hook(lambda _: self._recall(call))
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, with the prompt's real length noted first."""
-        outer = self._prompt_start
-        self._prompt_start = self._prompt_lengths(args, kwargs) - 1
-        try:
-            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
-        finally:
-            self._prompt_start = outer
+    def _recall(self, call: _Call) -> None:
+        """Let the blocks that this backward pass runs again see the call they belong to.
+
+        Passes of several threads share autograd's own, and one may run in several, so it is kept by the pass.
+        """
+        backward = torch._C._current_graph_task_id()
+        if backward not in self._recalled:
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._forget, backward))
+        self._recalled[backward] = call
+        self._running.set(call)
+
+    def _forget(self, backward: int) -> None:
+        self._recalled.pop(backward, None)
+
+    def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `generate`, which is `original`, with the prompt's real length noted first."""
+        with self.giving(prompt=self._prompt_lengths(args, kwargs) - 1):
+            return original(*args, **kwargs)
 
     def _prompt_lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        prompt = args[0] if args else None
-        for name in ("inputs", "input_ids", "inputs_embeds"):
+        """Tokens of each prompt, `[B]`; empty where the prompt is not tokens."""
+        prompt, embedded = args[0] if args else None, kwargs.get("inputs_embeds")
+        for name in ("inputs", "input_ids"):
             prompt = kwargs.get(name) if prompt is None else prompt
-        if prompt is None:
-            raise PositionsError("`generate` on an edited model needs a prompt: pass input_ids or inputs_embeds.")
+        prompt = embedded if prompt is None else prompt
+        if prompt is None or (prompt is not embedded and (prompt.dim() != 2 or prompt.is_floating_point())):
+            return torch.empty(0, dtype=torch.long)
         mask = kwargs.get("attention_mask")
         if mask is None and prompt.dim() == 2:
             # as transformers does: without a mask, pad tokens are padding unless padding is also an end token
@@ -254,19 +346,63 @@ def track(model: nn.Module) -> Positions:
     existing = model.__dict__.get(_ATTRIBUTE)
     if isinstance(existing, Positions):
         return existing
-    positions = Positions(model)
-    model.__dict__[_ATTRIBUTE] = positions
-    model.register_forward_pre_hook(positions.before_forward, with_kwargs=True)
-    model.register_forward_hook(positions.after_forward, always_call=True)
-    if callable(getattr(type(model), "generate", None)):
-        model.__dict__["generate"] = positions.generate
+    positions = model.__dict__[_ATTRIBUTE] = Positions(model)
     return positions
+
+
+def untrack(model: nn.Module) -> None:
+    """Take a model's `Positions` off again, once no layer in it and no context reads them."""
+    positions = model.__dict__.get(_ATTRIBUTE)
+    if not isinstance(positions, Positions) or positions.borrowed:
+        return
+    if not any(module.__dict__.get("_positions") is positions for module in model.modules()):
+        positions.remove()
+        del model.__dict__[_ATTRIBUTE]
+
+
+@contextmanager
+def tracking(model: nn.Module) -> Iterator[Positions]:
+    """Give the model's `Positions` for a while, to what reads them without being a layer."""
+    positions = track(model)
+    positions.borrowed += 1
+    try:
+        yield positions
+    finally:
+        positions.borrowed -= 1
+        untrack(model)
 
 
 def tracked(module: nn.Module) -> list[Positions]:
     """The `Positions` of every tracked model in `module`, itself included."""
     found = (m.__dict__.get(_ATTRIBUTE) for m in module.modules())
     return [positions for positions in found if isinstance(positions, Positions)]
+
+
+def note_batch(noted: list[Positions], module: nn.Module, batch: Any) -> list[Positions]:
+    """Let a module's tracked models know where the answers of a batch begin, for the calls to come.
+
+    Args:
+        noted: what the last call returned; these forget their batch.
+        module: a module that is or contains the tracked backbone.
+        batch: a mapping with `prompt_end [B]`, or anything else.
+
+    Raises:
+        ValueError: see `lightning_peft.prompt_end`.
+    """
+    for positions in noted:
+        positions.note_batch(None)
+    # to look for them is to walk through all modules, which a step without answers need not pay for
+    noted = tracked(module) if mentions_prompt_end(batch) else []
+    start = prompt_end(batch) if noted else None
+    for positions in noted:
+        positions.note_batch(start)
+    return noted
+
+
+def answering_batch(module: nn.Module, batch: Any) -> AbstractContextManager[None]:
+    """Return `answering` with a batch's `prompt_end`; a context without effect where nothing holds or reads one."""
+    start = prompt_end(batch) if mentions_prompt_end(batch) and tracked(module) else None
+    return nullcontext() if start is None else answering(module, start=start)
 
 
 @contextmanager
@@ -284,12 +420,14 @@ def calling(module: nn.Module, **tokens: Any) -> Iterator[None]:
         yield
     finally:
         for positions in found:
-            positions._call = None
+            positions._running.set(None)
 
 
 @contextmanager
 def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | None = None) -> Iterator[None]:
     """Say, for the calls inside, where the answers begin. Without a tracked model in `module` it does nothing.
+
+    It says so to the thread (or asyncio task) that enters it, and to no other.
 
     Args:
         module: a module that is or contains the tracked backbone.
@@ -299,15 +437,10 @@ def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | Non
     """
     if (start is None) == (mask is None):
         raise ValueError("Give either the start or the mask of the answers, not both and not neither.")
-    found = tracked(module)
-    before = [(positions.explicit_start, positions.explicit_mask) for positions in found]
-    for positions in found:
-        positions.explicit_start, positions.explicit_mask = start, mask
-    try:
+    with ExitStack() as stack:
+        for positions in tracked(module):
+            stack.enter_context(positions.giving(start=start, mask=mask))
         yield
-    finally:
-        for positions, (outer_start, outer_mask) in zip(found, before, strict=True):
-            positions.explicit_start, positions.explicit_mask = outer_start, outer_mask
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

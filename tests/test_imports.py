@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lightning_peft"
 
 # Rooms from the ground up: one may import those on lower floors, and none on its own or above.
 FLOORS = [
-    {"files", "moved", "replaced", "tokens"},
+    {"files", "moved", "per_thread", "prompt_end", "replaced", "tokens"},
     {"backbone", "positions"},
     {"stack"},
     {"effects", "packing", "tuners"},

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftConfig, PrefixTuningConfig, get_peft_model
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from lightning_peft.editing import head_offsets_config, head_sites
+from lightning_peft import save_adapter, steering
+from lightning_peft.editing import head_offsets_config, head_sites, layer_offsets_config, layer_sites
 from lightning_peft.positions import PositionsError, answering, track
 from lightning_peft.stack.stack import AdapterStack, stack_of
 
@@ -23,6 +28,14 @@ def edited(kind: str, positions: str = "answer") -> tuple[nn.Module, AdapterStac
     for tensor in stack.tensors(part).values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     return model, stack
+
+
+def head_offsets(model: nn.Module) -> PeftConfig:
+    return head_offsets_config(head_sites(model))
+
+
+def layer_offsets(model: nn.Module) -> PeftConfig:
+    return layer_offsets_config(layer_sites(model))
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -188,4 +201,95 @@ def test_nothing_is_left_over_from_a_call(tokens: Tensor) -> None:
     with torch.no_grad(), answering(model, start=torch.tensor([4])):
         model(input_ids=tokens)
     positions = track(model)
-    assert positions._call is None and positions.explicit_start is None
+    assert positions._call is None and not any(vars(positions._given).values())
+
+
+def on_it(model: nn.Module) -> dict[str, object]:
+    """What stands on the model itself."""
+    hooks = {name: list(value) for name, value in vars(model).items() if "_hooks" in name}
+    return {name: id(value) for name, value in vars(model).items() if name not in hooks} | hooks
+
+
+def saved_edit(folder: Path, kind: str = "llama") -> Path:
+    model, _ = edited(kind)
+    return save_adapter(model, folder / "edit")
+
+
+def test_the_last_edit_taken_off_leaves_the_model_as_it_was(tokens: Tensor, tmp_path: Path) -> None:
+    folder, model = saved_edit(tmp_path), tiny("llama")
+    before, written = on_it(model), model.generate(max_new_tokens=3, do_sample=False, bos_token_id=1)
+    with steering(model, folder):
+        with steering(model, folder, scale=0.5):
+            pass
+        assert "generate" in vars(model), "the outer edit still needs it"
+    assert on_it(model) == before
+    stack = stack_of(model)
+    for name in ("one", "two"):
+        stack.add(layer_offsets_config(layer_sites(model)), name, computed=True)
+    stack.remove("one")
+    model.generate(tokens[:1], attention_mask=torch.ones(1, 9), max_new_tokens=2)
+    stack.remove("two")
+    assert on_it(model) == before
+    assert torch.equal(model.generate(max_new_tokens=3, do_sample=False, bos_token_id=1), written)
+    stack.add(layer_offsets_config(layer_sites(model)), "again", computed=True)
+    assert stack_of(model) is stack
+
+
+@pytest.mark.parametrize("config", [head_offsets, layer_offsets])
+def test_what_peft_unloads_leaves_the_model_as_it_was(config: Callable[[nn.Module], PeftConfig]) -> None:
+    model = tiny("llama")
+    before = on_it(model)
+    wrapped = get_peft_model(model, config(model))
+    assert "generate" in vars(model)
+    assert {name: value for name, value in on_it(wrapped.unload()).items() if name in before} == before
+    assert "generate" not in vars(model)
+
+
+def test_a_generate_that_somebody_put_there_is_called_and_comes_back(tokens: Tensor, tmp_path: Path) -> None:
+    folder, model, calls = saved_edit(tmp_path), tiny("llama"), []
+    inner = model.generate
+    model.generate = own = lambda *a, **k: calls.append(1) or inner(*a, **k)
+    with steering(model, folder):
+        model.generate(tokens[:1], attention_mask=torch.ones(1, 9), max_new_tokens=2)
+    assert calls == [1] and vars(model)["generate"] is own
+
+
+def test_generate_without_a_prompt_works_where_the_edit_needs_none() -> None:
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "bos_token_id": 1}
+    everywhere, stack = edited("llama", "all")
+    written = everywhere.generate(**options)
+    assert torch.equal(written, everywhere.generate(torch.tensor([[1]]), attention_mask=torch.ones(1, 1), **options))
+    with stack.disabled():
+        assert not torch.equal(written, everywhere.generate(**options))
+    with pytest.raises(PositionsError, match=r"^`generate` was called without a prompt of tokens, .*: pass input_ids"):
+        edited("llama")[0].generate(**options)
+
+
+@pytest.mark.parametrize("positions", ["all", "answer"])
+def test_a_model_whose_prompt_is_no_tokens_generates_where_the_edit_needs_none(positions: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 64, "num_mel_bins": 8}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    tokens = {name: 1 for name in ("decoder_start_token_id", "bos_token_id")} | {"pad_token_id": 0, "eos_token_id": 2}
+    more = {"max_source_positions": 20, "max_target_positions": 20, "begin_suppress_tokens": None}
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **tokens, **more)).eval()
+    options = {"input_features": torch.randn(1, 8, 40), "max_new_tokens": 3, "do_sample": False}
+    base = model.generate(**options)
+    stack = stack_of(model)
+    stack.add(layer_offsets_config(layer_sites(model, part="encoder"), positions=positions), "edit", computed=True)
+    if positions == "all":
+        assert torch.equal(model.generate(**options), base)
+    else:
+        with pytest.raises(PositionsError, match="without a prompt of tokens"):
+            model.generate(**options)
+
+
+def test_prefix_tuning_under_offsets_generates_without_a_cache(tokens: Tensor) -> None:
+    model = tiny("gpt2")
+    stack = stack_of(model)
+    stack.add(PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "prefix")
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    alone = model.generate(input_ids=tokens, use_cache=False, **options)
+    stack.add(head_offsets_config(head_sites(model), positions="all"), "offsets")
+    for use_cache in (False, True):
+        assert torch.equal(model.generate(input_ids=tokens, use_cache=use_cache, **options), alone)

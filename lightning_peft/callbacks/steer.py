@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from torch import nn
 
 from lightning_peft.backbone.sharded import has_shards
 from lightning_peft.fitting.find_backbone import find_backbone
-from lightning_peft.positions import Positions, check_policy, tracked
+from lightning_peft.positions import Positions, check_policy, note_batch
 
 
 class Steer(L.Callback):
     """Apply a saved adapter in validation (that of `fit` too), test and predict; afterwards the model is as it was.
 
     Nothing of it is trained or gets into a checkpoint. Edits of answer positions begin where the batch's
-    `answer_start` says, at the prompt's end in `generate`, and else where the batch's labels begin; see
+    `prompt_end` says, at the prompt's end in `generate`, and else where the batch's labels begin; see
     `lightning_peft.positions`. Several of these callbacks act on top of each other, the first innermost.
 
     Args:
@@ -49,7 +48,8 @@ class Steer(L.Callback):
             check_policy(positions)
         self.adapter, self.scale, self.positions, self.backbone = adapter, scale, positions, backbone
         self._steering: AbstractContextManager[Any] | None = None
-        self._tracked: list[Positions] = []
+        self._steered: nn.Module | None = None
+        self._noted: list[Positions] = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         from lightning_peft.stack.steering import steering
@@ -61,12 +61,12 @@ class Steer(L.Callback):
             raise ValueError("A saved adapter cannot be put on a sharded model: evaluate with another strategy.")
         steered = steering(backbone, self.adapter, self.scale, self.positions)
         steered.__enter__()
-        self._steering, self._tracked = steered, tracked(backbone)
+        self._steering, self._steered = steered, backbone
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._note_answers(None)
         if self._steering is not None:
-            steered, self._steering, self._tracked = self._steering, None, []
+            steered, self._steering, self._steered = self._steering, None, None
             steered.__exit__(None, None, None)
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
@@ -85,6 +85,5 @@ class Steer(L.Callback):
 
     def _note_answers(self, batch: Any) -> None:
         """Let edits know where the answers of this batch begin; `None` forgets it."""
-        start = batch.get("answer_start") if isinstance(batch, Mapping) else None
-        for positions in self._tracked:
-            positions.batch_start = start
+        if self._steered is not None:
+            self._noted = note_batch(self._noted, self._steered, batch)

@@ -74,7 +74,7 @@ def _answers(base: str, count: int) -> list[dict[str, Tensor]]:
         ids, prompt = encode_pair(tokenizer, question_prompt(question.text, primer=""), f" {question.best}")
         tokens = torch.tensor([ids])
         start = torch.tensor([prompt - 1])
-        batches.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "answer_start": start})
+        batches.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "prompt_end": start})
     return batches
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.backbone.window import check_lengths
 from lightning_peft.editing.capture import Capture, Site
 from lightning_peft.editing.forward import run_trunk
-from lightning_peft.packing.fallback import objection
+from lightning_peft.packing.fallback import give_up, objection
 from lightning_peft.packing.prefix_tree import common_prefix, pack
 from lightning_peft.positions import tracked
 
@@ -69,7 +69,8 @@ def read_texts(
     """
     check_lengths(backbone, map(len, sequences), "texts to read")
     config: Any = getattr(backbone, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and any(site.part != "encoder" for site in sites):
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    if encoder_decoder and any(site.part != "encoder" for site in sites):
         raise ValueError(
             f"{type(backbone).__name__} has a decoder, whose tokens these texts are not: give sites of its encoder, or "
             "call Capture with input_ids and decoder_input_ids."
@@ -83,6 +84,8 @@ def read_texts(
         if share and (reason := _cannot_share(backbone, reader, sequences, device, way)):
             if way.share:
                 raise ValueError(f"{type(backbone).__name__} cannot read packed texts: {reason}.")
+            if not encoder_decoder:  # of which nobody would expect it
+                give_up(backbone, "reads texts one by one", reason)
             share = False
         yield from (_packed if share else _plain)(backbone, reader, sequences, wanted, device, way)
 
@@ -182,8 +185,8 @@ def _cannot_share(
 
     coarse = way.autocast or _dtype(backbone).itemsize < 4
     allowed = 0.05 if coarse else _TOLERANCE
-    against = objection(lambda: float(torch.stack([apart(bare), apart(behind)]).max()), allowed, "of the largest value")
-    return against and f"packed, {against}"
+    unit = "of the largest value"
+    return objection(backbone, "packed", lambda: float(torch.stack([apart(bare), apart(behind)]).max()), allowed, unit)
 
 
 def _in_order(found: list[tuple[list[int], Tensor]]) -> Tensor:

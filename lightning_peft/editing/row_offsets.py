@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.iti import HeadEdit
-from lightning_peft.positions import check_policy, track
+from lightning_peft.positions import check_policy, tracking
 
 
 class RowOffsets:
@@ -41,26 +42,26 @@ class RowOffsets:
         self.displacements = dict(displacements)
         self.positions = positions
         self._modules = {name: backbone.get_submodule(name) for name in displacements}
-        self._tracked = track(backbone)
-        self._handles: list[Any] = []
+        self._tracking = tracking(backbone)  # it ends with this object
+        self._positions = self._tracking.__enter__()
+        self._entered = ExitStack()
 
     def __len__(self) -> int:
         return len(next(iter(self.displacements.values())))
 
     def __enter__(self) -> RowOffsets:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._mover(self.displacements[name])))
+            hook = module.register_forward_pre_hook(self._mover(self.displacements[name]))
+            self._entered.callback(hook.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._entered.close()
 
     def _mover(self, rows: Tensor) -> Any:
         def move(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *rest = args
-            mask = self._tracked.mask(self.positions).to(x.device)
+            mask = self._positions.mask(self.positions).to(x.device)
             if x.dim() != 3 or mask.shape[1] != x.shape[1] or (len(rows) > 1 and len(mask) > 1):
                 raise ValueError(
                     f"{len(rows)} rows can be made of a call of one row and of projections of three dimensions; the "

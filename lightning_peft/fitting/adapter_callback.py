@@ -26,7 +26,7 @@ from lightning_peft.fitting.frozen import check_frozen
 from lightning_peft.fitting.precision import check_precise, forget_precise, keep_precise
 from lightning_peft.fitting.report import print_table, summary
 from lightning_peft.fitting.train_modes import set_modes, stop_input_gradients
-from lightning_peft.positions import Positions, tracked
+from lightning_peft.positions import Positions, note_batch
 from lightning_peft.stack.configs import different_fields
 from lightning_peft.stack.injection.head_training import saved_heads, with_heads
 from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks, stack_of
@@ -343,13 +343,7 @@ class AdapterCallback(Callback):
     def _note_answers(self, batch: Any) -> None:
         """Let edits know where the answers of this batch begin; `None` forgets it."""
         assert self.stack is not None
-        start = batch.get("answer_start") if isinstance(batch, Mapping) else None
-        for positions in self._noted:
-            positions.batch_start = None
-        # to look for them is to walk through all modules, which a step without answers need not pay for
-        self._noted = [] if start is None else tracked(self.stack.backbone)
-        for positions in self._noted:
-            positions.batch_start = start
+        self._noted = note_batch(self._noted, self.stack.backbone, batch)
 
     def _check_callbacks(self, trainer: L.Trainer) -> None:
         callbacks = _callbacks(trainer)

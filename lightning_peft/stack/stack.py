@@ -146,6 +146,7 @@ class AdapterStack:
             self._activate()
             raise
         self.base = base
+        self.backbone.__dict__[_ATTRIBUTE] = self
         self.backbone.__dict__["peft_config"] = {**configs, name: own}
         self.parts.append(part)
         injection.note_trained()
@@ -168,6 +169,8 @@ class AdapterStack:
             self.backbone.__dict__["peft_config"] = remaining
         part.injection.take_out()
         self._activate()
+        if not self.parts:
+            self.backbone.__dict__.pop(_ATTRIBUTE, None)
 
     def __getitem__(self, name: str) -> Adapter:
         for part in self.parts:

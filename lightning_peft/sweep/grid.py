@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -128,7 +127,5 @@ class Grid:
                 return math.inf
             return float((together - expected).abs().max() / expected.abs().max())
 
-        against = objection(apart, allowed, "of the largest logit")
-        if against:
-            warnings.warn(f"{type(self.backbone).__name__} cannot make rows of one call: {against}.", stacklevel=2)
-        return not against
+        instead = "runs each intervention in a call of its own"
+        return not objection(self.backbone, "as rows of one call", apart, allowed, "of the largest logit", instead)

@@ -19,6 +19,7 @@ from lightning_peft.fitting.checkpoints import read_checkpoint, restore_adapters
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 from lightning_peft.stack.stack import adapters
 from lightning_peft.testing.cell import Cell, adapter_tensors, rows, take, trainable
+from lightning_peft.testing.lockstep import in_lockstep
 
 
 class LawBroken(AssertionError):
@@ -211,6 +212,30 @@ def cache(cell: Cell) -> None:
         raise LawBroken("other tokens are generated with the key-value cache than without.")
 
 
+def threads(cell: Cell) -> None:
+    """Two threads generating on one adapted model write what each writes alone."""
+    _, stack, _ = cell.adapted()
+    backbone: Any = stack.backbone
+    batch = cell.batches[0]
+    if not (_has_tokens(batch) and hasattr(backbone, "generate") and backbone.can_generate()):
+        raise DoesNotApply("the base model does not generate")
+    # they differ in rows, length and how long they write, so that what is noted for one call fits no other
+    prompts, steps = [take(batch, torch.tensor([0])), next(_padded(batch))], [4, 7]
+
+    def write(number: int) -> Tensor:
+        options = {"max_new_tokens": steps[number], "min_new_tokens": steps[number], "do_sample": False}
+        ids, mask = (prompts[number][key][:, 2 * (1 - number) :] for key in ("input_ids", "attention_mask"))
+        return backbone.generate(input_ids=ids, attention_mask=mask, **options)
+
+    alone = [write(number) for number in range(len(prompts))]
+    for number, written in enumerate(in_lockstep(backbone, write, len(prompts))):
+        if isinstance(written, Exception):
+            message = f"{type(written).__name__}: {written}"
+            raise LawBroken(f"a thread that generates beside another ends in {message}") from written
+        if not torch.equal(written, alone[number]):
+            raise LawBroken("a thread that generates beside another writes other tokens than alone.")
+
+
 def alive(cell: Cell) -> None:
     """Backward from the training loss reaches every trained parameter of the adapter; a gradient of zero counts."""
     module, stack, _ = cell.adapted()
@@ -261,6 +286,7 @@ LAWS: dict[str, Callable[[Cell], None]] = {
     "padding": padding,
     "causality": causality,
     "cache": cache,
+    "threads": threads,
     "alive": alive,
     "count": count,
     "resume": resume,

@@ -45,14 +45,14 @@ class Example(TypedDict):
     labels: list[int]
     truth: int
     question_id: int
-    answer_start: NotRequired[int]
+    prompt_end: NotRequired[int]
 
 
 class TruthfulQADataModule(L.LightningDataModule):
     """TruthfulQA (or this package's own questions) in folds: train on all but one, test on that one.
 
     Batches are dicts of tensors, padded on the right: `input_ids [B, T]`, `attention_mask [B, T]`, `labels [B, T]`
-    (-100 outside the answer), `truth [B]` (1 true, 0 false), `question_id [B]`, and `answer_start [B]`, the position
+    (-100 outside the answer), `truth [B]` (1 true, 0 false), `question_id [B]`, and `prompt_end [B]`, the position
     id of the last prompt token, from which the answer is predicted.
 
     - Training, `train="answers"` (to tune): every true answer to the inner training questions, shuffled,
@@ -71,7 +71,7 @@ class TruthfulQADataModule(L.LightningDataModule):
       each answer says which `question_id` it is to. See `generation.encode_prompts`.
 
     For encoder-decoder models `input_ids [B, T]` are prompts and `labels [B, U]` answers, encoded on their own and
-    without an end token, as lm-evaluation-harness does; then there is no `answer_start`.
+    without an end token, as lm-evaluation-harness does; then there is no `prompt_end`.
 
     Args:
         source: `"hub"`, `"package"`, or a folder or file; see `load_questions`.
@@ -399,13 +399,13 @@ class TruthfulQADataModule(L.LightningDataModule):
             "labels": [-100] * prompt + ids[prompt:],
             "truth": truth,
             "question_id": question.id,
-            "answer_start": prompt - 1,
+            "prompt_end": prompt - 1,
         }
 
     def _collate(self, examples: Sequence[Mapping[str, object]]) -> Batch:
         assert self._tokenizer is not None
         batch = padded(examples, self._tokenizer)
-        for name in ("truth", "question_id", "answer_start"):
+        for name in ("truth", "question_id", "prompt_end"):
             if name in examples[0]:
                 batch[name] = torch.tensor([e[name] for e in examples])
         return batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,7 +47,7 @@ def encode_prompts(
     """Prompts as batches of like length, padded on the left: the shortest first, whatever order the questions are in.
 
     Returns:
-        Dicts with `input_ids [B, T]`, `attention_mask [B, T]`, `question_id [B]`, `answer_start [B]` (the position id
+        Dicts with `input_ids [B, T]`, `attention_mask [B, T]`, `question_id [B]`, `prompt_end [B]` (the position id
         of the last prompt token), and `ending` and `max_new_tokens` of the prompting.
     """
     rows = sorted(
@@ -64,7 +63,7 @@ def encode_prompts(
                 "input_ids": torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in part]),
                 "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part]),
                 "question_id": torch.tensor([number for _, number in part]),
-                "answer_start": torch.tensor([len(ids) - 1 for ids, _ in part]),
+                "prompt_end": torch.tensor([len(ids) - 1 for ids, _ in part]),
                 "ending": prompting.ending,
                 "max_new_tokens": prompting.max_new_tokens,
             }
@@ -177,13 +176,11 @@ class AnswerGenerator:
 
         dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
         allowed = _TOLERANCE if dtype == torch.float32 else 64 * torch.finfo(dtype).eps
-        against = objection(difference, allowed, "in a logit")
-        if not against:
-            return prefix
-        self._cache = None
-        name = type(self.backbone).__name__
-        warnings.warn(f"{name} answers from whole prompts: with the primer shared, {against}.", stacklevel=2)
-        return []
+        instead = "answers from whole prompts"
+        if objection(self.backbone, "with the primer shared", difference, allowed, "in a logit", instead):
+            self._cache = None
+            return []
+        return prefix
 
     def _computed(self, prefix: list[int]) -> Any:
         from transformers import DynamicCache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -241,10 +240,9 @@ class ChoiceScorer:
             packed = torch.stack([self._packed(short, begin) for _ in range(2)])
             return float((packed - plain).abs().max())
 
-        against = objection(difference, _allowed(self.backbone, plain), "nats")
+        allowed = _allowed(self.backbone, plain)
+        against = objection(self.backbone, "packed", difference, allowed, "nats", "is scored row by row")
         self.forget()
-        if against:
-            warnings.warn(f"{type(self.backbone).__name__} is scored row by row: packed, {against}.", stacklevel=2)
         return not against
 
 
@@ -304,7 +302,12 @@ class AnswerScorer:
     def _try_sharing(self, *rows: Tensor) -> bool:
         plain = self._plain(*rows)
         allowed = _allowed(self.backbone, plain)
-        return not objection(lambda: float((self._shared(*rows) - plain).abs().max()), allowed, "nats")
+
+        def difference() -> float:
+            return float((self._shared(*rows) - plain).abs().max())
+
+        instead = "reads the prompt of each answer anew"
+        return not objection(self.backbone, "read once for all", difference, allowed, "nats", instead)
 
 
 def _allowed(backbone: nn.Module, scores: Tensor) -> float:

@@ -70,7 +70,7 @@ def test_while_evaluating_the_model_is_that_with_the_adapter_from_where_the_answ
     load_adapter(module.backbone, folder)
     expected = []
     for batch in DATA.loader():
-        with answering(module.backbone, start=batch["answer_start"]):
+        with answering(module.backbone, start=batch["prompt_end"]):
             expected.append(logits(module.backbone, batch["input_ids"], attention_mask=batch["attention_mask"]))
     assert torch.equal(evaluated(verb, Steer(folder)), torch.cat(expected))
 

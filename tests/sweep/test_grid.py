@@ -107,7 +107,7 @@ def test_a_model_that_cannot_make_rows_is_measured_point_by_point_with_a_warning
             raise ValueError("more rows than were given")
 
     model.model.layers[2].mlp.register_forward_pre_hook(one_row_only)
-    with pytest.warns(UserWarning, match="cannot make rows of one call: it raises ValueError"):
+    with pytest.warns(UserWarning, match="as rows of one call, it raises ValueError"):
         grid = Grid(model, head_sites(model), chosen, rows=4)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*scored row by row")  # which needs rows too

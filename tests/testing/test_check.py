@@ -72,6 +72,21 @@ class Losing(LoRA):
         injection.keys = lambda: {k: v for k, v in keys.items() if k != lost}  # type: ignore[method-assign]
 
 
+class Distracted(LoRA):
+    """Takes what the model was last called with for what is being computed, whoever called it."""
+
+    def apply(self, module: L.LightningModule) -> Any:
+        parts, noted = super().apply(module), {}
+        backbone: Any = module.backbone
+
+        def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+            noted["rows"] = len(kwargs["input_ids"])
+
+        backbone.register_forward_pre_hook(note, with_kwargs=True)
+        backbone.lm_head.register_forward_hook(lambda _, args, logits: logits.roll(noted["rows"], -1))
+        return parts
+
+
 class Forgetful(TinyModule):
     """Generates something else with a cache."""
 
@@ -123,6 +138,7 @@ def test_lora_obeys_every_law() -> None:
         ("padding", lambda: check(lora(), outputs=mixing_rows), "a row padded and alone differ by"),
         ("causality", lambda: check(lora(), outputs=seeing_the_future), "outputs before the changed tokens differ by"),
         ("cache", lambda: check(lora(), lambda: Forgetful("llama")), "other tokens are generated"),
+        ("threads", lambda: check(lora(Distracted)), "a thread that generates beside another writes other tokens"),
         ("count", lambda: check(lora(), count=lambda _: 7), "672 parameters are trainable, the formula says 7"),
         ("resume", lambda: check(lora(), lambda: Noisy("llama")), "resumed tensors differ"),
     ],
@@ -141,6 +157,7 @@ def test_what_does_not_apply_says_why() -> None:
     assert reasons == {
         "causality": "the batch holds no tokens",
         "cache": "the base model does not generate",
+        "threads": "the base model does not generate",
         "count": "no formula was given",
     }
 

@@ -41,7 +41,7 @@ def test_answers_are_the_true_ones_with_their_tokens_as_labels(tiny_tokenizer: P
         for row in range(len(batch["truth"])):
             real = batch["attention_mask"][row].bool()
             ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
-            start = int(batch["answer_start"][row])
+            start = int(batch["prompt_end"][row])
             assert (labels[: start + 1] == -100).all() and torch.equal(labels[start + 1 :], ids[start + 1 :])
             question = by_id[int(batch["question_id"][row])]
             text = tiny_tokenizer.decode(ids[start + 1 :])

@@ -107,7 +107,7 @@ def test_prompts_are_padded_on_the_left_in_batches_of_like_length(tiny_tokenizer
     lengths = [length for batch in batches for length in batch["attention_mask"].sum(-1).tolist()]
     assert lengths == sorted(lengths) and (torch.cat([b["attention_mask"][:, -1] for b in batches]) == 1).all()
     for batch in batches:
-        assert torch.equal(batch["answer_start"], batch["attention_mask"].sum(-1) - 1)
+        assert torch.equal(batch["prompt_end"], batch["attention_mask"].sum(-1) - 1)
         for row, mask, number in zip(*(batch[n] for n in ("input_ids", "attention_mask", "question_id")), strict=True):
             assert row[mask.bool()].tolist() == SHORT.encode(tiny_tokenizer, questions[number].text)
 

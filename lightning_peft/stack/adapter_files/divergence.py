@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.positions import answering
+from lightning_peft.prompt_end import prompt_end
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def divergence(
 
     Args:
         model: gives `logits [B, T, V]`.
-        batches: `input_ids [B, T]`, `attention_mask [B, T]` and `answer_start [B]`, the position id of the last prompt
+        batches: `input_ids [B, T]`, `attention_mask [B, T]` and `prompt_end [B]`, the position id of the last prompt
             token.
         one: makes the context in which the model has the one setting.
         other: the same for the other.
@@ -52,16 +53,18 @@ def divergence(
     """
     found = []
     for batch in batches:
-        mask = batch["attention_mask"].bool()
+        mask, start = batch["attention_mask"].bool(), prompt_end(batch)
+        if start is None:
+            raise ValueError("A batch has no prompt_end, the position ids [B] of its last prompt tokens: add it.")
         said = []
         for setting in (one, other):
-            with setting(), answering(model, start=batch["answer_start"]):
+            with setting(), answering(model, start=start):
                 output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             said.append(output.logits.float().log_softmax(-1))
         kl = (said[0].exp() * (said[0] - said[1])).sum(-1)
         places = mask.cumsum(-1) - 1
         # what is said at a text's last token is about no token of it
-        about = mask & (places >= batch["answer_start"][:, None]) & (places < mask.sum(-1, keepdim=True) - 1)
+        about = mask & (places >= start[:, None]) & (places < mask.sum(-1, keepdim=True) - 1)
         found.append(kl[about].clamp(min=0))
     if not found:
         return None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.backbone.modules import STATE, AdapterState, standalone_name, state_tensors
 from lightning_peft.backbone.parameter_order import keep_parameter_order
 from lightning_peft.backbone.quantization import check_merge
+from lightning_peft.positions import untrack
 from lightning_peft.stack.adapter_files.folder import AdapterError
 from lightning_peft.stack.injection.own_forward import OwnForward, acts_on_calls, own_forward, task_of
 
@@ -263,6 +264,7 @@ def take_out(backbone: nn.Module, cls: Any, name: str) -> None:
             if not child._adapters:
                 setattr(parent, child_name, child.original_module)
     keep_parameter_order(backbone)
+    untrack(backbone)
 
 
 def _register_indices(backbone: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import is_linear
 from lightning_peft.backbone.structure import matrix_shape
+from lightning_peft.per_thread import PerThread
 from lightning_peft.tuners.bottleneck.branch import Bottleneck
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 
@@ -22,7 +23,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("bottleneck", "bottleneck_rule")
-    other_param_names = ("scaling", "configs", "_sources", "_owners", "_noted")
+    other_param_names = ("scaling", "configs", "_sources", "_owners")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         # modules that are not this layer's children stand in tuples, out of sight of nn.Module
         self._sources: dict[str, tuple[nn.Module]] = {}
         self._owners: dict[str, tuple[BottleneckLayer]] = {}
-        self._noted: dict[str, Tensor] = {}
+        self._noted: PerThread[dict[str, Tensor]] = PerThread()
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
         self._active_adapter = adapter_name
 
@@ -97,7 +98,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def note(self, adapter_name: str, x: Tensor) -> None:
         """The input of an adapter's source in this call."""
         if not self.disable_adapters and adapter_name in self._acting():
-            self._noted[adapter_name] = x
+            self._noted.set({**(self._noted.get() or {}), adapter_name: x})
 
     def check_merge(self, adapter_names: list[str]) -> None:
         """Raise `ValueError` unless these adapters (those of them that the layer has) can become weights."""
@@ -169,7 +170,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return owner.bottleneck_rule[adapter_name]
 
     def _take_note(self, adapter_name: str, y: Tensor) -> Tensor:
-        z = self._noted.pop(adapter_name, None)
+        noted = dict(self._noted.get() or {})
+        z = noted.pop(adapter_name, None)
+        self._noted.set(noted)
         if z is None or z.shape[:-1] != y.shape[:-1]:
             found = "it was not called before" if z is None else f"it had an input of shape {tuple(z.shape)}"
             raise RuntimeError(
@@ -177,9 +180,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
                 f"another matrix of the same part, but {found}."
             )
         return z
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_noted": {}}  # a graph's tensors cannot be copied
 
     def __repr__(self) -> str:
         return "bottleneck." + super().__repr__()

@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from lightning_peft.positions import track
+from lightning_peft.positions import track, untrack
 from lightning_peft.tuners.head_offsets.config import HeadOffsetsConfig
 from lightning_peft.tuners.head_offsets.layer import HeadOffsetsLayer
 
@@ -69,3 +69,9 @@ class HeadOffsetsModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, HeadOffsetsLayer):
                 module.check_merge(list(self.peft_config))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unload: Any = super()._unload_and_optionally_merge
+        model = unload(*args, **kwargs)
+        untrack(self.model)
+        return model

@@ -124,7 +124,7 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
     def _mask(self, adapter_name: str, config: LayerOffsetsConfig, x: Tensor) -> Any:
         """`[..., tokens]`, how much of each vector a token gets; None: all of it, everywhere."""
         mask: Tensor | None = None
-        if config.tokens > 1 and self._positions.explicit_mask is not None:
+        if config.tokens > 1 and self._positions.by_mask:
             raise ValueError(
                 f"Adapter {adapter_name!r} has a vector for each of {config.tokens} tokens, and a mask does not say "
                 "which is which: give the start of the answers instead."

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from lightning_peft.backbone.modules import is_linear, standalone_name
-from lightning_peft.positions import track
+from lightning_peft.positions import track, untrack
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.layer import ATTRIBUTE, LayerOffsetsLayer
 from lightning_peft.tuners.layer_offsets.writing import final_matrices, innermost
@@ -108,7 +108,12 @@ class LayerOffsetsModel(BaseTuner):
             for adapter in list(layer.configs):
                 layer._active_adapter = []
                 layer.delete_adapter(adapter)
+        untrack(self.model)
         return super()._unload_and_optionally_merge(merge=False)  # type: ignore[return-value]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        untrack(self.model)
 
     def _layers(self) -> list[LayerOffsetsLayer]:
         return [module for module in self.model.modules() if isinstance(module, LayerOffsetsLayer)]

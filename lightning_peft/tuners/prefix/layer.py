@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_peft.backbone.structure import matrix_shape
+from lightning_peft.per_thread import PerThread
 from lightning_peft.tuners.prefix.attention import attach, detach
 from lightning_peft.tuners.prefix.config import PrefixConfig
 
@@ -23,7 +24,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("prefix_key", "prefix_value", "prefix_mix", "prefix_gate")
-    other_param_names = ("scaling", "_gates")
+    other_param_names = ("scaling",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, attention: nn.Module) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         self.prefix_gate = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self._gates: dict[str, Tensor] = {}
+        self._gates: PerThread[dict[str, Tensor]] = PerThread()
         self._attention = (attention,)  # in a tuple, out of sight of nn.Module: it is no child
         self._active_adapter = adapter_name
 
@@ -58,7 +59,8 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         for name in self.acting():
             if name in self.prefix_gate:
                 gate: Any = self.prefix_gate[name]
-                self._gates[name] = torch.sigmoid(gate(x.to(gate.weight.dtype)))
+                value = torch.sigmoid(gate(x.to(gate.weight.dtype)))
+                self._gates.set({**(self._gates.get() or {}), name: value})
         return self.base_layer(x, *args, **kwargs)
 
     def acting(self) -> list[str]:
@@ -81,7 +83,9 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             made.append(split.expand(rows, -1, -1, -1))
         gate = None
         if adapter_name in self.prefix_gate:
-            gate = self._gates.pop(adapter_name, None)
+            gates = dict(self._gates.get() or {})
+            gate = gates.pop(adapter_name, None)
+            self._gates.set(gates)
             if gate is None:
                 raise RuntimeError(f"The gate of prefix {adapter_name!r} was not computed: its projection did not run.")
         return made[0], made[1], gate
@@ -105,9 +109,6 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Nothing was merged."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gates": {}}  # a graph's tensors cannot be copied
 
     def __repr__(self) -> str:
         return "prefix." + super().__repr__()

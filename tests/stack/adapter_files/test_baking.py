@@ -50,7 +50,7 @@ def reloaded(folder: Path) -> Any:
 
 
 def answers(tokens: Tensor, start: int = 3) -> list[dict[str, Tensor]]:
-    return [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "answer_start": torch.tensor([start] * 3)}]
+    return [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "prompt_end": torch.tensor([start] * 3)}]
 
 
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)  # Linear without bias, Conv1D, Linear with bias

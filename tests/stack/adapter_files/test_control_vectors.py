@@ -100,7 +100,7 @@ def test_what_the_first_block_gets_is_added_after_the_second(tmp_path: Path) -> 
 
 
 def test_what_it_changes_is_measured(tmp_path: Path, tokens: Tensor) -> None:
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "answer_start": torch.tensor([2] * 3)}
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "prompt_end": torch.tensor([2] * 3)}
     made, _ = exported("gpt_neox", lambda m: heads(m, [(2, 3)], "answer"), tmp_path, batches=[batch])
     assert made.exact and made.positions == ("answer",), "at every position, that is"
     # heads of the last block: what they did to the prompt reaches no answer token
