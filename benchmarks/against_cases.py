@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_peft import callbacks as c
@@ -140,10 +141,11 @@ def cases(section: str) -> dict[str, Make]:
     }
 
 
-def _others() -> list[type[c.PEFT]]:
-    used = {c.PEFT, c.Edit}
+def _others() -> list[type[Callback]]:
+    adapting = getattr(c, "AdapterCallback", c.PEFT)  # before 0.2 PEFT was the base of all
+    used = {adapting, c.PEFT, c.Edit}
     for make in (*TUNED.values(), *EDITS.values()):
         with contextlib.suppress(AttributeError, TypeError):  # a commit may lack a name or an argument
             used |= {type(callback) for callback in make()}
     exported = [getattr(c, name) for name in c.__all__]
-    return [one for one in exported if isinstance(one, type) and issubclass(one, c.PEFT) and one not in used]
+    return [one for one in exported if isinstance(one, type) and issubclass(one, adapting) and one not in used]
