@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_peft import callbacks as c

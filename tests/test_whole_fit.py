@@ -1,6 +1,6 @@
 """A fit that is stopped anywhere, once or twice, and resumed in new objects ends as the one that was not, bit for bit.
 
-Hypothesis draws what is trained and how, and where it stops; `python tests/fitting/test_whole_fit.py 200` draws as
+Hypothesis draws what is trained and how, and where it stops; `python tests/test_whole_fit.py 200` draws as
 many.
 """
 
