@@ -24,7 +24,9 @@ def traces(module: nn.Module) -> Traces:
         for key, value in vars(part).items():
             found[name, key] = value
             inner = value if isinstance(value, dict) else value.to_dict() if hasattr(value, "to_dict") else {}
-            found |= {(name, f"{key}[{entry!r}]"): item for entry, item in inner.items()}
+            # hooks have numbers, which differ between two modules that are alike
+            names = [number if isinstance(entry, int) else entry for number, entry in enumerate(inner)]
+            found |= {(name, f"{key}[{n!r}]"): item for n, item in zip(names, inner.values(), strict=True)}
             found[name, f"the order of {key}"] = tuple(map(str, inner))
     return found
 
