@@ -31,8 +31,8 @@ class ReplacedMethod(Handle):
     another: whichever is removed, the others keep acting.
     """
 
-    def __init__(self, owner: Any, name: str, by: Callable[..., Any], instead: bool) -> None:
-        self.owner, self.name, self.by, self.instead = owner, name, by, instead
+    def __init__(self, owner: Any, name: str, by: Callable[..., Any], instead: bool, once: bool) -> None:
+        self.owner, self.name, self.by, self.instead, self.once = owner, name, by, instead, once
         self.below = owner.__dict__.get(name, _MISSING)  # what stood on the instance; missing: the class's method
         self.acting = True
 
@@ -53,6 +53,8 @@ class ReplacedMethod(Handle):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.acting:
             return self.original(*args, **kwargs)
+        if self.once:
+            self.remove()
         return self.by(*args, **kwargs) if self.instead else self.by(self.original, *args, **kwargs)
 
     def remove(self) -> None:
@@ -70,24 +72,34 @@ class ReplacedMethod(Handle):
             self.owner.__dict__[self.name] = self.below
 
 
-class ReplacedAttribute(Handle):
-    """A value that stands on an instance in place of another, or of the class's."""
+class KeptAttribute(Handle):
+    """What stands on an instance under a name now; `remove()` brings it back, whatever others have set since."""
 
-    def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self.owner, self.name, self.value = owner, name, value
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
         self.before = owner.__dict__.get(name, _MISSING)
-        owner.__dict__[name] = value
 
     def remove(self) -> None:
-        if self.owner.__dict__.get(self.name, _MISSING) is not self.value:
-            return  # somebody has set it since
-        if self.before is _MISSING:
-            del self.owner.__dict__[self.name]
-        else:
+        self.owner.__dict__.pop(self.name, None)
+        if self.before is not _MISSING:
             self.owner.__dict__[self.name] = self.before
 
 
-def replaced(owner: Any, name: str, by: Callable[..., Any], instead: bool = False) -> ReplacedMethod:
+class ReplacedAttribute(KeptAttribute):
+    """A value that stands on an instance in place of another, or of the class's."""
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        super().__init__(owner, name)
+        self.value = owner.__dict__[name] = value
+
+    def remove(self) -> None:
+        if self.owner.__dict__.get(self.name, _MISSING) is self.value:  # else somebody has set it since
+            super().remove()
+
+
+def replaced(
+    owner: Any, name: str, by: Callable[..., Any], instead: bool = False, once: bool = False
+) -> ReplacedMethod:
     """Replace a method on one instance.
 
     Args:
@@ -96,6 +108,7 @@ def replaced(owner: Any, name: str, by: Callable[..., Any], instead: bool = Fals
         by: called as `by(original, *args, **kwargs)`, where `original` is what was there, the class's method or what
             somebody had put on the instance. A bound method of an object that can be copied, if `owner` is copied.
         instead: call `by(*args, **kwargs)`, and what was there not at all.
+        once: the replacement comes off when it is called.
 
     Returns:
         A handle: `remove()` takes the replacement off, in any order among several.
@@ -119,8 +132,18 @@ def replaced(owner: Any, name: str, by: Callable[..., Any], instead: bool = Fals
         (2, {})
     """
     getattr(owner, name)
-    link = owner.__dict__[name] = ReplacedMethod(owner, name, by, instead)
+    link = owner.__dict__[name] = ReplacedMethod(owner, name, by, instead, once)
     return link
+
+
+def replacements(owner: Any, name: str, by: Callable[..., Any] | type) -> list[ReplacedMethod]:
+    """Return what replaces a method of an instance by this function, or by a method of this class; uppermost first."""
+    links, top = [], owner.__dict__.get(name)
+    while isinstance(top, ReplacedMethod):
+        if top.by is by or (isinstance(by, type) and isinstance(getattr(top.by, "__self__", None), by)):
+            links.append(top)
+        top = top.below
+    return links
 
 
 def replaced_attribute(owner: Any, name: str, value: Any) -> ReplacedAttribute:

@@ -20,6 +20,8 @@ from lightning_peft import adapters
 from lightning_peft.callbacks import PEFT
 from lightning_peft.fitting.checkpoints import export_checkpoint
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
+from lightning_peft.stack.stack import stack_of
+from lightning_peft.testing.traces import first_difference, traces
 
 pytestmark = [
     pytest.mark.filterwarnings(warning) for warning in (*QUIET, "ignore:.*", "ignore::torch.jit.TracerWarning")
@@ -163,3 +165,18 @@ def test_a_method_is_fitted_resumed_exported_and_read_by_plain_peft(
         adapters(whole).remove("default")
         assert same(whole.model.state_dict(), base().state_dict())
     passed.append(method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_taken_off_the_model_is_as_before(method: str, experts: Path) -> None:
+    model, ids = base(), torch.tensor([[3, 4, 5, 6]])
+    before, expected = traces(model), model(input_ids=ids).logits
+    stack = stack_of(model)
+    for _ in range(2):
+        stack.add(config_of(method, experts), "default")
+        stack.enable(False)
+        stack.enable(True)
+        stack.remove("default")
+        assert first_difference(before, traces(model)) is None
+        assert torch.equal(model(input_ids=ids).logits, expected)

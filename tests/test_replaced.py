@@ -15,7 +15,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_peft.replaced import replaced, replaced_attribute
+from lightning_peft.replaced import KeptAttribute, replaced, replaced_attribute, replacements
 
 
 class Model(nn.Module):
@@ -140,3 +140,33 @@ def test_an_attribute_comes_back_unless_somebody_has_set_it_since() -> None:
     with replaced_attribute(model, "mode", "d"):
         model.mode = "e"
     assert model.mode == "e"
+
+
+def test_a_kept_attribute_comes_back_whatever_was_set_since() -> None:
+    model = Model()
+    model.mode = "a"
+    with KeptAttribute(model, "mode"), KeptAttribute(model, "other"):
+        model.mode, model.other = "b", "c"
+    assert model.mode == "a" and "other" not in vars(model)
+
+
+def test_what_acts_once_comes_off_when_it_is_called() -> None:
+    model = Model()
+    base = model(X)
+    replaced(model, "forward", Adds(1).around, once=True)
+    replaced(model, "forward", Adds(10).around, once=True)
+    torch.testing.assert_close(model(X), base + 11)
+    assert torch.equal(model(X), base) and "forward" not in vars(model)
+
+
+def test_replacements_are_found_by_what_makes_them() -> None:
+    def other(original: Callable[..., Any], *args: Any) -> Any:
+        return original(*args)
+
+    model = Model()
+    lower = replaced(model, "forward", Adds(1).around)
+    plain = replaced(model, "forward", other)
+    upper = replaced(model, "forward", Adds(2).around)
+    assert replacements(model, "forward", Adds) == [upper, lower]
+    assert replacements(model, "forward", other) == [plain]
+    assert replacements(model, "generate", Adds) == []

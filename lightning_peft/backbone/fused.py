@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from lightning_peft.backbone.modules import base_modules, is_linear, is_matrix
+from lightning_peft.replaced import replaced_attribute
 
-_BEFORE = "_lightning_peft_activation"
+_UNFUSED = "_lightning_peft_unfused"
 
 
 def unfuse(backbone: nn.Module, acting: bool) -> None:
@@ -18,11 +19,11 @@ def unfuse(backbone: nn.Module, acting: bool) -> None:
     """
     for module in backbone.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            if acting:
-                module.__dict__.setdefault(_BEFORE, module.activation_relu_or_gelu)
-                module.activation_relu_or_gelu = 0  # what the layer itself asks before it takes the path
-            elif _BEFORE in module.__dict__:
-                module.activation_relu_or_gelu = module.__dict__.pop(_BEFORE)
+            if not acting and _UNFUSED in module.__dict__:
+                module.__dict__.pop(_UNFUSED).remove()
+            elif acting and _UNFUSED not in module.__dict__:
+                # what the layer itself asks before it takes the path
+                module.__dict__[_UNFUSED] = replaced_attribute(module, "activation_relu_or_gelu", 0)
 
 
 def never_called(backbone: nn.Module) -> set[str]:

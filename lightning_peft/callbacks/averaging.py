@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lightning_peft.backbone.sharded import is_sharded, whole, write
 from lightning_peft.fitting.checkpoints import fill_in
+from lightning_peft.replaced import Handle, replaced
 from lightning_peft.stack.stack import check_same_keys
 
 Weights = dict[str, Tensor]
@@ -59,7 +61,7 @@ class AdapterEMA(Callback):
                 f"got {every_n_steps} and {starting_at_step}."
             )
         self.decay, self.every_n_steps, self.starting_at_step = decay, every_n_steps, starting_at_step
-        self._hook: _SaveAverage | None = None
+        self._hook: Handle | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -87,7 +89,7 @@ class AdapterEMA(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         named = pl_module.named_parameters(remove_duplicate=False)  # a tied weight is saved under each of its names
         self._trained = {name: parameter for name, parameter in named if parameter.requires_grad}
-        self._hook = _SaveAverage(self, pl_module)
+        self._hook = replaced(pl_module, "on_save_checkpoint", functools.partial(self._save, pl_module))
         if self._restored is not None and self._restored["current"]:
             self._go_on(self._restored)
         self._restored = None
@@ -172,6 +174,12 @@ class AdapterEMA(Callback):
                 self._trained[name].copy_(value)
             self._current = None
 
+    def _save(self, module: L.LightningModule, original: Callable[..., object], checkpoint: dict[str, Any]) -> None:
+        """Act before whatever `on_save_checkpoint` a module has, which runs for weights-only checkpoints as well."""
+        fill_in(module, checkpoint)
+        self.put_average(checkpoint["state_dict"])
+        original(checkpoint)
+
     def put_average(self, state: Weights) -> None:
         """Put the average into a module's state, in place of the weights; all processes must ask."""
         if self._average is None or self._current is not None:
@@ -182,24 +190,3 @@ class AdapterEMA(Callback):
             value = value if sharded else whole(value)
             if name in state:  # a state that is whole is on rank 0 alone
                 state[name] = value.to(state[name].device)
-
-
-class _SaveAverage:
-    """Stands before whatever `on_save_checkpoint` a module has; that hook runs for weights-only checkpoints as well."""
-
-    def __init__(self, averaging: AdapterEMA, module: L.LightningModule) -> None:
-        self.averaging, self.module = averaging, module
-        self.own = module.__dict__.get("on_save_checkpoint")
-        self.original = module.on_save_checkpoint
-        module.__dict__["on_save_checkpoint"] = self
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        fill_in(self.module, checkpoint)
-        self.averaging.put_average(checkpoint["state_dict"])
-        self.original(checkpoint)
-
-    def remove(self) -> None:
-        if self.own is None:
-            del self.module.__dict__["on_save_checkpoint"]
-        else:
-            self.module.__dict__["on_save_checkpoint"] = self.own

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft.backbone.sharded import has_shards
 from lightning_peft.fitting.find_backbone import find_backbone
+from lightning_peft.fitting.same_hook import same_as
 from lightning_peft.positions import Positions, check_policy, note_batch
 
 
@@ -75,10 +76,10 @@ class Steer(L.Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._note_answers(None)
 
-    on_test_start = on_predict_start = on_validation_start
-    on_test_end = on_predict_end = on_validation_end
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_test_start = on_predict_start = same_as("on_validation_start")
+    on_test_end = on_predict_end = same_as("on_validation_end")
+    on_test_batch_start = on_predict_batch_start = same_as("on_validation_batch_start")
+    on_test_batch_end = on_predict_batch_end = same_as("on_validation_batch_end")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.on_validation_end(trainer, pl_module)

@@ -16,12 +16,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.backbone.structure import blocks
+from lightning_peft.replaced import Handle, KeptAttribute, replaced
 
 
-def checkpoint_blocks(backbone: nn.Module) -> list[nn.Module]:
+def checkpoint_blocks(backbone: nn.Module) -> list[Handle]:
     """Turn on non-reentrant checkpointing in the blocks that backward passes, from the first trained one on.
 
-    Blocks that know of checkpointing (transformers') are told; the `forward` of others is wrapped on the instance.
+    Blocks that know of checkpointing (transformers') are told; the `forward` of others is replaced on the instance.
     Where something outside the blocks is trained it may stand below them, so all are taken; those it does not stand
     below record nothing anyway.
 
@@ -29,7 +30,7 @@ def checkpoint_blocks(backbone: nn.Module) -> list[nn.Module]:
         backbone: with its adapters, and `requires_grad` as it will be in training.
 
     Returns:
-        The blocks in which it was turned on; one that checkpoints already is left as it is.
+        What undoes it; a block that checkpoints already is left as it is.
 
     Raises:
         ValueError: the backbone has no numbered list of blocks.
@@ -44,33 +45,31 @@ def checkpoint_blocks(backbone: nn.Module) -> list[nn.Module]:
     trained = [any(p.requires_grad for p in block.module.parameters()) for block in every]
     first = 0 if outside else trained.index(True) if any(trained) else len(every)
     modules = [_innermost(block.module) for block in every[first:]]
-    return [module for module in modules if _turn_on(module)]
+    return [handle for module in modules for handle in _turn_on(module)]
 
 
-def stop_checkpointing(modules: list[nn.Module]) -> None:
-    """Undo `checkpoint_blocks`."""
-    for module in modules:
-        if isinstance(module.__dict__.get("forward"), _Checkpointed):
-            del module.__dict__["forward"]
-        elif "gradient_checkpointing" in module.__dict__:
-            del module.__dict__["gradient_checkpointing"], module.__dict__["_gradient_checkpointing_func"]
-            # it was in training mode only to be checkpointed, unlike what is in it
-            module.training = any(child.training for child in module.children())
-
-
-def _turn_on(module: nn.Module) -> bool:
+def _turn_on(module: nn.Module) -> list[Handle]:
     layers = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ())
     if isinstance(module, layers):
         if module.gradient_checkpointing:
-            return False
-        module.__dict__["gradient_checkpointing"] = True
+            return []
+        names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+        handles = [_Mode(module), *(KeptAttribute(module, name) for name in names)]
+        module.gradient_checkpointing = True
         # written as a partial, since its keywords tell others how it checkpoints
-        module.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, use_reentrant=False)
-        return True
-    if "forward" in module.__dict__:
-        return False
-    module.__dict__["forward"] = _Checkpointed(module)
-    return True
+        module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=False)
+        return handles
+    return [] if "forward" in module.__dict__ else [replaced(module, "forward", _checkpointed)]
+
+
+class _Mode(Handle):
+    """Gives a block the mode of what is in it: it was in training mode only to be checkpointed."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def remove(self) -> None:
+        self.block.training = any(child.training for child in self.block.children())
 
 
 def _innermost(module: nn.Module) -> nn.Module:
@@ -80,17 +79,10 @@ def _innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-class _Checkpointed:
-    """Stands in for a block's `forward`; copied and pickled with the block."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = functools.partial(type(self.block).forward, self.block)
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return _checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return _checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:

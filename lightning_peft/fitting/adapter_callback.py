@@ -14,19 +14,20 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import uncompiled
 from lightning_peft.backbone.nearest_names import nearest_names
-from lightning_peft.backbone.quantization import protect
 from lightning_peft.fitting import optimizers, read_back, strategies
-from lightning_peft.fitting.activation_checkpointing import checkpoint_blocks, stop_checkpointing
+from lightning_peft.fitting.activation_checkpointing import checkpoint_blocks
 from lightning_peft.fitting.alive import PATIENCE, Reached
-from lightning_peft.fitting.checkpoints import fill_in, keep_adapters, restore_adapters
+from lightning_peft.fitting.checkpoint_hooks import hook_checkpoints
 from lightning_peft.fitting.complete import check_complete
 from lightning_peft.fitting.find_backbone import building_hooks, find_backbone, forget, when_built
 from lightning_peft.fitting.finite import FiniteLoss, check_finite_tensors, finite_arguments
 from lightning_peft.fitting.frozen import check_frozen
 from lightning_peft.fitting.precision import check_precise, forget_precise, keep_precise
 from lightning_peft.fitting.report import print_table, summary
+from lightning_peft.fitting.same_hook import same_as
 from lightning_peft.fitting.train_modes import set_modes, stop_input_gradients
 from lightning_peft.positions import Positions, note_batch
+from lightning_peft.replaced import Handle
 from lightning_peft.stack.configs import different_fields
 from lightning_peft.stack.injection.head_training import saved_heads, with_heads
 from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks, stack_of
@@ -34,8 +35,6 @@ from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks, stack
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
     from lightning_peft.stack.configs import PeftConfig
-
-_HOOKS = "_lightning_peft_checkpoint_hooks"
 
 
 class EditOptions(TypedDict, total=False):
@@ -113,7 +112,7 @@ class AdapterCallback(Callback):
         self.train_head = options.get("train_head", not self.computed)
         self.strict_base = options.get("strict_base", True)
         self.check_finite = options.get("check_finite", True)
-        self._checkpointed: list[nn.Module] = []
+        self._checkpointed: list[Handle] = []
         self._noted: list[Positions] = []
         self.stack: AdapterStack | None = None
         self._trained: set[str] = set()  # names of what is trained, when fit starts
@@ -261,7 +260,8 @@ class AdapterCallback(Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         keep_out_of_averages(trainer, pl_module)
 
-    on_train_end = on_validation_epoch_start
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        keep_out_of_averages(trainer, pl_module)
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         self._note_answers(batch)
@@ -269,8 +269,8 @@ class AdapterCallback(Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._note_answers(None)
 
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_test_batch_start = on_predict_batch_start = same_as("on_validation_batch_start")
+    on_test_batch_end = on_predict_batch_end = same_as("on_validation_batch_end")
 
     # -- what they do ------------------------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class AdapterCallback(Callback):
             strategies.check_whole(module, stack.backbone, type(self).__name__)
         with strategies.same_on_every_rank(module, stack):
             parts = [self._place(stack, name, config) for name, config in self._configs(stack).items()]
-        hook_checkpoints(module).finite = self.check_finite
+        hook_checkpoints(module, stack, self.check_finite)
         return parts
 
     def _configs(self, stack: AdapterStack) -> dict[str, PeftConfig]:
@@ -322,7 +322,8 @@ class AdapterCallback(Callback):
         set_modes(self.stack.backbone, self.backbone_dropout, frozen)
 
     def _stop_checkpointing(self) -> None:
-        stop_checkpointing(self._checkpointed)
+        for handle in self._checkpointed:
+            handle.remove()
         self._checkpointed = []
 
     def _prepare_optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -398,53 +399,6 @@ def keep_out_of_averages(trainer: L.Trainer, module: nn.Module) -> None:
             for average, current in zip(copied.module.parameters(), module.parameters(), strict=True):
                 if not current.requires_grad:
                     average.data.copy_(current.data)
-
-
-def hook_checkpoints(module: L.LightningModule) -> _CheckpointHooks:
-    """Let the module's own checkpoint hooks keep and restore adapters; they run for weights-only files as well.
-
-    Loading is no longer strict, since the backbone is not in the file; the wrapped hook checks every key instead.
-    """
-    if _HOOKS not in module.__dict__:
-        module.strict_loading = False
-        protect(module)  # Lightning takes the whole module's state before any hook is called
-        hooks = module.__dict__[_HOOKS] = _CheckpointHooks(module)
-        module.__dict__["on_save_checkpoint"] = hooks.on_save_checkpoint
-        module.__dict__["on_load_checkpoint"] = hooks.on_load_checkpoint
-    return module.__dict__[_HOOKS]
-
-
-class _CheckpointHooks:
-    """Stands in for a module's `on_save_checkpoint` and `on_load_checkpoint`; copied and pickled with the module."""
-
-    def __init__(self, module: L.LightningModule) -> None:
-        self.module, self.finite = module, True
-        names = ("on_save_checkpoint", "on_load_checkpoint")
-        self.own = {name: module.__dict__[name] for name in names if name in module.__dict__}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        filled = fill_in(self.module, checkpoint)
-        self._call_own("on_save_checkpoint", checkpoint)
-        keep_adapters(self.module, checkpoint, filled)
-        if self.finite:
-            for stack in find_stacks(self.module).values():
-                for part in stack.parts:
-                    check_finite_tensors(stack.parameters(part), f"Adapter {part.name!r}")
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" in checkpoint:
-            # Lightning's averaging callbacks load both the average and the current weights strictly
-            restore_adapters(self.module, checkpoint, "the checkpoint", complete="current_model_state" in checkpoint)
-        else:
-            strategies.restore_loaded(self.module, checkpoint)
-        self._call_own("on_load_checkpoint", checkpoint)
-
-    def _call_own(self, name: str, checkpoint: dict[str, Any]) -> None:
-        """Call the module's own hook: one that was set on the module itself, or its class's."""
-        if name in self.own:
-            self.own[name](checkpoint)
-        else:
-            getattr(type(self.module), name)(self.module, checkpoint)
 
 
 def _callbacks(trainer: L.Trainer) -> list[Callback]:

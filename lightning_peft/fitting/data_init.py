@@ -10,9 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_peft.replaced import replaced
 from lightning_peft.stack.injection.eva import Inputs
-
-_LOGGING = ("log", "log_dict")
 
 
 def look(trainer: L.Trainer, module: L.LightningModule, inputs: Inputs, batches: int) -> int:
@@ -65,22 +64,14 @@ def _counted(batch: Any) -> Tensor | None:
 @contextmanager
 def _silent(module: L.LightningModule) -> Iterator[None]:
     """In evaluation mode, so that nothing moves; there is nowhere to log to before the loop runs."""
-    before, training = (
-        {name: module.__dict__.get(name) for name in _LOGGING},
-        [m for m in module.modules() if m.training],
-    )
+    training = [m for m in module.modules() if m.training]
     module.eval()
-    for name in _LOGGING:
-        module.__dict__[name] = _ignore
     try:
-        yield
+        with replaced(module, "log", _ignore, instead=True), replaced(module, "log_dict", _ignore, instead=True):
+            yield
     finally:
         for part in training:
             part.training = True
-        for name, value in before.items():
-            del module.__dict__[name]
-            if value is not None:
-                module.__dict__[name] = value
 
 
 def _ignore(*_: Any, **__: Any) -> None:

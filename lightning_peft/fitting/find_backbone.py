@@ -12,7 +12,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric
 
-_WRAPPED = "_lightning_peft_wrapped"  # on a hook of ours: what was on the instance before it
+from lightning_peft.replaced import replaced, replacements
+
+_BUILDING = ("setup", "configure_model")
 
 
 def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> str | None:
@@ -61,14 +63,14 @@ def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> st
 
 def building_hooks(module: L.LightningModule) -> list[str]:
     """The hooks, in the order Lightning calls them, in which this module may yet build its backbone."""
-    return [hook for hook in ("setup", "configure_model") if is_overridden(hook, module)]
+    return [hook for hook in _BUILDING if is_overridden(hook, module)]
 
 
 def when_built(module: L.LightningModule, name: str | None, then: Callable[[str], object]) -> None:
     """Call `then(backbone name)` as soon as the backbone exists, and again where a hook may have built it anew.
 
     Called from a callback's `setup`, which runs before the module's own `setup` and `configure_model`; each of those
-    is wrapped on the instance for one call.
+    is replaced on the instance for one call.
     """
 
     def look(final: bool) -> None:
@@ -78,36 +80,26 @@ def when_built(module: L.LightningModule, name: str | None, then: Callable[[str]
     hooks = building_hooks(module)
     look(final=not hooks)
     for hook in hooks:
-        _after(module, hook, functools.partial(look, hook == hooks[-1]))
+        replaced(module, hook, _Then(functools.partial(look, hook == hooks[-1])).after, once=True)
 
 
 def forget(module: L.LightningModule) -> None:
     """Undo `when_built` where a failed run never came to call the hooks."""
-    for hook in ("setup", "configure_model"):
-        while hasattr(module.__dict__.get(hook), _WRAPPED):
-            _put(module, hook, getattr(module.__dict__[hook], _WRAPPED))
+    for hook in _BUILDING:
+        for waiting in replacements(module, hook, _Then):
+            waiting.remove()
 
 
-def _after(module: L.LightningModule, hook: str, then: Callable[[], None]) -> None:
-    """Call `then` after the next call of a hook, and only that one."""
-    original, before = getattr(module, hook), module.__dict__.get(hook)
+class _Then:
+    """Does something after a call."""
 
-    @functools.wraps(original)  # Lightning looks through __wrapped__ to see that the hook is overridden
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        _put(module, hook, before)
+    def __init__(self, then: Callable[[], object]) -> None:
+        self.then = then
+
+    def after(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        then()
+        self.then()
         return result
-
-    setattr(wrapped, _WRAPPED, before)
-    module.__dict__[hook] = wrapped
-
-
-def _put(module: L.LightningModule, hook: str, value: Any) -> None:
-    if value is None:
-        module.__dict__.pop(hook, None)
-    else:
-        module.__dict__[hook] = value
 
 
 def _pretrained(module: nn.Module) -> list[str]:

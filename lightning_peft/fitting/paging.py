@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from torch.optim import AdamW, Optimizer
 
+from lightning_peft.replaced import replaced
+
 PagedOptimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit"]
+_WRAPPED = "_wrapped_by_lr_sched"  # by which schedulers know that steps are noted
 PAGED = ("paged_adamw_8bit", "paged_adamw_32bit")  # as transformers calls them
 
 
@@ -27,15 +28,15 @@ def page_optimizers(trainer: L.Trainer, kind: PagedOptimizer) -> None:
     Raises:
         ValueError: an optimizer is not AdamW, or uses an option that the paged one lacks.
     """
-    replaced = {optimizer: _paged(optimizer, kind) for optimizer in trainer.strategy.optimizers}
-    trainer.strategy.optimizers = list(replaced.values())
+    paged = {optimizer: _paged(optimizer, kind) for optimizer in trainer.strategy.optimizers}
+    trainer.strategy.optimizers = list(paged.values())
     for config in trainer.strategy.lr_scheduler_configs:
         for scheduler in _schedulers(config.scheduler):
             for attribute in ("optimizer", "_optimizer"):
                 old = getattr(scheduler, attribute, None)
-                if old in replaced:
-                    setattr(scheduler, attribute, replaced[old])
-                    _count_steps(replaced[old])
+                if old in paged:
+                    setattr(scheduler, attribute, paged[old])
+                    _count_steps(paged[old])
 
 
 def _paged(optimizer: Optimizer, kind: PagedOptimizer) -> Optimizer:
@@ -68,14 +69,11 @@ def _schedulers(scheduler: Any) -> Iterator[Any]:
 
 def _count_steps(optimizer: Any) -> None:
     """Note each step, as schedulers do with the optimizer they are made for; without it they warn of their order."""
-    step = optimizer.step
-    if hasattr(step, "_wrapped_by_lr_sched"):
+    if hasattr(optimizer.step, _WRAPPED):
         return
 
-    @functools.wraps(step)
-    def noted(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    def noted(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         optimizer._opt_called = True
         return step(*args, **kwargs)
 
-    noted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    optimizer.step = noted
+    setattr(replaced(optimizer, "step", noted), _WRAPPED, True)

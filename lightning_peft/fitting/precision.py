@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import lightning as L
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.backbone.sharded import is_sharded
+from lightning_peft.replaced import replaced, replacements
 from lightning_peft.stack.stack import AdapterStack, find_stacks
 
 _CONVERT = "convert_module"
@@ -25,21 +26,19 @@ def keep_precise(trainer: L.Trainer) -> None:
     either, so that a resumed run goes on exactly.
     """
     plugin = trainer.precision_plugin
-    if not isinstance(plugin, HalfPrecision) or _CONVERT in plugin.__dict__:
-        return
+    if isinstance(plugin, HalfPrecision) and not replacements(plugin, _CONVERT, _without_adapters):
+        replaced(plugin, _CONVERT, _without_adapters, once=True)
 
-    def convert(module: nn.Module) -> nn.Module:
-        forget_precise(trainer)
-        kept = [(parameter, parameter.data) for parameter in _own_parameters(module)]
-        if any(is_sharded(parameter) for parameter, _ in kept):
-            rank_zero_warn(f"Sharded adapters are trained in half precision too under {plugin.precision}.")
-            kept = []
-        module = plugin.convert_module(module)
-        for parameter, data in kept:
-            parameter.data = data
-        return module
 
-    plugin.__dict__[_CONVERT] = convert
+def _without_adapters(convert: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:
+    kept = [(parameter, parameter.data) for parameter in _own_parameters(module)]
+    if any(is_sharded(parameter) for parameter, _ in kept):
+        rank_zero_warn("Sharded adapters are trained in half precision too under a Trainer's true half precision.")
+        kept = []
+    module = convert(module)
+    for parameter, data in kept:
+        parameter.data = data
+    return module
 
 
 def check_precise(stack: AdapterStack) -> None:
@@ -58,7 +57,8 @@ def check_precise(stack: AdapterStack) -> None:
 
 def forget_precise(trainer: L.Trainer) -> None:
     """Undo `keep_precise` where nothing was converted."""
-    trainer.precision_plugin.__dict__.pop(_CONVERT, None)
+    for link in replacements(trainer.precision_plugin, _CONVERT, _without_adapters):
+        link.remove()
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning as L
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_peft.fitting.checkpoints import check_written, trained_inside
+from lightning_peft.replaced import replaced, replacements
 from lightning_peft.stack.adapter_files.folder import AdapterError
 
 _SAVE = "save_checkpoint"
@@ -16,37 +18,35 @@ _SAVE = "save_checkpoint"
 
 def watch(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Let the Trainer's next `save_checkpoint` see that what was trained is in the file; then no further one does."""
-    if not isinstance(trainer.__dict__.get(_SAVE), _ReadBack):
-        trainer.__dict__[_SAVE] = _ReadBack(trainer, module)
+    if not replacements(trainer, _SAVE, _ReadBack):
+        replaced(trainer, _SAVE, _ReadBack(trainer, module).save)
 
 
 def forget(trainer: L.Trainer) -> None:
     """Undo `watch`."""
-    if isinstance(watching := trainer.__dict__.get(_SAVE), _ReadBack):
-        watching.remove()
+    for link in replacements(trainer, _SAVE, _ReadBack):
+        link.remove()
 
 
 def stop(trainer: L.Trainer) -> None:
     """Undo `watch`, after reading back what is written in the background, if it is there by now."""
-    if isinstance(watching := trainer.__dict__.get(_SAVE), _ReadBack):
-        watching.check()
+    for link in replacements(trainer, _SAVE, _ReadBack):
+        link.by.__self__.check()  # type: ignore[attr-defined]
     forget(trainer)
 
 
 class _ReadBack:
-    """Stands in for a Trainer's `save_checkpoint` until one has been read back."""
+    """Acts around a Trainer's `save_checkpoint` until one has been read back."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.trainer, self.module = trainer, module
-        self.original = trainer.save_checkpoint
-        self.own = trainer.__dict__.get(_SAVE)
         self.written: Path | None = None
 
-    def __call__(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+    def save(self, original: Callable[..., None], filepath: Any, *args: Any, **kwargs: Any) -> None:
         background = isinstance(self.trainer.strategy.checkpoint_io, AsyncCheckpointIO)
         if background:
             self.check()  # the file of the call before
-        self.original(filepath, *args, **kwargs)
+        original(filepath, *args, **kwargs)
         self.written = Path(filepath)
         if not background:
             self.check()
@@ -64,14 +64,7 @@ class _ReadBack:
                 message = str(error)
         done, message = self.trainer.strategy.broadcast((done, message))
         if done or message:
-            self.remove()
+            self.written = None
+            forget(self.trainer)
         if message:
             raise AdapterError(message)
-
-    def remove(self) -> None:
-        self.written = None
-        if self.trainer.__dict__.get(_SAVE) is self:
-            if self.own is None:
-                del self.trainer.__dict__[_SAVE]
-            else:
-                self.trainer.__dict__[_SAVE] = self.own

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.backbone.modules import AdapterState
+from lightning_peft.replaced import Handle, replaced_attribute
+from lightning_peft.stack.stack import stack_of
 
 
 def set_modes(backbone: nn.Module, dropout: bool, frozen: Collection[str] = ()) -> None:
@@ -55,17 +57,25 @@ def _checkpoint_in_evaluation(backbone: nn.Module, dropout: bool) -> None:
     for module in backbone.modules():
         if isinstance(module, layers) and module.gradient_checkpointing:
             function = module._gradient_checkpointing_func
-            function = getattr(function, "checkpoint", function)
-            module._gradient_checkpointing_func = function if dropout else _Checkpoint(module, function)
+            if isinstance(function, _Checkpoint):
+                if dropout:
+                    function.remove()
+            elif not dropout:
+                stack_of(backbone).while_adapted(_Checkpoint(module, function))
             module.training = True
 
 
-class _Checkpoint:
+class _Checkpoint(Handle):
     """A block's checkpointing function that runs the block in evaluation mode, now and when it is recomputed."""
 
     def __init__(self, block: nn.Module, checkpoint: Callable[..., Any]) -> None:
         self.block, self.checkpoint = block, checkpoint
         self.keywords = getattr(checkpoint, "keywords", {})
+        self._handle = replaced_attribute(block, "_gradient_checkpointing_func", self)
+
+    def remove(self) -> None:
+        self._handle.remove()
+        self.block.training = any(child.training for child in self.block.children())
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         return self.checkpoint(self._run, function, *args)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.quantization import is_quantized
 from lightning_peft.planning.trained_bytes import first_line
+from lightning_peft.replaced import replaced
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -119,16 +121,15 @@ def kept_for_backward(module: nn.Module, *args: Any, precision: str = "32-true",
 @contextmanager
 def _without_weights(module: nn.Module) -> Iterator[None]:
     """Let quantised layers answer without their packed weights; as frozen linear layers they keep no activation."""
-    layers = [(m, m.out_features) for m in module.modules() if is_quantized(m)]
-    for layer, width in layers:
-        layer.__dict__["forward"] = lambda x, width=width: (
-            x.sum(-1, keepdim=True).expand(*x.shape[:-1], width).clone(memory_format=torch.contiguous_format)
-        )
-    try:
+    quantised: list[Any] = [layer for layer in module.modules() if is_quantized(layer)]
+    with ExitStack() as stack:
+        for layer in quantised:
+            stack.enter_context(replaced(layer, "forward", partial(_spread, layer.out_features), instead=True))
         yield
-    finally:
-        for layer, _ in layers:
-            del layer.__dict__["forward"]
+
+
+def _spread(width: int, x: Tensor) -> Tensor:
+    return x.sum(-1, keepdim=True).expand(*x.shape[:-1], width).clone(memory_format=torch.contiguous_format)
 
 
 def _loss(output: Any) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from lightning_peft.backbone.sharded import whole, write
 from lightning_peft.backbone.shared import Own, undo
 from lightning_peft.backbone.task_heads import task_heads
 from lightning_peft.moved.names import keep_old_names
+from lightning_peft.replaced import Handle
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
 from lightning_peft.stack.adapter_files.names import check_folder_name
 from lightning_peft.stack.configs import check_numbers, config_to_json
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _ATTRIBUTE = "_lightning_peft_stack"
+# stacks that somebody holds and that have no adapter, by the identity of the backbone, which they keep alive
+_EMPTY: WeakValueDictionary[int, AdapterStack] = WeakValueDictionary()
 
 
 @dataclass(eq=False)
@@ -91,6 +95,10 @@ class AdapterStack:
         self._reading: dict[str, Any] | None = None  # the same, while nothing else can change the backbone
         self.strict_base = True  # whether what was made for another base is refused, or loaded with a warning
         self._own: list[Own] = []  # what merged modules have for themselves and share otherwise
+        self._while_adapted: list[Handle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_while_adapted": []}  # they reach beyond the backbone that is copied
 
     def add(
         self, config: PeftConfig, name: str = "default", computed: bool = False, record: dict[str, Any] | None = None
@@ -146,8 +154,8 @@ class AdapterStack:
             self._activate()
             raise
         self.base = base
-        self.backbone.__dict__[_ATTRIBUTE] = self
         self.backbone.__dict__["peft_config"] = {**configs, name: own}
+        self.backbone.__dict__[_ATTRIBUTE] = self
         self.parts.append(part)
         injection.note_trained()
         _set(flags)  # peft freezes all that is not of the kind it puts on
@@ -156,6 +164,8 @@ class AdapterStack:
 
     def remove(self, name: str) -> None:
         """Take one adapter out. Where no other adapter sits on a module, the module itself comes back.
+
+        After the last one the backbone is as it was before the first, but frozen.
 
         Raises:
             ValueError: the adapter was made by changing the base's weights, as PiSSA does.
@@ -170,7 +180,16 @@ class AdapterStack:
         part.injection.take_out()
         self._activate()
         if not self.parts:
-            self.backbone.__dict__.pop(_ATTRIBUTE, None)
+            del self.backbone.__dict__[_ATTRIBUTE]
+            _EMPTY[id(self.backbone)] = self
+            for handle in self._while_adapted:
+                handle.remove()
+            self._while_adapted.clear()
+
+    def while_adapted(self, handle: Handle) -> None:
+        """Remove a handle when the last adapter is taken off."""
+        if handle not in self._while_adapted:
+            self._while_adapted.append(handle)
 
     def __getitem__(self, name: str) -> Adapter:
         for part in self.parts:
@@ -440,9 +459,9 @@ def check_same_keys(expected: set[str], found: set[str], what: str) -> None:
 
 def stack_of(backbone: nn.Module) -> AdapterStack:
     """The stack on exactly this backbone, made empty where there is none yet."""
-    existing = backbone.__dict__.get(_ATTRIBUTE)
+    existing = backbone.__dict__.get(_ATTRIBUTE) or _EMPTY.get(id(backbone))
     if not isinstance(existing, AdapterStack):
-        existing = backbone.__dict__[_ATTRIBUTE] = AdapterStack(backbone)
+        existing = _EMPTY[id(backbone)] = AdapterStack(backbone)
     return existing
 
 

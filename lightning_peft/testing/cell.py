@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_peft.fitting.adapter_callback import AdapterCallback
+from lightning_peft.replaced import replaced
 from lightning_peft.stack.stack import AdapterStack, adapters
 
 Outputs = Callable[[L.LightningModule, Any], Tensor]
@@ -62,7 +63,6 @@ class Cell:
         torch.manual_seed(5)
         module = self.make_module()
         torch.manual_seed(5)
-        _decay(module)
         trainer = L.Trainer(
             callbacks=[copy.deepcopy(self.callback)],
             max_epochs=epochs,
@@ -75,7 +75,8 @@ class Cell:
             num_sanity_val_steps=0,
         )
         loader: Any = DataLoader(list(self.batches), batch_size=None)  # type: ignore[arg-type]
-        trainer.fit(module, loader, ckpt_path=ckpt_path)
+        with replaced(module, "configure_optimizers", _decayed):
+            trainer.fit(module, loader, ckpt_path=ckpt_path)
         return trainer
 
 
@@ -120,16 +121,10 @@ def _answers(callback: AdapterCallback | None, batch: Any) -> Any:
         callback._note_answers(None)
 
 
-def _decay(module: L.LightningModule) -> None:
-    original = module.configure_optimizers
-
-    def configure_optimizers() -> Any:
-        made = original()
-        optimizers = made if isinstance(made, list | tuple) else [made]
-        for optimizer in optimizers:
-            for group in getattr(optimizer, "param_groups", []):
-                if "weight_decay" in group:
-                    group["weight_decay"] = 0.1
-        return made
-
-    module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+def _decayed(original: Callable[[], Any]) -> Any:
+    made = original()
+    for optimizer in made if isinstance(made, list | tuple) else [made]:
+        for group in getattr(optimizer, "param_groups", []):
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.1
+    return made

@@ -18,8 +18,10 @@ from lightning_peft.fitting.alive import Reached
 from lightning_peft.fitting.checkpoints import read_checkpoint, restore_adapters
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 from lightning_peft.stack.stack import adapters
+from lightning_peft.stack.steering import steering
 from lightning_peft.testing.cell import Cell, adapter_tensors, rows, take, trainable
 from lightning_peft.testing.lockstep import in_lockstep
+from lightning_peft.testing.traces import first_difference, handles_on, traces
 
 
 class LawBroken(AssertionError):
@@ -49,8 +51,7 @@ def frozen(cell: Cell) -> None:
         if all(key in before and torch.equal(before[key], after[key]) for key in own):
             raise LawBroken(f"training moved nothing of adapter {part.name!r}.")
     backbone = _name_of(module, stack.backbone)
-    for part in reversed(list(stack.parts)):
-        stack.remove(part.name)
+    _take_off(module)
     pristine, state = state_tensors(cell.base()), state_tensors(module)
     inside = {key for key in pristine if backbone == "" or key.startswith(f"{backbone}.")}
     if strange := (state.keys() ^ pristine.keys()):
@@ -248,6 +249,50 @@ def alive(cell: Cell) -> None:
         raise LawBroken(f"backward never reaches {len(unreached)} trained parameters, the first is {unreached[0]}.")
 
 
+def restored(cell: Cell) -> None:
+    """Taken off, or after `steering`, adapters leave attributes, methods, hooks and outputs as they were.
+
+    Only that the backbone is frozen stays, where it was not a loaded adapter that was put on for a while.
+    """
+    module, fitted, callback = cell.base(), cell.train(1), copy.deepcopy(cell.callback)
+    before, outputs = traces(module), [cell.look(module, batch) for batch in cell.batches]
+
+    def check(moment: str) -> None:
+        if difference := first_difference(before, traces(module)):
+            raise LawBroken(f"{moment} {difference}.")
+        for batch, expected in zip(cell.batches, outputs, strict=True):
+            _equal(cell.look(module, batch), expected, 0.0, f"{moment} the outputs and those from before")
+
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    callback.apply(module)
+    module.eval()
+    backbone = adapters(module).backbone
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(module, folder)
+        _take_off(module)
+        check("after the adapters were taken off,")
+        for parameter, flag in zip(module.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+        with steering(backbone, folder):
+            pass
+    check("after steering,")
+    if flags != [parameter.requires_grad for parameter in module.parameters()]:
+        raise LawBroken("after steering, other parameters require gradients than before.")
+    _take_off(trained := fitted.lightning_module)
+    bare = cell.make_module()
+    assert bare.hparams is not None  # which Lightning makes when it fits
+    if strange := traces(bare).keys() ^ traces(trained).keys():
+        raise LawBroken(f"after training, taking the adapters off left {min(strange)!r} behind, or took it away.")
+    if left := handles_on(*trained.modules(), fitted, fitted.strategy, fitted.precision_plugin):
+        raise LawBroken(f"after training, {left[0]} is still replaced on an instance.")
+
+
+def _take_off(module: L.LightningModule) -> None:
+    stack = adapters(module)
+    for part in reversed(list(stack.parts)):
+        stack.remove(part.name)
+
+
 def count(cell: Cell) -> None:
     """The number of trainable parameters is the closed formula's."""
     if cell.count is None:
@@ -288,6 +333,7 @@ LAWS: dict[str, Callable[[Cell], None]] = {
     "cache": cache,
     "threads": threads,
     "alive": alive,
+    "restored": restored,
     "count": count,
     "resume": resume,
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import adapters
 from lightning_peft.callbacks import LoRA
+from lightning_peft.replaced import replaced
 from lightning_peft.testing import LAWS, LawBroken, check_adaptation
 from lightning_peft.testing.architectures import ARCHITECTURES, TinyModule
 
@@ -46,6 +47,21 @@ class Scratching(LoRA):
         parts = super().apply(module)
         module.backbone.model.norm.weight.data.mul_(1.001)  # type: ignore[union-attr, operator]
         return parts
+
+
+class Littering(LoRA):
+    """Leaves a hook on the base."""
+
+    def apply(self, module: L.LightningModule) -> Any:
+        module.backbone.model.norm.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+        return super().apply(module)
+
+
+class Grasping(LoRA):
+    """Does not give back a method of the Trainer."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        replaced(trainer, "save_checkpoint", lambda original, *args: original(*args))
 
 
 class Shy(LoRA):
@@ -139,6 +155,12 @@ def test_lora_obeys_every_law() -> None:
         ("causality", lambda: check(lora(), outputs=seeing_the_future), "outputs before the changed tokens differ by"),
         ("cache", lambda: check(lora(), lambda: Forgetful("llama")), "other tokens are generated"),
         ("threads", lambda: check(lora(Distracted)), "a thread that generates beside another writes other tokens"),
+        (
+            "restored",
+            lambda: check(lora(Littering)),
+            "after the adapters were taken off, _forward_hooks[",
+        ),
+        ("restored", lambda: check(lora(Grasping)), "save_checkpoint is still replaced on an instance"),
         ("count", lambda: check(lora(), count=lambda _: 7), "672 parameters are trainable, the formula says 7"),
         ("resume", lambda: check(lora(), lambda: Noisy("llama")), "resumed tensors differ"),
     ],

@@ -28,6 +28,7 @@ from lightning_peft.fitting.trunk.conditions import (
 )
 from lightning_peft.fitting.trunk.keys import NotHashable, row_keys
 from lightning_peft.fitting.trunk.rows import RowStore
+from lightning_peft.replaced import replaced
 
 
 @dataclass
@@ -85,8 +86,6 @@ class Trunk:
 
     def remove(self) -> None:
         """Put everything back as it was."""
-        for block in self._skipped:
-            block.__dict__.pop("forward", None)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -111,7 +110,7 @@ class Trunk:
         for norm in (m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
             self._handles.append(norm.register_forward_pre_hook(self._before_norm))
         for block in self._skipped:
-            block.__dict__["forward"] = _Skipped(self, block)
+            self._handles.append(replaced(block, "forward", functools.partial(self.run, block)))
 
     def _before_norm(self, norm: nn.modules.batchnorm._BatchNorm, args: Any) -> None:
         below = self._call is not None and self._call.states is None and self._call.computed is None
@@ -214,17 +213,17 @@ class Trunk:
 
     # -- running the blocks ------------------------------------------------------------------------------------------
 
-    def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A block of the trunk: itself, or a stand-in."""
+    def run(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute a block of the trunk by its own `forward`, or give what stands for its result."""
         call = self._call
         if call is None:
-            return type(block).forward(block, *args, **kwargs)
+            return forward(*args, **kwargs)
         last = block is self._skipped[-1]
         if call.states is not None:
             states = call.states if last else _hidden(args, kwargs)
             form = self._forms[block]
             return states if form is None else (states, *[None] * (form - 1))
-        output = type(block).forward(block, *args, **kwargs)
+        output = forward(*args, **kwargs)
         if not self._checked:
             self._forms[block] = _form(block, output)
         if last:
@@ -273,16 +272,6 @@ class Trunk:
                     f"{type(entry).__name__} gives another result without the blocks below {self.first_trained}: "
                     "something above reads what they compute inside, so they cannot be left out."
                 )
-
-
-class _Skipped:
-    """Stands in for the `forward` of a block of the trunk."""
-
-    def __init__(self, trunk: Trunk, block: nn.Module) -> None:
-        self.trunk, self.block = trunk, block
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.trunk.run(self.block, args, kwargs)
 
 
 def _asks_for_blocks(entry: nn.Module, arguments: Mapping[str, Any]) -> bool:

@@ -5,12 +5,13 @@ peft's tuner takes the wrappers out to switch them off, and their weights with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_peft.backbone.modules import state_tensors
+from lightning_peft.replaced import Handle, replaced
 from lightning_peft.stack.injection.injection import Injection
 
 _PREFIX = "base_model.model."
@@ -18,6 +19,8 @@ _PREFIX = "base_model.model."
 
 class AdaptionInjection(Injection):
     """Adaption prompts in the last `adapter_layers` attention modules of a LLaMA, Mistral or GPT-2."""
+
+    _off: Sequence[Handle] = ()  # while off: the wrappers' calls, handed on to what they wrap
 
     @classmethod
     def check(cls, backbone: nn.Module, config: Any, name: str, others: list[Injection], computed: bool) -> None:
@@ -60,11 +63,10 @@ class AdaptionInjection(Injection):
         raise self.cannot_merge()
 
     def switch(self, on: bool) -> None:
-        for parent in self.tuner._parents[self.name]:
-            wrapper = getattr(parent, self.config.target_modules)
-            wrapper.__dict__.pop("forward", None)
-            if not on:
-                wrapper.__dict__["forward"] = wrapper.model.__call__
+        for handle in self._off:
+            handle.remove()
+        wrappers = [getattr(parent, self.config.target_modules) for parent in self.tuner._parents[self.name]]
+        self._off = [] if on else [replaced(w, "forward", w.model.__call__, instead=True) for w in wrappers]
 
     def take_out(self) -> None:
         self.switch(True)

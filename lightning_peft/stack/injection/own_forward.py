@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.replaced import ReplacedMethod, replaced
+
 _METHODS = ("forward", "generate")
 
 
@@ -24,7 +26,7 @@ class OwnForward:
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
-        self._replaced: dict[str, _Replaced] = {}
+        self._replaced: dict[str, ReplacedMethod] = {}
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands in for the backbone's `forward`, which is `original`."""
@@ -37,36 +39,12 @@ class OwnForward:
     def switch(self, on: bool) -> None:
         """Put the replacements on the backbone, or take them off."""
         if on and not self._replaced:
-            for name in _METHODS:
-                if hasattr(self.backbone, name):
-                    before = self.backbone.__dict__.get(name)
-                    method = _Replaced(self, name, getattr(self.backbone, name), before)
-                    self._replaced[name] = self.backbone.__dict__[name] = method
+            names = [name for name in _METHODS if hasattr(self.backbone, name)]
+            self._replaced = {name: replaced(self.backbone, name, getattr(self, name)) for name in names}
         elif not on:
-            for name, method in self._replaced.items():
-                method.on = False  # where another has wrapped it since, it stays as a passage
-                if self.backbone.__dict__.get(name) is method:
-                    if method.before is None:
-                        del self.backbone.__dict__[name]
-                    else:
-                        self.backbone.__dict__[name] = method.before
+            for method in self._replaced.values():
+                method.remove()
             self._replaced = {}
-
-
-class _Replaced:
-    """A method of one module, with the signature of the original; copied and pickled with the module."""
-
-    def __init__(self, owner: OwnForward, name: str, original: Callable[..., Any], before: Any) -> None:
-        self.owner, self.name, self.original, self.before, self.on = owner, name, original, before, True
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)  # transformers asks which arguments a model takes
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.on:
-            return self.original(*args, **kwargs)
-        return getattr(self.owner, self.name)(self.original, *args, **kwargs)
 
 
 def _argument(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

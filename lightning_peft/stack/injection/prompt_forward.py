@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.replaced import Handle, KeptAttribute, replaced
 from lightning_peft.stack.injection.own_forward import OwnForward
 
+_PREPARE = "prepare_inputs_for_generation"
 PAST = ("PREFIX_TUNING", "CARTRIDGE")  # these give the model a past; the others give it embeddings
 
 
@@ -39,7 +41,7 @@ class PromptForward(OwnForward):
         names = inspect.signature(original).parameters
         kwargs = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if v is not None}
         if self._generating:
-            return original(**self._positioned(kwargs, names))
+            return original(**kwargs)
         tokens = kwargs["input_ids"] if "input_ids" in kwargs else kwargs.get("inputs_embeds")
         if tokens is None:  # an encoder has seen them, and the prompt
             return original(**kwargs)
@@ -59,10 +61,9 @@ class PromptForward(OwnForward):
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if args or "inputs" in kwargs:
             kwargs["input_ids"] = args[0] if args else kwargs.pop("inputs")
-        residues = [(self.backbone, "prepare_inputs_for_generation")]
+        temporary: list[Handle] = [replaced(self.backbone, _PREPARE, self._prepared, instead=True)]
         if isinstance(inner := getattr(self.backbone, "model", None), nn.Module):
-            residues.append((inner, "generation_config"))
-        before = [module.__dict__.get(name) for module, name in residues]
+            temporary.append(KeptAttribute(inner, "generation_config"))  # peft sets it, and lets it be
         self._generating = True
         try:
             (encoder,) = self.model.prompt_encoder.values()
@@ -70,10 +71,8 @@ class PromptForward(OwnForward):
                 return self.model.generate(**kwargs)
         finally:
             self._generating = False
-            for (module, name), value in zip(residues, before, strict=True):
-                module.__dict__.pop(name, None)
-                if value is not None:
-                    module.__dict__[name] = value
+            for handle in temporary:
+                handle.remove()
 
     def inner(self, **kwargs: Any) -> Any:
         """What `PeftModel` calls: the backbone, after completing what it left out of the arguments."""
@@ -119,14 +118,19 @@ class PromptForward(OwnForward):
             made["position_ids"] = positions + count
         return made
 
-    def _positioned(self, kwargs: dict[str, Any], names: Any) -> dict[str, Any]:
-        """The arguments of a step of generation, with the positions that peft leaves out: pads have none."""
-        mask = kwargs.get("attention_mask")
-        tokens = kwargs["input_ids"] if "input_ids" in kwargs else kwargs.get("inputs_embeds")
-        if "position_ids" not in names or mask is None or mask.dim() != 2 or tokens is None:
-            return kwargs
+    def _prepared(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of a step of generation, with the positions that peft leaves out: pads have none.
+
+        They are right before the call, for hooks on the backbone see them.
+        """
+        given = self.model.prepare_inputs_for_generation(*args, **kwargs)
+        mask, embeds = given.get("attention_mask"), given.get("inputs_embeds")
+        tokens = given.get("input_ids") if embeds is None else embeds
+        takes = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        if not takes or mask is None or mask.dim() != 2 or tokens is None:
+            return given
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return {**kwargs, "position_ids": positions[:, -tokens.shape[1] :]}
+        return {**given, "position_ids": positions[:, -tokens.shape[1] :]}
 
     def _real(self, output: Any, length: int) -> Any:
         """The output without the virtual tokens."""
@@ -176,7 +180,8 @@ class _Unprompted:
         return getattr(self.owner.backbone, name) if replaced is None else replaced.original
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.owner.backbone, name, value)
+        if name != _PREPARE:  # peft's own is called by the owner's
+            setattr(self.owner.backbone, name, value)
 
 
 @contextmanager

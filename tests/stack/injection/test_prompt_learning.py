@@ -84,7 +84,7 @@ def test_off_and_taken_out_the_backbone_is_as_it_was(method: str, kind: str) -> 
     stack.remove("prompt")
     assert torch.equal(model(**given).logits, before)
     assert [name for name, _ in model.named_modules()] == [name for name, _ in base.named_modules()]
-    assert vars(model).keys() - {"_lightning_peft_stack"} == vars(base).keys()
+    assert vars(model).keys() == vars(base).keys()
     assert model.config.to_dict() == base.config.to_dict()
 
 
@@ -201,6 +201,30 @@ def test_lora_and_a_prompt_act_together_and_alone(first: str, tmp_path: Path) ->
         assert torch.equal(model(**given).logits, tiny("llama")(**given).logits)
     modules = [name for name, _ in base_modules(model)]
     assert modules == [name for name, _ in tiny("llama").named_modules()]
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@torch.no_grad()
+def test_offsets_and_a_prompt_generate_alike_with_and_without_a_cache(method: str) -> None:
+    model, stack = prompted(method)
+    fill(stack, "prompt")
+    left = {"input_ids": torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])}
+    left["attention_mask"] = (left["input_ids"] != 0).long()
+
+    def generated(use_cache: bool) -> list[list[int]]:
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
+        return model.generate(**left, **options).tolist()
+
+    expected = generated(True)
+    assert generated(False) == expected
+    stack.add(head_offsets_config(head_sites(model), None, 1.0, "all"), "offsets")
+    assert generated(True) == generated(False) == expected
+    fill(stack, "offsets")
+    expected = generated(True)
+    for name in ("prompt", "offsets", "prompt"):
+        stack.enable(False, name)
+        stack.enable(True, name)
+    assert generated(True) == generated(False) == expected
 
 
 @pytest.mark.parametrize(
