@@ -1,4 +1,4 @@
-"""State of a call, kept apart for every thread that calls one model."""
+"""State of a call on a model that several threads call: kept apart for each, or the threads take turns."""
 
 from __future__ import annotations
 
@@ -35,4 +35,20 @@ class PerThread(Generic[T]):
         self._here.value = value
 
     def __reduce__(self) -> tuple[type[PerThread[T]], tuple[()]]:
+        return type(self), ()
+
+
+class Turn:
+    """A context in which one thread is at a time, and may be several times over; copies and pickles begin free."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
         return type(self), ()

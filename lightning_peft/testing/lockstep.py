@@ -12,7 +12,7 @@ from torch import nn
 
 T = TypeVar("T")
 
-_PATIENCE = 5.0  # seconds that a thread waits for the others, who may call fewer modules
+_PATIENCE = 2.0  # seconds that a thread waits for the others, who may call fewer modules or wait for their turn
 
 
 def in_lockstep(model: nn.Module, work: Callable[[int], T], threads: int = 2) -> list[T | Exception]:

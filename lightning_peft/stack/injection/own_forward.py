@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.per_thread import Turn
 from lightning_peft.replaced import ReplacedMethod, replaced
 
 _METHODS = ("forward", "generate")
@@ -27,6 +29,7 @@ class OwnForward:
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
         self._replaced: dict[str, ReplacedMethod] = {}
+        self._turn = Turn()  # peft keeps what belongs to one call on the model, so threads call it in turn
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands in for the backbone's `forward`, which is `original`."""
@@ -40,11 +43,15 @@ class OwnForward:
         """Put the replacements on the backbone, or take them off."""
         if on and not self._replaced:
             names = [name for name in _METHODS if hasattr(self.backbone, name)]
-            self._replaced = {name: replaced(self.backbone, name, getattr(self, name)) for name in names}
+            self._replaced = {name: replaced(self.backbone, name, partial(self._in_turn, name)) for name in names}
         elif not on:
             for method in self._replaced.values():
                 method.remove()
             self._replaced = {}
+
+    def _in_turn(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._turn:
+            return getattr(self, name)(original, *args, **kwargs)
 
 
 def _argument(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
