@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lightning_peft.backbone.fused import check_called
 from lightning_peft.backbone.modules import base_modules
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 from lightning_peft.tuners.bottleneck.layer import BottleneckLayer
+from lightning_peft.tuners.tuner import Tuner
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
     """Wraps matrices in `BottleneckLayer`; see `BottleneckConfig`.
 
     Example:
@@ -29,44 +28,29 @@ class BottleneckModel(BaseTuner):
 
     prefix: str = "bottleneck"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
 
-    def _prepare_adapter_config(  # type: ignore[override]
-        self, peft_config: BottleneckConfig, model_config: dict
-    ) -> BottleneckConfig:
-        if peft_config.target_modules is None:
+    def _check_config(self, config: BottleneckConfig) -> None:
+        if config.target_modules is None:
             raise ValueError("BottleneckConfig needs target_modules: the matrices whose outputs it adds to.")
         names = {name for name, _ in base_modules(self.model)}
-        for name in (name for pair in (peft_config.inputs or {}).items() for name in pair):
+        for name in (name for pair in (config.inputs or {}).items() for name in pair):
             if name not in names:
                 raise ValueError(f"The model has no module {name!r}, which the parallel adapter reads or adds to.")
-        return peft_config
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
+    def _adapt(
+        self, config: BottleneckConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, nn.modules.conv._ConvNd):
-            raise ValueError(f"{current_key} is a convolution, and a bottleneck adapts matrices.")
-        check_called([current_key], self.model)
+            raise ValueError(f"{key} is a convolution, and a bottleneck adapts matrices.")
+        check_called([key], self.model)
         # the innermost module of that name: adapters around it come and go
         named = dict(base_modules(self.model))
-        source = (peft_config.inputs or {}).get(current_key, current_key)
-        owners = (
-            m for m in self.model.modules() if isinstance(m, BottleneckLayer) and adapter_name in m.bottleneck_rule
-        )
+        source = (config.inputs or {}).get(key, key)
+        owners = (layer for layer in self._layers() if adapter_name in layer.bottleneck_rule)
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name)
-        layer.update_layer(
-            adapter_name, peft_config, named[source] if source != current_key else None, next(owners, None)
-        )
-        setattr(parent, target_name, layer)
+        layer.update_layer(adapter_name, config, named[source] if source != key else None, next(owners, None))
+        setattr(parent, name, layer)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -76,6 +60,5 @@ class BottleneckModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, BottleneckLayer):
-                module.check_merge(list(self.peft_config))
+        for layer in self._layers():
+            layer.check_merge(list(self.peft_config))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from lightning_peft.positions import track, untrack
 from lightning_peft.tuners.head_offsets.config import HeadOffsetsConfig
 from lightning_peft.tuners.head_offsets.layer import HeadOffsetsLayer
+from lightning_peft.tuners.tuner import Tuner
 
 
-class HeadOffsetsModel(BaseTuner):
+class HeadOffsetsModel(Tuner[HeadOffsetsConfig, HeadOffsetsLayer]):
     """Wraps attention output projections in `HeadOffsetsLayer`; see `HeadOffsetsConfig`.
 
     Example:
@@ -28,47 +28,34 @@ class HeadOffsetsModel(BaseTuner):
 
     prefix: str = "head_offsets"
     tuner_layer_cls = HeadOffsetsLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
     changes_weights = False  # merged, they are a bias, which is not quantised
 
-    def _prepare_adapter_config(  # type: ignore[override]
-        self, peft_config: HeadOffsetsConfig, model_config: dict
-    ) -> HeadOffsetsConfig:
-        if peft_config.target_modules is None or peft_config.head_dim is None:
+    def _check_config(self, config: HeadOffsetsConfig) -> None:
+        if config.target_modules is None or config.head_dim is None:
             raise ValueError(
                 "HeadOffsetsConfig needs target_modules (or heads) and head_dim; "
                 "lightning_peft.editing.head_offsets_config(head_sites(model)) finds them."
             )
         # peft is content when one target matches; a head that is not there must not be lost without a word
         names = {name for name, _ in self.model.named_modules()}
-        for name in peft_config.heads or ():
+        for name in config.heads or ():
             if name not in names:
                 raise ValueError(f"The model has no module {name!r}, whose heads the adapter edits.")
-        return peft_config
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: HeadOffsetsConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
+    def _adapt(
+        self, config: HeadOffsetsConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str
     ) -> None:
-        if peft_config.heads is not None and current_key not in peft_config.heads:
+        if config.heads is not None and key not in config.heads:
             return  # peft matches the ends of names; heads are given by full names
         if isinstance(target, HeadOffsetsLayer):
-            target.update_layer(adapter_name, peft_config, current_key)
+            target.update_layer(adapter_name, config, key)
             return
-        layer = HeadOffsetsLayer(target, adapter_name, peft_config, current_key, track(self.model))
-        setattr(parent, target_name, layer)
+        setattr(parent, name, HeadOffsetsLayer(target, adapter_name, config, key, track(self.model)))
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, HeadOffsetsLayer):
-                module.check_merge(list(self.peft_config))
+        for layer in self._layers():
+            layer.check_merge(list(self.peft_config))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         unload: Any = super()._unload_and_optionally_merge

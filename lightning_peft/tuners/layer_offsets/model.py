@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftConfig
 from torch import nn
 
 from lightning_peft.backbone.modules import is_linear, standalone_name
@@ -12,9 +12,10 @@ from lightning_peft.positions import track, untrack
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.layer import ATTRIBUTE, LayerOffsetsLayer
 from lightning_peft.tuners.layer_offsets.writing import final_matrices, innermost
+from lightning_peft.tuners.tuner import Tuner
 
 
-class LayerOffsetsModel(BaseTuner):
+class LayerOffsetsModel(Tuner[LayerOffsetsConfig, LayerOffsetsLayer]):
     """Gives modules a `LayerOffsetsLayer` each; see `LayerOffsetsConfig`. No module is replaced and no name changes.
 
     Example:
@@ -31,20 +32,19 @@ class LayerOffsetsModel(BaseTuner):
     prefix: str = "layer_offsets"
     child = ATTRIBUTE  # what stands between a module's name and its vectors'
     tuner_layer_cls = LayerOffsetsLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
     changes_weights = False  # that could be quantised: an ablation of those is refused by its layer
 
-    def _prepare_adapter_config(  # type: ignore[override]
-        self, peft_config: LayerOffsetsConfig, model_config: dict
-    ) -> LayerOffsetsConfig:
-        if not peft_config.target_modules or peft_config.width is None:
+    def _check_config(self, config: LayerOffsetsConfig) -> None:
+        if not config.target_modules or config.width is None:
             raise ValueError(
                 "LayerOffsetsConfig needs target_modules and width; "
                 "lightning_peft.editing.layer_offsets_config(layer_sites(model)) finds them."
             )
-        return peft_config
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(  # type: ignore[override]  # static in peft
+        self, peft_config: PeftConfig, key: str
+    ) -> bool | re.Match[str] | None:
+        assert isinstance(peft_config, LayerOffsetsConfig)
         targets = peft_config.target_modules
         if isinstance(targets, list | set) and key not in targets:
             # a module's full name means that module, and not another whose name ends alike
@@ -52,31 +52,24 @@ class LayerOffsetsModel(BaseTuner):
             return any(key.endswith(f".{target}") for target in targets if target not in names)
         return super()._check_target_module_exists(peft_config, key)
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: LayerOffsetsConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
+    def _adapt(
+        self, config: LayerOffsetsConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str
     ) -> None:
         if type(target).forward is nn.Module.forward:
             raise ValueError(
-                f"{current_key} is a {type(target).__name__}, which is never called and gives nothing to add to: name "
+                f"{key} is a {type(target).__name__}, which is never called and gives nothing to add to: name "
                 "a module in it."
             )
         layer = target._modules.get(ATTRIBUTE) or LayerOffsetsLayer(
-            target, standalone_name(self.model, current_key), track(self.model)
+            target, standalone_name(self.model, key), track(self.model)
         )
         assert isinstance(layer, LayerOffsetsLayer)
-        layer.update_layer(adapter_name, peft_config)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        layer.update_layer(adapter_name, config)
+        layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     # peft warns of tied embeddings; here their weight is not touched, and merged they are untied
 
-    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         pass
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
@@ -84,7 +77,7 @@ class LayerOffsetsModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        layers = list(self._layers())
+        layers = self._layers()
         whole = [layer for layer in layers if not is_linear(innermost(layer.owner))]
         final = final_matrices(self.model, [layer.name for layer in whole])
         for layer in whole:
@@ -92,13 +85,13 @@ class LayerOffsetsModel(BaseTuner):
         for layer in layers:
             layer.check_merge(list(self.peft_config))
 
-    def _unload_and_optionally_merge(  # type: ignore[override]
+    def _unload_and_optionally_merge(
         self,
         merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> None:  # so peft says, whose own returns the model
         if merge:
             self._check_merge_allowed()
         for layer in self._layers():
@@ -109,11 +102,8 @@ class LayerOffsetsModel(BaseTuner):
                 layer._active_adapter = []
                 layer.delete_adapter(adapter)
         untrack(self.model)
-        return super()._unload_and_optionally_merge(merge=False)  # type: ignore[return-value]
+        return super()._unload_and_optionally_merge(merge=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         untrack(self.model)
-
-    def _layers(self) -> list[LayerOffsetsLayer]:
-        return [module for module in self.model.modules() if isinstance(module, LayerOffsetsLayer)]

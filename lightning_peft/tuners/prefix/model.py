@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from lightning_peft.backbone.modules import base_modules
@@ -13,9 +12,10 @@ from lightning_peft.backbone.structure import blocks, matrix_shape
 from lightning_peft.tuners.prefix.attention import check_attention, detach
 from lightning_peft.tuners.prefix.config import PrefixConfig
 from lightning_peft.tuners.prefix.layer import PrefixLayer
+from lightning_peft.tuners.tuner import Tuner
 
 
-class PrefixModel(BaseTuner):
+class PrefixModel(Tuner[PrefixConfig, PrefixLayer]):
     """Wraps query projections in `PrefixLayer`; see `PrefixConfig`.
 
     Example:
@@ -31,28 +31,19 @@ class PrefixModel(BaseTuner):
 
     prefix: str = "prefix_"
     tuner_layer_cls = PrefixLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
 
-    def _prepare_adapter_config(self, peft_config: PrefixConfig, model_config: dict) -> PrefixConfig:  # type: ignore[override]
-        if peft_config.target_modules is None:
+    def _check_config(self, config: PrefixConfig) -> None:
+        if config.target_modules is None:
             raise ValueError("PrefixConfig needs target_modules: of each attention the matrix that gives its queries.")
-        return peft_config
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: PrefixConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
+    def _adapt(
+        self, config: PrefixConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str
     ) -> None:
-        check_attention(current_key.rpartition(".")[0], parent)
-        widths = self._widths(current_key, parent)
+        check_attention(key.rpartition(".")[0], parent)
+        widths = self._widths(key, parent)
         layer = target if isinstance(target, PrefixLayer) else PrefixLayer(target, adapter_name, parent)
-        layer.update_layer(adapter_name, peft_config, *widths)
-        setattr(parent, target_name, layer)
+        layer.update_layer(adapter_name, config, *widths)
+        setattr(parent, name, layer)
 
     def _widths(self, target: str, attention: nn.Module) -> tuple[int, int]:
         """The widths of all keys and of all values in the attention whose queries `target` gives."""
@@ -80,8 +71,8 @@ class PrefixModel(BaseTuner):
         raise ValueError("A prefix is seen by the softmax of every query and cannot be written into the weights.")
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        layers = [module for module in self.model.modules() if isinstance(module, PrefixLayer)]
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
+        layers = self._layers()
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for layer in layers:
             detach(layer._attention[0], layer)
         return model

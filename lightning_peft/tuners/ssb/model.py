@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from lightning_peft.backbone.fused import check_called
 from lightning_peft.tuners.ssb.config import SSBConfig
 from lightning_peft.tuners.ssb.layer import SSBLayer
+from lightning_peft.tuners.tuner import Tuner
 
 
-class SSBModel(BaseTuner):
+class SSBModel(Tuner[SSBConfig, SSBLayer]):
     """Wraps linear layers in `SSBLayer`; see `SSBConfig`.
 
     Example:
@@ -27,27 +25,16 @@ class SSBModel(BaseTuner):
 
     prefix: str = "ssb_"
     tuner_layer_cls = SSBLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
 
-    def _prepare_adapter_config(  # type: ignore[override]
-        self, peft_config: SSBConfig, model_config: dict
-    ) -> SSBConfig:
-        if not peft_config.target_modules:
+    def _check_config(self, config: SSBConfig) -> None:
+        if not config.target_modules:
             raise ValueError("SSBConfig needs target_modules: names of linear layers, or a regular expression.")
-        return peft_config
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: SSBConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
+    def _adapt(
+        self, config: SSBConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str
     ) -> None:
         if isinstance(target, SSBLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, config)
         else:
-            check_called([current_key], self.model)
-            setattr(parent, target_name, SSBLayer(target, adapter_name, peft_config, current_key))
+            check_called([key], self.model)
+            setattr(parent, name, SSBLayer(target, adapter_name, config, key))

@@ -7,16 +7,17 @@ import re
 from contextlib import nullcontext
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftConfig
 from torch import nn
 
+from lightning_peft.tuners.tuner import Tuner
 from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig
 from lightning_peft.tuners.weight_deltas.layer import WeightDeltasLayer
 from lightning_peft.tuners.weight_deltas.owners import Place, places
 from lightning_peft.tuners.weight_deltas.view import ATTRIBUTE
 
 
-class WeightDeltasModel(BaseTuner):
+class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
     """Gives modules a `WeightDeltasLayer` each; see `WeightDeltasConfig`. No module is replaced and no name changes.
 
     Example:
@@ -31,27 +32,22 @@ class WeightDeltasModel(BaseTuner):
 
     prefix: str = ATTRIBUTE
     tuner_layer_cls = WeightDeltasLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's own annotation
     # whatever wraps a module reads its weights with the deltas in them, so these are merged first and unmerged last
     innermost = True
     changes_weights = False  # none that is quantised
 
-    def _prepare_adapter_config(  # type: ignore[override]
-        self, peft_config: WeightDeltasConfig, model_config: dict
-    ) -> WeightDeltasConfig:
-        if not peft_config.target_parameters:
+    def _check_config(self, config: WeightDeltasConfig) -> None:
+        if not config.target_parameters:
             raise ValueError("WeightDeltasConfig needs target_parameters: the full names, or a regular expression.")
-        return peft_config
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
         return False  # parameters are targeted, not modules
 
-    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("Weight deltas replace no module.")
-
-    def _inject_parameters(  # type: ignore[override]
-        self, peft_config: WeightDeltasConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    def _inject_parameters(
+        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
+        assert isinstance(peft_config, WeightDeltasConfig)
         chosen = _chosen(model, peft_config)
         context: Any = nullcontext
         if low_cpu_mem_usage:
@@ -86,13 +82,13 @@ class WeightDeltasModel(BaseTuner):
                 layer.delete_adapter(adapter_name)
         self.active_adapter = [name for name in self.active_adapters if name != adapter_name]
 
-    def _unload_and_optionally_merge(  # type: ignore[override]
+    def _unload_and_optionally_merge(
         self,
         merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> None:  # so peft says, whose own returns the model
         for layer in self._layers():
             if merge:
                 layer.merge(safe_merge, adapter_names)
@@ -100,10 +96,7 @@ class WeightDeltasModel(BaseTuner):
             for adapter in list(layer.scaling):
                 layer._active_adapter = []
                 layer.delete_adapter(adapter)
-        return super()._unload_and_optionally_merge(merge=False)  # type: ignore[return-value]
-
-    def _layers(self) -> list[WeightDeltasLayer]:
-        return [module for module in self.model.modules() if isinstance(module, WeightDeltasLayer)]
+        return super()._unload_and_optionally_merge(merge=False)
 
 
 def _chosen(model: nn.Module, config: WeightDeltasConfig) -> dict[str, list[Place]]:
