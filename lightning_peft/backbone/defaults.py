@@ -43,7 +43,7 @@ def known_targets(backbone: nn.Module, mapping: Mapping[str, Sequence[str]]) -> 
 
     transformers renames modules, and the tables keep names of other releases.
     """
-    known = mapping.get(getattr(getattr(backbone, "config", None), "model_type", None))  # type: ignore[arg-type]
+    known = mapping.get(getattr(getattr(backbone, "config", None), "model_type", ""))
     names = [name for name, _ in base_modules(backbone)]
     if isinstance(known, str):  # a regular expression
         return known if any(re.fullmatch(known, name) for name in names) else None
@@ -93,8 +93,8 @@ def taken_for_experts(backbone: nn.Module) -> set[str]:
     model_type = getattr(getattr(backbone, "config", None), "model_type", None)
     if model_type is None or conversion.get_checkpoint_conversion_mapping(model_type) is None:
         return set()
-    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
-    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))  # type: ignore[arg-type]
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type, "")
+    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
 
 
 def all_linear(backbone: nn.Module) -> list[str]:

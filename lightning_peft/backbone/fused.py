@@ -40,8 +40,8 @@ def read_by_kernels(backbone: nn.Module) -> set[str]:
     found = set()
     for name, module in base_modules(backbone):
         if {"A_log", "D"} <= module._parameters.keys():
-            children = [n for n, child in module.named_children() if is_matrix(child)]
-            first = next((n for n in children if is_linear(module._modules[n])), None)  # type: ignore[arg-type]
+            children = {n: child for n, child in module.named_children() if is_matrix(child)}
+            first = next((n for n, child in children.items() if is_linear(child)), None)
             found |= {f"{name}.{n}" for n in children if n != first}
     return found
 

@@ -29,9 +29,10 @@ def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[nn.Module] = set()
     for name, module in backbone.named_modules():
         if isinstance(module, BaseTunerLayer):
-            inside |= set(module.modules()) - set(module.get_base_layer().modules())  # type: ignore[attr-defined]
+            wrapper: Any = module
+            inside |= set(wrapper.modules()) - set(wrapper.get_base_layer().modules())
         elif isinstance(module, AuxiliaryTrainingWrapper):  # a head that is trained whole keeps its original beside it
-            inside |= set(module.modules()) - set(module.original_module.modules())  # type: ignore[operator, union-attr]
+            inside |= set(module.modules()) - set(module.original_module.modules())
         elif isinstance(module, AdapterState):
             inside |= set(module.modules())
         if module not in inside:
@@ -119,9 +120,9 @@ def _wrappers(module: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = []
-    while isinstance(module, BaseTunerLayer) and "base_layer" in module._modules:
+    while isinstance(module, BaseTunerLayer) and (base := module._modules.get("base_layer")) is not None:
         found.append(module)
-        module = _seen_through(module.base_layer, "base_layer")  # type: ignore[arg-type]
+        module = _seen_through(base, "base_layer")
     return found
 
 
@@ -171,5 +172,5 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether a module, or the one an adapter wraps, is a linear layer or a convolution."""
-    base: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+    base = getattr(module, "get_base_layer", lambda: module)()
     return is_linear(base) or isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)

@@ -29,13 +29,14 @@ def shapes_only() -> Iterator[None]:
     """
     from transformers import PreTrainedModel
 
-    original = PreTrainedModel.__dict__["from_pretrained"]
-    PreTrainedModel.from_pretrained = classmethod(_from_config)  # type: ignore[method-assign, assignment]
+    model_class: Any = PreTrainedModel
+    original = vars(model_class)["from_pretrained"]
+    model_class.from_pretrained = classmethod(_from_config)
     try:
         with torch.device("meta"):
             yield
     finally:
-        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
+        model_class.from_pretrained = original
 
 
 def _from_config(cls: Any, pretrained: str, *args: Any, config: Any = None, **kwargs: Any) -> Any:

@@ -25,8 +25,10 @@ class Own:
 
     def undo(self) -> None:
         """Put back what is shared."""
-        children = self.holder._parameters if isinstance(self.shared, nn.Parameter) else self.holder._modules
-        children[self.name] = self.shared  # type: ignore[assignment]
+        if isinstance(self.shared, nn.Parameter):
+            self.holder._parameters[self.name] = self.shared
+        else:
+            self.holder._modules[self.name] = self.shared
 
 
 class Sharing:
@@ -40,7 +42,7 @@ class Sharing:
         self._places: dict[int, set[tuple[int, str]]] = {}
         for module in backbone.modules():
             for children in (module._modules, module._parameters):
-                for name, child in children.items():  # type: ignore[attr-defined]
+                for name, child in children.items():
                     if child is not None:
                         self._places.setdefault(id(child), set()).add((id(module), name))
 

@@ -5,16 +5,16 @@ What is written stands under one fixed name for each target, so that the next wr
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows, where nobody is kept out
-    fcntl = None  # type: ignore[assignment]
+# Windows has no fcntl, and there nobody is kept out
+fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def keep_old_names(module: str, names: Mapping[str, str] = NAMES, modules: Mappi
     namespace = vars(sys.modules[module])
     otherwise = namespace.get("__getattr__")
 
-    def answer(name: str) -> Any:
+    def answer(name: str) -> object:
         if name in renamed:
             warn_moved(*renamed[name])
             return resolve(renamed[name][1])
@@ -45,12 +45,13 @@ def keep_old_arguments(cls: C, arguments: Mapping[str, str] = ARGUMENTS) -> C:
     Raises:
         TypeError: when an object is made with an argument by its old and by its new name.
     """
-    path, init = f"{cls.__module__}.{cls.__qualname__}", cls.__init__  # type: ignore[misc]
+    made: Any = cls
+    path, init = f"{cls.__module__}.{cls.__qualname__}", made.__init__
     renamed = {key.removeprefix(f"{path}."): new for key, new in arguments.items() if key.rpartition(".")[0] == path}
     parameters = inspect.signature(init).parameters
 
     @functools.wraps(init)
-    def translated(self: Any, *args: Any, **kwargs: Any) -> None:
+    def translated(self: object, *args: object, **kwargs: object) -> None:
         for old in renamed.keys() & kwargs.keys():
             new = renamed[old]
             # a parser gives every default
@@ -60,10 +61,10 @@ def keep_old_arguments(cls: C, arguments: Mapping[str, str] = ARGUMENTS) -> C:
             kwargs[new] = kwargs.pop(old)
         init(self, *args, **kwargs)
 
-    translated.__signature__ = _with_old(parameters, renamed)  # type: ignore[attr-defined]
+    vars(translated)["__signature__"] = _with_old(parameters, renamed)
     translated.__annotations__ = {old: init.__annotations__.get(new, Any) for old, new in renamed.items()}
     translated.__annotations__ |= init.__annotations__
-    cls.__init__ = translated  # type: ignore[misc]
+    made.__init__ = translated
     return cls
 
 

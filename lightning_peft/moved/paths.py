@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from lightning_peft.moved import MODULES, new_path, warn_moved
@@ -27,7 +27,9 @@ class OldPaths(MetaPathFinder):
         self.modules = dict(modules)
         self.packages = {key[:end] for key in modules for end, letter in enumerate(key) if letter == "."}
 
-    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         new = new_path(fullname, self.modules)
         if fullname in self.packages and self._is_scattered(fullname, new):
             kept = PathFinder.find_spec(fullname, path) if new is None else None
@@ -57,10 +59,11 @@ class _Alias(Loader):
         sys.modules[module.__name__] = importlib.import_module(self.real.name)
         warn_moved(module.__name__, self.real.name)
 
-    def get_code(self, fullname: str) -> Any:
+    def get_code(self, fullname: str) -> CodeType | None:
         """Return the code at the new path: `python -m` runs that."""
         warn_moved(fullname, self.real.name)
-        return self.real.loader.get_code(self.real.name)  # type: ignore[union-attr]
+        loader: Any = self.real.loader
+        return loader.get_code(self.real.name)
 
 
 class _Scattered(Loader):
@@ -73,7 +76,7 @@ class _Scattered(Loader):
         package = module.__name__
         new = new_path(package, self.modules)
 
-        def answer(name: str) -> Any:
+        def answer(name: str) -> object:
             if f"{package}.{name}" in self.modules:
                 return importlib.import_module(f"{package}.{name}")
             if new is None or name.startswith("__"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +38,8 @@ class Bottleneck(nn.Module):
         for what, features in (("input", inputs), ("output", outputs), ("bottleneck", size)):
             if n and features % n:
                 raise ValueError(f"The {what} has {features} features, which kronecker={n} does not divide.")
-        self.down: nn.Module
-        self.up: nn.Module
+        self.down: nn.Linear | KroneckerLinear
+        self.up: nn.Linear | KroneckerLinear
         if n:
             self.down = KroneckerLinear(inputs, size, n, config.biases)
             self.up = KroneckerLinear(size, outputs, n, config.biases)
@@ -75,8 +74,11 @@ class Bottleneck(nn.Module):
         return product if self.scale is None else product * self.scale[:, None]
 
 
-def _matrix(module: Any, rule: Tensor | None) -> Tensor:
-    return module.weight if rule is None else module.matrix(rule)
+def _matrix(module: nn.Linear | KroneckerLinear, rule: Tensor | None) -> Tensor:
+    if isinstance(module, nn.Linear):
+        return module.weight
+    assert rule is not None
+    return module.matrix(rule)
 
 
 @torch.no_grad()
@@ -95,7 +97,7 @@ def _initialise(branch: Bottleneck, init: str) -> None:
                 matrix.bias.zero_()
     if init in ("lora", "mam"):
         last = branch.up.right if isinstance(branch.up, KroneckerLinear) else branch.up.weight
-        nn.init.zeros_(last)  # type: ignore[arg-type]
+        nn.init.zeros_(last)
     if branch.gate is not None:
         nn.init.normal_(branch.gate.weight, std=0.02)
         nn.init.zeros_(branch.gate.bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -48,9 +48,8 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         self._bias_before_merge: Tensor | None = None
         self._positions = positions
         self._kept: dict[str, tuple[tuple[Any, ...], Tensor]] = {}  # per adapter: what for, and the change
-        self.in_features: int
-        self.out_features: int
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
+        # of a module of another kind it is (None, None), which `update_layer` refuses
+        self.in_features, self.out_features = cast("tuple[int, int]", _get_in_out_features(self.get_base_layer()))
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 

@@ -145,7 +145,7 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
                 check_mergeable(name, config.policies[0], config.gate)
                 check_write(self._matrix(config.operation), config.operation, self.name)
 
-    def _matrix(self, operation: str) -> Any:
+    def _matrix(self, operation: str) -> nn.Module:
         """The module whose weights give the output."""
         owner = innermost(self.owner)
         return self._writes[0] if self._writes is not None and operation == "add" else owner

@@ -19,12 +19,13 @@ def unit(vector: Tensor) -> Tensor:
     return vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)
 
 
-def innermost(module: nn.Module) -> Any:
+def innermost(module: nn.Module) -> nn.Module:
     """The module itself, where other adapters wrap it."""
-    return module.get_base_layer() if hasattr(module, "base_layer") else module  # type: ignore[operator]
+    wrapper: Any = module
+    return wrapper.get_base_layer() if hasattr(wrapper, "base_layer") else module
 
 
-def check_write(matrix: Any, operation: str, name: str) -> None:
+def check_write(matrix: nn.Module, operation: str, name: str) -> None:
     """Raise `ValueError` unless an edit of the output of the module called `name` can be written into this matrix."""
     if operation == "add":
         if not (is_linear(matrix) or type(matrix) is nn.Embedding):
@@ -32,14 +33,16 @@ def check_write(matrix: Any, operation: str, name: str) -> None:
                 f"An offset of {name} cannot be merged: no bias in the {type(matrix).__name__} adds the same to its "
                 "output, as that of its last matrix does where nothing follows but the residual sum."
             )
-    elif not (is_linear(matrix) or isinstance(matrix, nn.Embedding)) or not matrix.weight.is_floating_point():
+        return
+    weight: Any = getattr(matrix, "weight", None)
+    if not (is_linear(matrix) or isinstance(matrix, nn.Embedding)) or not weight.is_floating_point():
         raise ValueError(
             f"An ablation of {name} cannot be merged: a direction is taken out of plain matrices and embeddings, not "
             f"of a {type(matrix).__name__}; to ablate all that write to the residual stream comes to the same."
         )
 
 
-def written(matrix: Any, vector: Tensor, operation: str, alpha: float) -> dict[str, Tensor]:
+def written(matrix: nn.Module, vector: Tensor, operation: str, alpha: float) -> dict[str, Tensor]:
     """The parameters of a matrix or an embedding with an edit of its output in them, in their own precision.
 
     Args:
@@ -48,17 +51,18 @@ def written(matrix: Any, vector: Tensor, operation: str, alpha: float) -> dict[s
         operation: `"add"`: `b + alpha * v`; `"ablate"`: `W - alpha * d dᵀ W` and `b - alpha * d dᵀ b`.
         alpha: the strength.
     """
-    bias = getattr(matrix, "bias", None)
+    weight, bias = getattr(matrix, "weight", None), getattr(matrix, "bias", None)
+    assert isinstance(weight, Tensor)
     if operation == "add" and isinstance(matrix, nn.Embedding):
-        return {"weight": (matrix.weight.detach() + alpha * vector.to(matrix.weight.device)).to(matrix.weight.dtype)}
+        return {"weight": (weight.detach() + alpha * vector.to(weight.device)).to(weight.dtype)}
     if operation == "add":
-        dtype = matrix.weight.dtype if bias is None else bias.dtype
+        dtype = weight.dtype if bias is None else bias.dtype
         before = 0.0 if bias is None else bias.detach()
-        change = alpha * vector.detach().to(matrix.weight.device)
+        change = alpha * vector.detach().to(weight.device)
         return {"bias": (before + change).to(dtype if dtype.is_floating_point else torch.float32)}
-    d = unit(vector.detach()).to(matrix.weight.device)
+    d = unit(vector.detach()).to(weight.device)
     changed = {}
-    for key, value in {"weight": matrix.weight, "bias": bias}.items():
+    for key, value in {"weight": weight, "bias": bias}.items():
         if value is not None:
             rows = value.detach().to(d.dtype)
             first = key == "weight" and isinstance(matrix, nn.Linear)  # of all only nn.Linear has its outputs first
