@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +65,11 @@ def tokenizer_of(data: L.LightningDataModule, given: PreTrainedTokenizerBase | s
     if given is None:
         raise ValueError("The data module needs a tokenizer: give one, or a LightningModule that has one.")
     return given
+
+
+def as_dataset(rows: Sequence[T]) -> Dataset[T]:
+    """Return the rows as they are: a DataLoader reads any sequence, but is declared to take a `Dataset` alone."""
+    return cast("Dataset[T]", rows)
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_peft.backbone.window import context_window
-from lightning_peft.truthfulqa.batches import LengthGroupedSampler, evenly_mixed, padded, tokenizer_of
+from lightning_peft.truthfulqa.batches import LengthGroupedSampler, as_dataset, evenly_mixed, padded, tokenizer_of
 from lightning_peft.truthfulqa.evaluation import Batch, Evaluation
 from lightning_peft.truthfulqa.fitting import fewer_demonstrations
 from lightning_peft.truthfulqa.folds import assign_folds, inner_split
@@ -154,12 +154,12 @@ class TruthfulQADataModule(L.LightningDataModule):
         self.fit_window = fit_window
         self.demonstrations: tuple[int, int] | None = None
         self._fitted: dict[Any, tuple[str, int, int]] = {}
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._set_up_tokenizer: PreTrainedTokenizerBase | None = None
         self._apart = False  # prompts and answers, as an encoder-decoder reads them
 
     def setup(self, stage: str | None = None) -> None:
         """Load the questions and split them; the same questions stay where they are when called again."""
-        self._tokenizer = tokenizer_of(self, self.tokenizer)
+        self._set_up_tokenizer = tokenizer_of(self, self.tokenizer)
         self._apart = self._reads_apart() if self.encoder_decoder is None else self.encoder_decoder
         if self._apart and self.side_effects is not None and self.side_effects.tokens:
             raise ValueError("An encoder-decoder has no next token of a text: set side_effects.tokens to 0.")
@@ -188,7 +188,6 @@ class TruthfulQADataModule(L.LightningDataModule):
         Args:
             seed: of which question follows; it is the same after all answers to a question.
         """
-        assert self._tokenizer is not None
         questions, draw = self.fold_questions, random.Random(seed)
         texts = []
         for question in questions:
@@ -219,7 +218,6 @@ class TruthfulQADataModule(L.LightningDataModule):
         return self._ready([batch for kind in kinds for batch in kind])
 
     def predict_dataloader(self) -> DataLoader:
-        assert self._tokenizer is not None
         primer = self._primer()
         prompting = self.prompting if primer is None else replace(self.prompting, primer=primer)
         if self.fit_window and prompting.preset == "qa":
@@ -267,7 +265,6 @@ class TruthfulQADataModule(L.LightningDataModule):
 
             def length(shown: str, question: str, answer: str) -> int:
                 context, given = self.protocol.context(question, shown), self.protocol.answer(answer)
-                assert self._tokenizer is not None
                 if self._apart:
                     return len(encode_answer(self._tokenizer, context, given)[0])
                 return len(encode_pair(self._tokenizer, context, given)[0])
@@ -279,7 +276,6 @@ class TruthfulQADataModule(L.LightningDataModule):
         """What of a prompting's primer leaves room for the test questions and their answers."""
 
         def length(shown: str, question: str, _: str) -> int:
-            assert self._tokenizer is not None
             shorter = replace(prompting, primer=shown)
             return len(shorter.encode(self._tokenizer, question)) + prompting.max_new_tokens - 1
 
@@ -316,11 +312,11 @@ class TruthfulQADataModule(L.LightningDataModule):
         return self.trainer is not None and self.trainer.world_size > 1 and isinstance(self.trainer.strategy, sharding)
 
     def _ready(self, batches: list[Batch]) -> DataLoader:
-        return DataLoader(batches, batch_size=None, num_workers=self.num_workers)  # type: ignore[arg-type]
+        return DataLoader(as_dataset(batches), batch_size=None, num_workers=self.num_workers)
 
     def _loader(self, examples: Sequence[Example], sampler: LengthGroupedSampler | None = None) -> DataLoader:
         return DataLoader(
-            list(examples),  # type: ignore[arg-type]
+            as_dataset(list(examples)),
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=self._collate,
@@ -372,7 +368,6 @@ class TruthfulQADataModule(L.LightningDataModule):
         return batch
 
     def _side_effects(self, asked: SideEffects) -> tuple[list[Batch], list[Batch]]:
-        assert self._tokenizer is not None
         batches = []
         for question in asked.questions():
             contexts = {question.id: question_prompt(question.text, CAPABILITY_PRIMER)}
@@ -386,13 +381,11 @@ class TruthfulQADataModule(L.LightningDataModule):
     def _example(self, question: Question, context: str, answer: str, truth: int) -> Example:
         if not self._apart:
             return self._continued(question, context, answer, truth)
-        assert self._tokenizer is not None
         ids, labels = encode_answer(self._tokenizer, context, answer)
         return {"input_ids": ids, "labels": labels, "truth": truth, "question_id": question.id}
 
     def _continued(self, question: Question, context: str, answer: str, truth: int) -> Example:
         """Context and answer as one text."""
-        assert self._tokenizer is not None
         ids, prompt = encode_pair(self._tokenizer, context, answer)
         return {
             "input_ids": ids,
@@ -403,12 +396,16 @@ class TruthfulQADataModule(L.LightningDataModule):
         }
 
     def _collate(self, examples: Sequence[Mapping[str, object]]) -> Batch:
-        assert self._tokenizer is not None
         batch = padded(examples, self._tokenizer)
         for name in ("truth", "question_id", "prompt_end"):
             if name in examples[0]:
                 batch[name] = torch.tensor([e[name] for e in examples])
         return batch
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self._set_up_tokenizer is not None
+        return self._set_up_tokenizer
 
     def _reads_apart(self) -> bool:
         """Whether the LightningModule's backbone is an encoder-decoder."""

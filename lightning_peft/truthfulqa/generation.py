@@ -18,7 +18,7 @@ from lightning_peft.truthfulqa.arguments import accepted_arguments
 from lightning_peft.truthfulqa.presets import Ending, Prompting, cut_answer, is_finished
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedTokenizerBase
 
     from lightning_peft.truthfulqa.questions import Question
 
@@ -129,10 +129,13 @@ class AnswerGenerator:
         written = self._written(ids, mask, cache, ending, max_new_tokens)
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
 
-    def _written(self, ids: Tensor, mask: Tensor, cache: Any, ending: Ending, max_new_tokens: int) -> list[list[int]]:
+    def _written(
+        self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, ending: Ending, max_new_tokens: int
+    ) -> list[list[int]]:
         """New tokens of each row. Where the cache is ours, rows that have ended leave the batch."""
         from transformers import StoppingCriteriaList
 
+        backbone: Any = self.backbone
         prompt, start = ids.shape[1], mask.sum(-1) - 1
         rows = torch.arange(len(ids), device=ids.device)
         found: list[list[int]] = [[] for _ in rows]
@@ -144,7 +147,7 @@ class AnswerGenerator:
                 stop = _AnswerEnds(self.tokenizer, prompt, ending, ends, 0 if cache is None else len(rows) * 3 // 4)
                 # the prompt ended where it did, whatever of the answer `generate` is given with it
                 with nullcontext() if cache is None else answering(self.backbone, start=start[rows]):
-                    ids = self.backbone.generate(  # type: ignore[operator]
+                    ids = backbone.generate(
                         input_ids=ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([stop]), **options
                     )
             ended = stop.ended.clamp(max=prompt + max_new_tokens)
@@ -182,7 +185,7 @@ class AnswerGenerator:
             return []
         return prefix
 
-    def _computed(self, prefix: list[int]) -> Any:
+    def _computed(self, prefix: list[int]) -> DynamicCache:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=getattr(self.backbone, "config", None))
@@ -192,12 +195,12 @@ class AnswerGenerator:
             self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
         return cache
 
-    def _repeated(self, rows: int) -> Any:
+    def _repeated(self, rows: int) -> DynamicCache:
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
-    def _first_logits(self, ids: Tensor, mask: Tensor, cache: Any = None, cached: int = 0) -> Tensor:
+    def _first_logits(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None, cached: int = 0) -> Tensor:
         """Logits of the first new token, `[B, vocabulary]`."""
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
@@ -229,12 +232,12 @@ class _AnswerEnds:
         self.tokenizer, self.prompt, self.ending, self.ends, self.few = tokenizer, prompt, ending, ends, few
         self.ended = torch.empty(0, dtype=torch.long)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         if not len(self.ended):
             self.ended = torch.full((len(input_ids),), _NEVER)
         new = input_ids[:, self.prompt :].tolist()
         for i in (self.ended == _NEVER).nonzero().flatten().tolist():
-            if new[i][-1] in self.ends or is_finished(self.tokenizer.decode(new[i]), self.ending):  # type: ignore[arg-type]
+            if new[i][-1] in self.ends or is_finished(str(self.tokenizer.decode(new[i])), self.ending):
                 self.ended[i] = input_ids.shape[1]
         done = self.ended != _NEVER
         return (done | (int((~done).sum()) <= self.few)).to(input_ids.device)
@@ -256,9 +259,9 @@ def _greedily(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_t
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad
     )
     # where peft wraps a model, the one or the other of the two counts, as the kind of wrapper is
-    owners = [model for model in backbone.modules() if vars(model).get("generation_config") is outer]
+    owners: list[Any] = [model for model in backbone.modules() if vars(model).get("generation_config") is outer]
     for model in owners:
-        model.generation_config = plain  # type: ignore[assignment]
+        model.generation_config = plain
     try:
         yield end if isinstance(end, list) else [end]
     finally:

@@ -117,7 +117,7 @@ class Prompting:
         if not tokenizer.chat_template:
             raise ValueError("This tokenizer has no chat template: leave chat_template off.")
         messages = self.conversation(question)
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))  # type: ignore[arg-type]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
 def cut_answer(text: str, ending: Ending = "paragraph") -> str:

@@ -190,7 +190,7 @@ def _lines(text: str) -> Iterator[int]:
     """The line on which each entry of a JSON list begins."""
     place, line, decode = text.index("[") + 1, 1, json.JSONDecoder().raw_decode
     counted = 0
-    while (begin := _BETWEEN.match(text, place).end()) < len(text) and text[begin] != "]":  # type: ignore[union-attr]
+    while (found := _BETWEEN.match(text, place)) and (begin := found.end()) < len(text) and text[begin] != "]":
         line, counted = line + text.count("\n", counted, begin), begin
         yield line
         _, place = decode(text, begin)

@@ -46,7 +46,11 @@ def reference_scores(answer: str, question: Question) -> dict[str, float]:
     scores = compare(bleu(answer), true, false, "bleu")
     rouge = _rouge(answer)
     for name, theirs in ROUGE.items():
-        scores |= compare(lambda reference, key=theirs: rouge(reference)[key], true, false, name)  # type: ignore[misc]
+
+        def likeness(reference: str, key: str = theirs) -> float:
+            return rouge(reference)[key]
+
+        scores |= compare(likeness, true, false, name)
     return scores
 
 

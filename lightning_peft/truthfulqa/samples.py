@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
@@ -27,6 +27,8 @@ from lightning_peft.truthfulqa.metrics import mc1, mc2
 from lightning_peft.truthfulqa.protocols import PROTOCOLS, Protocol
 from lightning_peft.truthfulqa.questions import Question
 
+K = TypeVar("K")
+V = TypeVar("V")
 Task = Literal["mc1", "mc2"]
 TASKS: tuple[Task, ...] = ("mc1", "mc2")
 FILES: dict[Task, str] = {task: f"samples_truthfulqa_{task}.jsonl" for task in TASKS}
@@ -173,14 +175,14 @@ class SampleWriter(Callback):
         self._found = {}
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], *_: Any
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], *_: object
     ) -> None:
         if "mc2" in batch:
             places = zip(batch["question_id"].tolist(), batch["choice"].tolist(), strict=True)
             self._found |= dict(zip(places, outputs.tolist(), strict=True))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(trainer, "datamodule", None)
         logprobs: dict[int, list[float]] = defaultdict(list)
         for (question, _), logprob in sorted(gathered(self._found).items()):
             logprobs[question].append(logprob)
@@ -192,12 +194,12 @@ class SampleWriter(Callback):
                 write_samples(self.folder / FILES[task], self.samples[task])
 
 
-def gathered(found: dict[Any, Any]) -> dict[Any, Any]:
+def gathered(found: dict[K, V]) -> dict[K, V]:
     """What all processes found, by key; of what several found, what the first did."""
     return {key: value for part in reversed(of_all_ranks(found)) for key, value in part.items()}
 
 
-def _targets(question: Question, task: Task) -> dict[str, list[Any]]:
+def _targets(question: Question, task: Task) -> dict[str, list[str] | list[int]]:
     """A question's choices as its line in the harness's data has them."""
     chosen = [choice for choice in question.choices if getattr(choice, task) >= 0]
     chosen.sort(key=lambda choice: -getattr(choice, task))

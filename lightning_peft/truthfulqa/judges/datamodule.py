@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_peft.truthfulqa.batches import LengthGroupedSampler, padded, tokenizer_of
+from lightning_peft.truthfulqa.batches import LengthGroupedSampler, as_dataset, padded, tokenizer_of
 from lightning_peft.truthfulqa.judges.protocol import Judgement, judge_prompt, load_judgements, split_by_question
 from lightning_peft.truthfulqa.prompts import encode_pair
 
@@ -80,7 +80,7 @@ class JudgeDataModule(L.LightningDataModule):
 
     def _loader(self, rows: list[dict[str, Tensor]], sampler: LengthGroupedSampler | None = None) -> DataLoader:
         return DataLoader(
-            rows,  # type: ignore[arg-type]
+            as_dataset(rows),
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=self._collate,
