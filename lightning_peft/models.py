@@ -288,10 +288,11 @@ class Seq2SeqLM(_LanguageModel):
         """Logits `[B, U, vocabulary]`."""
         return self.backbone(**self._inputs(batch), labels=batch["labels"]).logits
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Any:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Generated token ids, `[B, U]`."""
         attention_mask = batch.get("attention_mask")
-        return self.backbone.generate(input_ids=batch["input_ids"], attention_mask=attention_mask)  # type: ignore[operator]
+        backbone: Any = self.backbone
+        return backbone.generate(input_ids=batch["input_ids"], attention_mask=attention_mask)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         labels = batch["labels"]

@@ -37,11 +37,12 @@ class Scorer:
             args=["fit", "--config", config],
             **OPTIONS,
         )
-        self.module, self.data, self.trainer, self.monitor = built.model, built.datamodule, built.trainer, monitor
+        trainer: Any = built.trainer
+        self.module, self.data, self.trainer, self.monitor = built.model, built.datamodule, trainer, monitor
         if monitor == "val_loss" and isinstance(self.data, TruthfulQADataModule) and self.data.val_metrics is None:
             self.data.val_metrics = False  # or choices would be scored with every adapter, for nothing
-        adapting = [callback for callback in self.trainer.callbacks if isinstance(callback, AdapterCallback)]  # type: ignore[attr-defined]
-        self.trainer.callbacks = [c for c in self.trainer.callbacks if c not in adapting]  # type: ignore[attr-defined]
+        adapting = [callback for callback in trainer.callbacks if isinstance(callback, AdapterCallback)]
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback not in adapting]
         name = find_backbone(self.module, adapting[0].backbone if adapting else None)
         assert name is not None  # find_backbone raises where everything is built and nothing fits
         self.backbone = self.module.get_submodule(name)
@@ -73,5 +74,5 @@ class Scorer:
 class _Built(LightningCLI):
     """Builds what is configured and does not run it."""
 
-    def fit(self, **_: Any) -> None:
+    def fit(self, **_: object) -> None:
         """In place of the Trainer's."""

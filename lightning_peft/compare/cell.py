@@ -197,7 +197,7 @@ def data_of(plan: Plan, row: Row, fold: int, draw: int = 0) -> TruthfulQADataMod
     )
 
 
-def trainer_of(plan: Plan, callbacks: list[Any], **options: Any) -> L.Trainer:
+def trainer_of(plan: Plan, callbacks: list[Callback], **options: Any) -> L.Trainer:
     """A Trainer that logs and saves nothing unless options say so."""
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     settings |= {"accelerator": plan.accelerator, "devices": 1, "num_sanity_val_steps": 0}
@@ -227,7 +227,7 @@ class _Samples(Callback):
         self.capability: dict[int, float] = {}
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], *_: Any
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], *_: object
     ) -> None:
         if "document" in batch:
             self.documents += outputs.tolist()
@@ -271,5 +271,5 @@ class _Keep(ModelCheckpoint):
 
 
 def _settled(trainer: L.Trainer) -> bool:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = getattr(trainer, "callbacks", [])
     return all(callback.settled for callback in callbacks if isinstance(callback, MultiPhase))

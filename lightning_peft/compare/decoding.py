@@ -102,7 +102,7 @@ class RTDScoring(Scoring):
         self.temperature, self.lm_weight = temperature, lm_weight
 
     def __call__(self, module: CausalLM) -> Callable[[Batch], Tensor]:
-        data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+        data = getattr(module.trainer, "datamodule", None)
         if not isinstance(data, TruthfulQADataModule):
             raise ValueError(f"RTD looks up the statements of a TruthfulQADataModule, got {type(data).__name__}.")
         inner, held_out = (_statements(questions) for questions in (data.train_questions, data.val_questions))

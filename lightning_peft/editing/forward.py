@@ -34,7 +34,7 @@ def run_trunk(
         **inputs: further arguments of the model; those that it does not take are left out.
     """
     outer = uncompiled(backbone)
-    model: nn.Module = uncompiled(getattr(outer, "get_base_model", lambda: outer)())  # looks into a PeftModel
+    model: Any = uncompiled(getattr(outer, "get_base_model", lambda: outer)())  # looks into a PeftModel
     trunk: Any = uncompiled(getattr(model, getattr(model, "base_model_prefix", "") or "", model))
     arguments: dict[str, Any] = {"use_cache": False, "attention_mask": attention_mask, **inputs}
     arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -51,12 +51,12 @@ def run_trunk(
             return trunk(**_accepted(trunk, arguments))
         arguments.pop("position_ids", None)
         if encoder_only:
-            encoder = model.get_encoder()  # type: ignore[operator]
+            encoder = model.get_encoder()
             return encoder(**_accepted(encoder, arguments))
         if trunk is not model:
             return trunk(**_accepted(trunk, arguments))
         # T5 has no module that is all but its head
-        encoder, decoder = model.get_encoder(), model.get_decoder()  # type: ignore[operator]
+        encoder, decoder = model.get_encoder(), model.get_decoder()
         seen = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return decoder(
             input_ids=arguments["decoder_input_ids"],

@@ -37,7 +37,7 @@ class TaskVector:
     settings: tuple[Any, ...] = ()
 
 
-def task_vector(config: Any, tensors: Mapping[str, Tensor], source: str) -> TaskVector:
+def task_vector(config: PeftConfig, tensors: Mapping[str, Tensor], source: str) -> TaskVector:
     """The task vector of a saved adapter.
 
     Args:
@@ -56,8 +56,8 @@ def task_vector(config: Any, tensors: Mapping[str, Tensor], source: str) -> Task
         )
     if getattr(config, "gate", None) is not None or getattr(config, "operation", "add") != "add":
         raise AdapterError(f"{source} acts by how its inputs are (a gate, an ablation), which is no vector to sum.")
-    if getattr(config, "modules_to_save", None):
-        raise AdapterError(f"{source} holds whole modules ({', '.join(config.modules_to_save)}), which are no change.")
+    if whole := getattr(config, "modules_to_save", None):
+        raise AdapterError(f"{source} holds whole modules ({', '.join(whole)}), which are no change.")
     return _KINDS[kind][0](config, tensors, source)
 
 
@@ -93,20 +93,20 @@ def align(vectors: Sequence[TaskVector]) -> tuple[TaskVector, list[dict[str, Ten
     return TaskVector(_united(vectors), first.entries, sparse, first.settings), aligned
 
 
-def written(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+def written(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Configuration and tensors of the adapter that adds these entries; `form` is what `align` gave."""
     return _KINDS[peft_kind(form.config)][1](form, entries)
 
 
-def peft_kind(config: Any) -> str:
+def peft_kind(config: PeftConfig) -> str:
     """The name of an adapter's kind, such as `LORA`."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def _united(vectors: Sequence[TaskVector]) -> Any:
+def _united(vectors: Sequence[TaskVector]) -> PeftConfig:
     config: Any = copy.deepcopy(vectors[0].config)
     if hasattr(config, "add_missing"):
-        config.add_missing = any(vector.config.add_missing for vector in vectors)  # type: ignore[attr-defined]
+        config.add_missing = any(getattr(vector.config, "add_missing", False) for vector in vectors)
     return config
 
 
@@ -137,7 +137,7 @@ def _read_heads(config: Any, tensors: Mapping[str, Tensor], source: str) -> Task
     return TaskVector(config, entries, settings=(f"positions={config.positions!r}", f"head_dim={config.head_dim}"))
 
 
-def _write_heads(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+def _write_heads(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
     config: Any = form.config
     heads: dict[str, list[int]] = {}
     for place in entries:
@@ -159,7 +159,7 @@ def _read_layers(config: Any, tensors: Mapping[str, Tensor], source: str) -> Tas
     return TaskVector(config, entries, settings=(f"positions={config.positions!r}", f"tokens={config.tokens}"))
 
 
-def _write_layers(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+def _write_layers(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
     config: Any = form.config
     config.target_modules, config.exclude_modules, config.alpha = sorted(entries), None, 1.0
     return config, {f"{_MODEL}{name}{_LAYER}": value for name, value in entries.items()}
@@ -184,7 +184,7 @@ def _read_deltas(config: Any, tensors: Mapping[str, Tensor], source: str) -> Tas
     return TaskVector(config, entries, sparse)
 
 
-def _write_deltas(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+def _write_deltas(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
     config: Any = form.config
     config.target_parameters, config.alpha, config.masked, config.packed = sorted(entries), 1.0, None, None
     config.kept = {name: len(kept) for name, kept in form.sparse.items()} or None

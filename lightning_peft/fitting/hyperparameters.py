@@ -109,22 +109,22 @@ class _Looking(pickle.Pickler):
     """Pickles to nowhere, to see what a value would bring along."""
 
     def __init__(self) -> None:
-        super().__init__(_Nowhere())  # type: ignore[arg-type]
+        super().__init__(_Nowhere())
         self.modules = self.objects = False
         self.tensors: list[Tensor] = []
 
-    def persistent_id(self, value: Any) -> str | None:
+    def persistent_id(self, value: object) -> str | None:
         if isinstance(value, Tensor):
             self.tensors.append(value)
         self.modules |= isinstance(value, nn.Module)
         return "seen" if isinstance(value, Tensor | nn.Module) else None  # what is in it is of no interest
 
-    def reducer_override(self, value: Any) -> Any:
+    def reducer_override(self, value: object) -> Any:
         self.objects |= not isinstance(value, _PLAIN)
         return NotImplemented
 
 
-def _is_heavy(value: Any, own: set[int]) -> bool:
+def _is_heavy(value: object, own: set[int]) -> bool:
     """Whether a value holds a module, a tensor of this memory, or tensors in objects that are not read back either."""
     looking = _Looking()
     try:
@@ -135,7 +135,7 @@ def _is_heavy(value: Any, own: set[int]) -> bool:
 
 
 def _memory(tensor: Tensor) -> int:
-    local: Any = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    local = tensor.to_local() if is_sharded(tensor) else tensor
     try:
         return local.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # a kind of tensor without memory of its own

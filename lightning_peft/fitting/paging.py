@@ -72,7 +72,7 @@ def _count_steps(optimizer: Any) -> None:
     if hasattr(optimizer.step, _WRAPPED):
         return
 
-    def noted(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def noted(step: Callable[..., object], *args: object, **kwargs: object) -> object:
         optimizer._opt_called = True
         return step(*args, **kwargs)
 

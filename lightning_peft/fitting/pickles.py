@@ -17,22 +17,22 @@ class Unread:
 
     was = ""  # the name
 
-    def __new__(cls, *_: Any) -> Unread:
+    def __new__(cls, *_: object) -> Unread:
         return super().__new__(cls)
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
 
 class _UnreadMapping(Unread):
     """In place of a class whose objects are filled as dicts are; they remember its name."""
 
-    def __new__(cls, *_: Any) -> Any:
+    def __new__(cls, *_: object) -> Any:
         made: OrderedDict[Any, Any] = OrderedDict()
-        made.was = cls.was  # type: ignore[attr-defined]
+        vars(made)["was"] = cls.was
         return made
 
 
@@ -80,10 +80,11 @@ def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any
         raise AdapterError(f"{path} is truncated or damaged.") from error
 
 
-def unread(value: Any) -> dict[str, str]:
+def unread(value: object) -> dict[str, str]:
     """What was left unread in dicts, lists, tuples and sets: its place, as `a.b.0`, and the name of its type."""
     found: dict[str, str] = {}
-    waiting, seen = [("", value)], set()
+    waiting: list[tuple[str, Any]] = [("", value)]
+    seen: set[int] = set()
     while waiting:
         place, item = waiting.pop()
         kind = item if isinstance(item, type) else type(item)
@@ -97,7 +98,7 @@ def unread(value: Any) -> dict[str, str]:
     return found
 
 
-def _shown(name: Any) -> str:
+def _shown(name: object) -> str:
     """A name from a file, on one line and not endless."""
     return " ".join(str(name)[:120].split())
 

@@ -102,10 +102,10 @@ class _Record:
 
     was = ""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: object) -> None:
         self.arguments = arguments
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state
         if isinstance(state, dict):
             self.__dict__.update(state)

@@ -60,7 +60,7 @@ def with_scale(config: PeftConfig, scale: float) -> PeftConfig:
     if scale == 1.0:
         return config
     if pattern := getattr(config, "alpha_pattern", None):
-        config.alpha_pattern = {k: v * scale for k, v in pattern.items()}  # type: ignore[attr-defined]
+        vars(config)["alpha_pattern"] = {k: v * scale for k, v in pattern.items()}
     for name in ("lora_alpha", "alpha"):
         if hasattr(config, name):
             setattr(config, name, getattr(config, name) * scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from lightning_peft.stack.stack import AdapterStack, adapters
 Outputs = Callable[[L.LightningModule, Any], Tensor]
 
 
-def call(module: L.LightningModule, batch: Any) -> Tensor:
+def call(module: L.LightningModule, batch: object) -> Tensor:
     """The default way to see what a module computes: its `forward` on the batch."""
     return module(batch)
 
@@ -53,7 +53,7 @@ class Cell:
         return module.eval(), stack, callback
 
     @torch.no_grad()
-    def look(self, module: L.LightningModule, batch: Any, callback: AdapterCallback | None = None) -> Tensor:
+    def look(self, module: L.LightningModule, batch: object, callback: AdapterCallback | None = None) -> Tensor:
         """What the module computes for a batch, as in validation."""
         with _answers(callback, batch):
             return self.outputs(module, batch)
@@ -74,9 +74,9 @@ class Cell:
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        loader: Any = DataLoader(list(self.batches), batch_size=None)  # type: ignore[arg-type]
+        batches: Any = list(self.batches)
         with replaced(module, "configure_optimizers", _decayed):
-            trainer.fit(module, loader, ckpt_path=ckpt_path)
+            trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
         return trainer
 
 
@@ -90,12 +90,12 @@ def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {f"{p.name}:{key}": value.clone() for p in stack.parts for key, value in stack.tensors(p).items()}
 
 
-def rows(batch: Any) -> int:
+def rows(batch: object) -> int:
     """How many rows a batch has."""
     return len(first_tensor(batch))
 
 
-def first_tensor(batch: Any) -> Tensor:
+def first_tensor(batch: object) -> Tensor:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
     return next(value for value in values if isinstance(value, Tensor))
 
@@ -110,7 +110,7 @@ def take(batch: Any, index: Tensor) -> Any:
 
 
 @contextmanager
-def _answers(callback: AdapterCallback | None, batch: Any) -> Any:
+def _answers(callback: AdapterCallback | None, batch: object) -> Iterator[None]:
     if callback is None or callback.stack is None:
         yield
         return
@@ -121,7 +121,7 @@ def _answers(callback: AdapterCallback | None, batch: Any) -> Any:
         callback._note_answers(None)
 
 
-def _decayed(original: Callable[[], Any]) -> Any:
+def _decayed(original: Callable[[], object]) -> object:
     made = original()
     for optimizer in made if isinstance(made, list | tuple) else [made]:
         for group in getattr(optimizer, "param_groups", []):

@@ -53,7 +53,7 @@ def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
     """
     found = [block for block in blocks(backbone) if block.mlp or block.experts]
     stream = (width(backbone), width(backbone))
-    ends = [stream if block.experts else _ends(backbone, block.mlp) for block in found]  # type: ignore[arg-type]
+    ends = [_ends(backbone, block.mlp) if block.mlp and not block.experts else stream for block in found]
     return ends + (_attentions(backbone) if attention else [])
 
 

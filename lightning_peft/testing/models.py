@@ -15,8 +15,9 @@ def tiny(kind: str) -> nn.Module:
     `gpt2`, `gpt_neox`, `opt`, `qwen3_moe` (a mixture of fused experts), `bert` (an encoder with a masked-language
     head), `t5`, `vit` (an image classifier), `hand_written` (a causal language model without transformers),
     `convolutional` (features of an image)."""
-    import transformers as t
+    import transformers
 
+    t: Any = transformers  # whose configurations take more than they declare
     torch.manual_seed(0)
     config: Any
     model: Any
@@ -67,7 +68,7 @@ def tiny(kind: str) -> nn.Module:
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=8,  # type: ignore[call-arg]
+            head_dim=8,
             num_experts=4,
             num_experts_per_tok=2,
             max_position_embeddings=128,
@@ -91,7 +92,7 @@ def tiny(kind: str) -> nn.Module:
             d_kv=8,
             num_layers=3,
             num_heads=4,
-            decoder_start_token_id=0,  # type: ignore[call-arg]
+            decoder_start_token_id=0,
             **common,
         )
         model = t.T5ForConditionalGeneration(config)
@@ -103,7 +104,7 @@ def tiny(kind: str) -> nn.Module:
             num_attention_heads=4,
             image_size=8,
             patch_size=4,
-            num_labels=5,  # type: ignore[call-arg]
+            num_labels=5,
         )
         model = t.ViTForImageClassification(config)
     elif kind in ("hand_written", "convolutional"):
@@ -155,9 +156,10 @@ class HandWritten(nn.Module):
             # a pad may look at itself, so that no row of the softmax is empty
             allowed = allowed & (attention_mask[:, None, None].bool() | torch.eye(length, dtype=torch.bool))
         for block in self.blocks:
-            q, k, v = block["qkv"](x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # type: ignore[index]
+            assert isinstance(block, nn.ModuleDict)
+            q, k, v = block["qkv"](x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
             z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-            x = x + block["proj"](z.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[index]
+            x = x + block["proj"](z.transpose(1, 2).reshape(batch, length, -1))
         return self.out(x)
 
 

@@ -110,15 +110,15 @@ def bake(
     zeros = {name: _zero_bias(model, name) for name in sorted(added - changed.keys())}
     new, quantised = changed | zeros, getattr(model.config, "quantization_config", None) is not None
     made: Reference | None = None
+    saved: Any = model
     with new_folder(output) as folder:
         with _written(model, new), turned_on(model.config, flags):
-            model.save_pretrained(folder)  # type: ignore[operator]
+            saved.save_pretrained(folder)
             if verify and quantised:
                 made = _merged(model, new)
         if verify and made is None:
             made = _edited(model, adapter, changed, zeros)
-        dtype: Any = model.dtype
-        verification = verify_folder(folder, type(model), dtype, made) if made is not None else None
+        verification = verify_folder(folder, type(model), saved.dtype, made) if made is not None else None
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
     were = tuple(dict.fromkeys(positions.values()))
@@ -217,9 +217,10 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _zero_bias(model: nn.Module, name: str) -> Tensor:
-    module: Any = model.get_submodule(name.rpartition(".")[0])
-    dtype = module.weight.dtype if module.weight.is_floating_point() else model.dtype
-    return torch.zeros(module.out_features, dtype=dtype, device=module.weight.device)  # type: ignore[arg-type]
+    whole: Any = model
+    module = whole.get_submodule(name.rpartition(".")[0])
+    dtype = module.weight.dtype if module.weight.is_floating_point() else whole.dtype
+    return torch.zeros(module.out_features, dtype=dtype, device=module.weight.device)
 
 
 @contextmanager

@@ -269,7 +269,8 @@ def _own_keys(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:
     """The floating-point tensors that the method itself made."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")  # type: ignore[call-overload]
+    kind: Any = config.peft_type
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind, "")
     own = (k for k, v in tensors.items() if v.is_floating_point() and (not prefix or f".{prefix}" in k))
     return sorted(key for key in own if not key.endswith(_FIXED))
 

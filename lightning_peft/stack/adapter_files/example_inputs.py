@@ -35,12 +35,12 @@ def find_probe(model: Any, seed: int = 0) -> Probe | None:
 def outputs(model: Any, probe: Probe) -> list[Tensor]:
     """Return all floating-point tensors that the model gives, in float32; the same each time, in evaluation mode."""
     first = next(model.parameters())
-    given = {
+    given: dict[str, Any] = {
         key: value.to(first.device, model.dtype if value.is_floating_point() else value.dtype)
         for key, value in probe.items()
     }
     if "use_cache" in inspect.signature(type(model).forward).parameters:
-        given["use_cache"] = False  # type: ignore[assignment]
+        given["use_cache"] = False
     with evaluating(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         output = model(**given)
