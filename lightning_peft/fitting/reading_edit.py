@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.layers import LayerSite
@@ -149,9 +150,10 @@ class ReadingEdit(Edit, Generic[S]):
         device, read = next(backbone.parameters()).device, []
         with Capture(backbone, self._sites) as capture:
             for begin in range(0, len(texts), self.batch_size):
-                part = list(texts[begin : begin + self.batch_size])
-                batch = tokenizer(part, padding=True, return_tensors="pt")
-                read.append(capture(batch["input_ids"].to(device), batch["attention_mask"].to(device)))
+                encoded = tokenizer(list(texts[begin : begin + self.batch_size]))["input_ids"]
+                rows = [torch.tensor(row, dtype=torch.long) for row in encoded]
+                ids, mask = (pad_sequence(x, batch_first=True) for x in (rows, list(map(torch.ones_like, rows))))
+                read.append(capture(ids.to(device), mask.to(device)))
         return torch.cat(read), label.cpu(), group.cpu()
 
     def end(self) -> None:
@@ -175,7 +177,7 @@ def edit(
 
     Args:
         model: a transformers model, or a LightningModule that holds one; it is frozen, and adapters on it act.
-        tokenizer: its tokenizer; texts are encoded as `tokenizer(texts, padding=True, return_tensors="pt")`.
+        tokenizer: its tokenizer; texts are encoded as `tokenizer(texts)["input_ids"]`, and padded on the right.
         texts: N texts, such as `"Q: What is it? A: So."`; each is read at its last token.
         label: `[N]`, 1 for each text that is wanted (true), 0 for each that is not.
         group: `[N]`, the same number for texts that belong together, as to one question.

@@ -84,7 +84,7 @@ class ActAdd(EditLayers):
         return self._read_prompts(backbone)
 
     def _read_prompts(self, backbone: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        read = capture_texts(backbone, self._sites, self._prompts, "all")
+        read = capture_texts(backbone, self._sites, self._prompts, "all", share=False)  # as in ITI
         return read.values, 1 - read.text, read.place
 
     def layer_edit(self, activations: Tensor, label: Tensor, group: Tensor, sites: Sequence[LayerSite]) -> LayerEdit:

@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_peft.backbone.heads import HeadSite, head_sites
-from lightning_peft.editing.collect import capture_tokens
+from lightning_peft.editing.collect import capture_texts
 from lightning_peft.editing.heads import head_offsets_config
 from lightning_peft.editing.iti import REFERENCE_POSITIONS, HeadEdit, check_names, compute_iti
 from lightning_peft.fitting.adapter_callback import EditOptions
@@ -134,7 +134,8 @@ class ITI(ReadingEdit[HeadSite]):
         return super().read(backbone, tokenizer, texts, label, group)
 
     def _read_sigma(self, backbone: nn.Module, sequences: Sequence[Sequence[int]]) -> None:
-        self._sigma_activations = capture_tokens(backbone, self._sites, sequences)
+        # in `fit` the adapter on the model keeps texts from being packed, and elsewhere bits are to be the same
+        self._sigma_activations = capture_texts(backbone, self._sites, sequences, share=False).values
 
     def edit(self, activations: Tensor, label: Tensor, group: Tensor, sites: Sequence[HeadSite]) -> ComputedAdapter:
         self.edit_ = compute_iti(

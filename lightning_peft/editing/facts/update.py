@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.modules import base_modules
 from lightning_peft.editing.facts.values import hooked
 from lightning_peft.stack.computed import ComputedAdapter, saved_key
 from lightning_peft.stack.stack import Adapter, AdapterStack, stack_of
@@ -107,7 +108,8 @@ def lora_config(backbone: nn.Module, modules: list[str], r: int) -> LoraConfig:
     """LoRA of rank r on these matrices, with scaling 1."""
     from peft import LoraConfig
 
-    transposed = any(type(module).__name__ == "Conv1D" for module in map(backbone.get_submodule, modules))
+    named = dict(base_modules(backbone))
+    transposed = any(type(named[module]).__name__ == "Conv1D" for module in modules)
     return LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=modules, fan_in_fan_out=transposed)
 
 
