@@ -19,7 +19,6 @@ from typing import Any
 import lightning as L
 
 from lightning_peft.callbacks import ITI
-from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.editing import head_sites
 from lightning_peft.editing.directions import random_directions
 from lightning_peft.models import CausalLM
@@ -68,7 +67,7 @@ def main() -> None:
     draws = []
     for seed in range(options.draws):
         directions = random_directions(len(edit.heads), sites[0].head_dim, seed)
-        install(stack, "iti", dataclasses.replace(edit, directions=directions), sites, options.alpha, "answer")
+        stack.put("iti", dataclasses.replace(edit, directions=directions).adapter(sites, options.alpha, "answer"))
         draws.append(score(f"random {seed}"))
 
     gain = steered["mc2"] - base["mc2"]

@@ -25,7 +25,6 @@ import torch
 from pairs import machine, quiet, ratio, verdict
 from torch import Tensor
 
-from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.editing import head_sites
 from lightning_peft.models import CausalLM
 from lightning_peft.stack.stack import stack_of
@@ -63,7 +62,7 @@ def one_by_one(backbone: Any, edit: Any, plan: Sweep, first: Batch) -> Callable[
     def score(batch: Batch, clock: Clock) -> Tensor:
         found = []
         for count in plan.num_heads:
-            install(stack, "iti", best_heads(edit, count), sites, 1.0, plan.positions)
+            stack.put("iti", best_heads(edit, count).adapter(sites, 1.0, plan.positions))
             for alpha in plan.alphas:
                 stack.scale(alpha)
                 with clock:

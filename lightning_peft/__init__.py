@@ -15,10 +15,14 @@ from lightning_peft.stack.registration import register_with_peft
 from lightning_peft.tuners import METHODS
 
 if TYPE_CHECKING:
+    from lightning_peft.callbacks.edits.caa import edit_caa
+    from lightning_peft.callbacks.edits.iti import edit_iti
     from lightning_peft.fitting.checkpoints import export_checkpoint, load_from_checkpoint
+    from lightning_peft.fitting.reading_edit import edit
     from lightning_peft.stack.adapter_files.baking import bake
     from lightning_peft.stack.adapter_files.control_vectors import export_control_vector
     from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
+    from lightning_peft.stack.computed import ComputedAdapter
     from lightning_peft.stack.stack import AdapterStack, adapters
     from lightning_peft.stack.steering import steering
 
@@ -30,6 +34,10 @@ _EXPORTS = {
     "load_adapter": "lightning_peft.stack.adapter_files.saving",
     "save_adapter": "lightning_peft.stack.adapter_files.saving",
     "steering": "lightning_peft.stack.steering",
+    "ComputedAdapter": "lightning_peft.stack.computed",
+    "edit": "lightning_peft.fitting.reading_edit",
+    "edit_caa": "lightning_peft.callbacks.edits.caa",
+    "edit_iti": "lightning_peft.callbacks.edits.iti",
     "bake": "lightning_peft.stack.adapter_files.baking",
     "export_control_vector": "lightning_peft.stack.adapter_files.control_vectors",
     "export_checkpoint": "lightning_peft.fitting.checkpoints",
@@ -38,9 +46,13 @@ _EXPORTS = {
 
 __all__ = [
     "AdapterStack",
+    "ComputedAdapter",
     "__version__",
     "adapters",
     "bake",
+    "edit",
+    "edit_caa",
+    "edit_iti",
     "export_checkpoint",
     "export_control_vector",
     "load_adapter",

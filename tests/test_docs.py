@@ -37,3 +37,14 @@ def test_a_module_of_ones_own_is_tuned_tested_and_validated_on_truthfulqa(made: 
     assert made["before"].keys() == made["after"].keys() == choices and made["before"] != made["after"]
     also = {"loss", "ce", "ce_base", "kl", "capability"}
     assert made["validated"].keys() == {f"val_{name}" for name in choices | also} and made["validated"]["val_kl"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_edit_is_computed_without_a_trainer_and_one_of_ones_own_stands_on_it(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = run("methods/iti.md", tiny_folder("llama"))
+    stack = made["adapters"](made["model"])
+    assert [part.name for part in stack.parts] == ["iti", "median_difference"] and stack["iti"].scale == 2.0
+    assert made["median"].record == {"texts": 36} and (tmp_path / "snow-is-white" / "adapter_config.json").exists()

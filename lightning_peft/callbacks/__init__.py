@@ -49,12 +49,14 @@ if TYPE_CHECKING:
     from lightning_peft.fitting.adapter_callback import AdapterCallback
     from lightning_peft.fitting.edit import Edit
     from lightning_peft.fitting.peft import PEFT
+    from lightning_peft.fitting.reading_edit import ReadingEdit
 
 _MODULES = {
     "AdapterCallback": "lightning_peft.fitting.adapter_callback",
     "PEFT": "lightning_peft.fitting.peft",
     "LoRA": "lightning_peft.callbacks.tuning.lora",
     "Edit": "lightning_peft.fitting.edit",
+    "ReadingEdit": "lightning_peft.fitting.reading_edit",
     "ITI": "lightning_peft.callbacks.edits.iti",
     "ROME": "lightning_peft.callbacks.edits.knowledge",
     "MEMIT": "lightning_peft.callbacks.edits.knowledge",
@@ -135,6 +137,7 @@ __all__ = [
     "PromptTuning",
     "QLoRA",
     "Quantize",
+    "ReadingEdit",
     "RepE",
     "ScaledParallelAdapter",
     "Steer",

@@ -23,6 +23,7 @@ from lightning_peft.editing.directions import (
 )
 from lightning_peft.editing.heads import head_offsets_config
 from lightning_peft.editing.probes import CCSProbes, LogisticProbes
+from lightning_peft.stack.computed import ComputedAdapter, saved_key
 from lightning_peft.stack.gates import truth_gate
 
 STRENGTHS = ("equal", "accuracy")
@@ -57,6 +58,22 @@ class HeadEdit:
     def config(self, sites: Sequence[HeadSite], alpha: float, positions: str, **gate: Any) -> Any:
         """The `HeadOffsetsConfig` of this edit."""
         return head_offsets_config(sites, self.heads, alpha=alpha, positions=positions, **gate)
+
+    def adapter(self, sites: Sequence[HeadSite], alpha: float, positions: str, **gate: Any) -> ComputedAdapter:
+        """Return the head-offsets adapter of this edit.
+
+        Args:
+            sites: the `head_sites` of the model it was computed for.
+            alpha: the strength.
+            positions: which tokens are edited.
+            **gate: `gate`, `beta` and `threshold`, see `lightning_peft.stack.gates`.
+        """
+        config = self.config(sites, alpha, positions, **gate)
+        values = {"head_offsets": self.offsets(sites)}
+        if config.gate is not None:
+            values["head_offsets_probe"] = self.probes(sites)
+        tensors = {saved_key(site, kind): v for kind, by_site in values.items() for site, v in by_site.items()}
+        return ComputedAdapter(config, tensors, self.record)
 
     def offsets(self, sites: Sequence[HeadSite]) -> dict[str, Tensor]:
         """For each edited site, `strength * sigma * direction` of its heads in ascending order, `[k, head_dim]`."""

@@ -17,6 +17,7 @@ from lightning_peft.backbone.nearest_names import nearest_names
 from lightning_peft.fitting import optimizers, read_back, strategies
 from lightning_peft.fitting.activation_checkpointing import checkpoint_blocks
 from lightning_peft.fitting.alive import PATIENCE, Reached
+from lightning_peft.fitting.batch_keys import check_keys, check_learnable
 from lightning_peft.fitting.checkpoint_hooks import hook_checkpoints
 from lightning_peft.fitting.complete import check_complete
 from lightning_peft.fitting.find_backbone import building_hooks, find_backbone, forget, when_built
@@ -35,6 +36,8 @@ from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks, stack
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
     from lightning_peft.stack.configs import PeftConfig
+
+_NO_BATCH = object()  # there has been none yet
 
 
 class EditOptions(TypedDict, total=False):
@@ -96,7 +99,7 @@ class AdapterCallback(Callback):
     """
 
     default_name = "default"
-    needs: str | None = "answers"  # what the data module must yield in training, if it says what it yields
+    batch_keys: tuple[str, ...] = ()  # what a training batch must hold
     computed = False  # whether the weights are computed (an edit) rather than trained
     exempt: Mapping[str, str] = {}  # laws (lightning_peft.testing) that cannot apply: name -> reason
 
@@ -114,6 +117,7 @@ class AdapterCallback(Callback):
         self.check_finite = options.get("check_finite", True)
         self._checkpointed: list[Handle] = []
         self._noted: list[Positions] = []
+        self._first: Any = None  # the first training batch, while it is trained on
         self.stack: AdapterStack | None = None
         self._trained: set[str] = set()  # names of what is trained, when fit starts
         self._optimized = 0  # how many parameters the optimizers hold
@@ -163,7 +167,6 @@ class AdapterCallback(Callback):
         strategies.prepare(trainer, pl_module)
         keep_precise(trainer)
         if stage == "fit":
-            self._check_data(trainer)
             read_back.watch(trainer, pl_module)
 
         def place(name: str) -> None:
@@ -194,6 +197,7 @@ class AdapterCallback(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_in_place(pl_module)
         self._set_modes(trainer)
+        self._first = _NO_BATCH
         if self.computed:
             return
         assert self.stack is not None
@@ -213,6 +217,10 @@ class AdapterCallback(Callback):
             optimizers.check(pl_module, trainer.optimizers)
             self._check_frozen(trainer, pl_module)
         self._set_modes(trainer)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if self._first is not None:  # to look at it waits for the device, which is done once
+            check_learnable(type(self).__name__, self._first, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._reached.look()
@@ -239,6 +247,8 @@ class AdapterCallback(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        check_keys(type(self).__name__, self.batch_keys, batch)
+        self._first = batch if self._first is _NO_BATCH else None
         self._note_answers(batch)
         if not self.computed and self._optimized != optimizers.held(trainer.optimizers):
             self._check_frozen(trainer, pl_module)  # a callback that unfreezes gives the optimizer a group
@@ -380,14 +390,6 @@ class AdapterCallback(Callback):
             raise ValueError(
                 "This strategy starts its processes from a copy of the module and would lose the adapter afterwards: "
                 f'use strategy="ddp", or call {type(self).__name__}.apply(module) before fit.'
-            )
-
-    def _check_data(self, trainer: L.Trainer) -> None:
-        kind = getattr(trainer.datamodule, "kind", None)  # type: ignore[attr-defined]
-        if self.needs is not None and isinstance(kind, str) and kind != self.needs:
-            raise ValueError(
-                f"{type(self).__name__} needs {self.needs} to train on, but the data module yields {kind}: "
-                f'give it train="{self.needs}".'
             )
 
 

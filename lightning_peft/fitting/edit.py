@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lightning_peft.fitting.adapter_callback import AdapterCallback, EditOptions
+from lightning_peft.replaced import Handle, replaced
 from lightning_peft.stack.stack import AdapterStack
-
-_TAKEN = ("training_step", "configure_optimizers")
 
 T = TypeVar("T")
 
@@ -31,12 +30,12 @@ class Edit(AdapterCallback):
 
     default_name = "edit"
 
-    needs: str | None = "statements"
     computed = True
 
     def __init__(self, **options: Unpack[EditOptions]) -> None:
         super().__init__(**options)
-        self._taken: dict[str, Any] | None = None
+        self._taken: list[Handle] = []
+        self._automatic = True  # the module's `automatic_optimization`
         self._done = False
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ class Edit(AdapterCallback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        if stage == "fit" and self._taken is not None:
+        if stage == "fit" and self._taken:
             self._give_back(pl_module)
             if not self._done and trainer.global_step == 0:  # else the edit came with a checkpoint
                 raise RuntimeError(
@@ -117,30 +116,26 @@ class Edit(AdapterCallback):
     # -- taking over the module's training ---------------------------------------------------------------------------
 
     def _take_over(self, module: L.LightningModule) -> None:
-        """Replace the module's training on the instance, remembering what was there."""
-        self._done = False
-        self._taken = {name: module.__dict__.get(name) for name in _TAKEN}
-        self._taken["automatic_optimization"] = module.automatic_optimization
+        """Replace the module's training on the instance."""
 
-        def training_step(batch: Any, batch_idx: int) -> None:
+        def training_step(batch: Any, *_: Any) -> None:
             if not self._done:
                 with torch.no_grad():
-                    self.observe(self._checked(batch))
+                    self.observe(batch)
 
-        module.automatic_optimization = False
-        module.__dict__["training_step"] = training_step
-        module.__dict__["configure_optimizers"] = lambda: None
+        self._done = False
+        self._automatic, module.automatic_optimization = module.automatic_optimization, False
+        self._taken = [
+            replaced(module, "training_step", training_step, instead=True),
+            replaced(module, "configure_optimizers", lambda: None, instead=True),
+        ]
 
     def _give_back(self, module: L.LightningModule) -> None:
-        if self._taken is None:
+        if not self._taken:
             return
-        module.automatic_optimization = self._taken.pop("automatic_optimization")
-        for name, original in self._taken.items():
-            if original is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = original
-        self._taken = None
+        module.automatic_optimization = self._automatic
+        while self._taken:
+            self._taken.pop().remove()
         self.end()
         if self.stack is not None and self.name in self.stack:
             self._note_answers(None)
@@ -155,19 +150,6 @@ class Edit(AdapterCallback):
                 f"{type(self).__name__} takes the whole of fit, so {others[0]} cannot share it: fit one after the "
                 "other, each in a Trainer of its own; the adapters stack."
             )
-
-    def _checked(self, batch: Any) -> Mapping[str, Tensor]:
-        """The batch, if it holds what this edit reads."""
-        if self.needs is None:
-            return batch
-        # a tokenizer's BatchEncoding is a mapping, not a dict
-        missing = [k for k in ("input_ids", "truth", "question_id") if not isinstance(batch, Mapping) or k not in batch]
-        if missing:
-            raise ValueError(
-                f"{type(self).__name__} needs labelled statements, but the training batch has no "
-                f'{" and no ".join(missing)}; see `TruthfulQADataModule(train="statements")` for the batch\'s form.'
-            )
-        return batch
 
 
 def gather(trainer: L.Trainer, *captured: Tensor) -> tuple[Tensor, ...]:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-import lightning as L
-import torch
 from torch import Tensor, nn
 
-from lightning_peft.editing.capture import Capture, Site
+from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.editing.contrast import LayerEdit, check_statements, data_hash, site_probes
 from lightning_peft.editing.layers import layer_offsets_config
 from lightning_peft.editing.selection import Selection
 from lightning_peft.fitting.adapter_callback import EditOptions
-from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
+from lightning_peft.fitting.reading_edit import ReadingEdit
 from lightning_peft.positions import check_policy
+from lightning_peft.stack.computed import ComputedAdapter, saved_key
 from lightning_peft.stack.gates import check_gate
-from lightning_peft.stack.stack import AdapterStack
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig  # as in lora.py
 
 
-class EditLayers(Edit):
+class EditLayers(ReadingEdit[LayerSite]):
     """Base of the edits that move what layers give.
 
     Args:
@@ -52,54 +50,49 @@ class EditLayers(Edit):
         super().__init__(**options)
         self.sites, self.layers, self.alpha, self.positions = sites, layers, alpha, positions
         self.gate: dict[str, Any] = {}
-        self.edit_: LayerEdit | None = None
-        self._read: list[Site] = []
-        self._targets: list[str] = []
+        self.targets: Sequence[LayerSite] = []  # what is moved, by default what is read
 
     def default_layers(self, count: int) -> str:
-        """Which of so many sites are edited by default: the middle one."""
+        """Return which of so many sites are edited by default: the middle one."""
         return f"{count // 2}:{count // 2 + 1}"
 
-    def make_config(self, backbone: nn.Module) -> PeftConfig:
+    def find_sites(self, backbone: nn.Module) -> Sequence[LayerSite]:
         if self.positions != "all" and getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 f"Where an answer begins is not known in an encoder-decoder such as {type(backbone).__name__}: use "
                 'positions="all".'
             )
-        self._read = self.find_sites(backbone, self.sites)
-        self._targets = [site.name for site in self._read]
-        return self.config_of(self._read)
-
-    def find_sites(self, backbone: nn.Module, sites: str) -> list[Any]:
-        """The sites that are read."""
         layers = _fixed(self.layers)
         if layers is None:
-            layers = self.default_layers(len(Selection(sites=sites).find(backbone)))
-        return Selection(sites=sites, layers=layers).find(backbone)
+            layers = self.default_layers(len(Selection(sites=self.sites).find(backbone)))
+        read = Selection(sites=self.sites, layers=layers).find(backbone)
+        self.targets = [site for site in read if isinstance(site, LayerSite)]
+        return self.targets
 
-    def config_of(self, sites: list[Any], **options: Any) -> Any:
-        """The adapter's configuration on these sites."""
-        options = {"operation": self.operation, **self.gate} | options
-        return layer_offsets_config(sites, self.alpha, self.positions, **options)
+    def empty_config(self, sites: Sequence[LayerSite]) -> PeftConfig:
+        return self._config(tokens=1)
 
-    def install(self, stack: AdapterStack, trainer: L.Trainer, edit: LayerEdit) -> None:
-        """Put the edit in the stack in place of the zero offsets."""
-        self.edit_ = edit
+    def edit(self, activations: Tensor, label: Tensor, group: Tensor, sites: Sequence[LayerSite]) -> ComputedAdapter:
+        self.edit_ = edit = self.layer_edit(activations, label, group, sites)
+        vectors = edit.vectors if edit.vectors.dim() == 3 else edit.vectors[:, None]
         record = {"method": type(self).__name__, "positions": self.positions, **self.gate, **edit.record}
-        part = stack[self.name]
-        config = part.config
-        stack.remove(self.name)
-        if edit.vectors.dim() == 3:
-            config.tokens = edit.vectors.shape[1]  # type: ignore[attr-defined]
-        part = stack.add(config, self.name, computed=True, record=record)
-        values = {"layer_offsets": edit.vectors, "layer_offsets_probe": edit.probe}
-        for live, tensor in stack.live(part).items():
-            site, _, kind, _ = live.rsplit(".", 3)
-            given = values[kind]
-            assert given is not None
-            # one vector for all targets, or one for each
-            tensor.copy_(given[self._targets.index(site) if len(given) > 1 else 0])
-        trainer.lightning_module.log("edited_parameters", float(edit.vectors.numel()), rank_zero_only=True)
+        tensors = {}
+        for i, site in enumerate(self.targets):
+            for name, values in (("layer_offsets", vectors), ("layer_offsets_probe", edit.probe)):
+                if values is not None:  # one for each target, or one for all
+                    tensors[saved_key(site.name, f"layer_edits.{name}")] = values[i if len(values) > 1 else 0]
+        return ComputedAdapter(self._config(tokens=vectors.shape[1]), tensors, record)
+
+    def layer_edit(self, activations: Tensor, label: Tensor, group: Tensor, sites: Sequence[LayerSite]) -> LayerEdit:
+        """Compute the vectors; the arguments are those of `edit`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it computes.")
+
+    def count(self, made: ComputedAdapter) -> int:
+        return self.edit_.vectors.numel()
+
+    def _config(self, tokens: int) -> PeftConfig:
+        options = {"operation": self.operation, "tokens": tokens, **self.gate}
+        return layer_offsets_config(self.targets, self.alpha, self.positions, **options)
 
 
 class StatementLayers(EditLayers):
@@ -129,44 +122,23 @@ class StatementLayers(EditLayers):
         super().__init__(sites, layers, alpha, positions, **options)
         self.gate = {"gate": gate, "beta": beta, "threshold": threshold}
         self.C = C
-        self._capture: Capture | None = None
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @abstractmethod
-    def vectors(self, activations: Tensor, truth: Tensor, question_id: Tensor) -> Tensor:
-        """`[S, width]` from `[N, S, width]`, `[N]` and `[N]`."""
+    def vectors(self, activations: Tensor, label: Tensor, group: Tensor) -> Tensor:
+        """Return `[S, width]` from `[N, S, width]`, `[N]` and `[N]`."""
 
-    def begin(self, stack: AdapterStack) -> None:
-        self._rows = []
-        self._capture = Capture(stack.backbone, self._read).__enter__()
-
-    def observe(self, batch: Mapping[str, Tensor]) -> None:
-        assert self._capture is not None
-        read = self._capture(batch["input_ids"], batch.get("attention_mask"))
-        self._rows.append((read, batch["truth"].cpu(), batch["question_id"].cpu()))
-
-    def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
-        rows = gather(trainer, *(torch.cat(column) for column in zip(*self._rows, strict=True)))
-        self.install(stack, trainer, from_rank_zero(trainer, lambda: self._edit(*rows)))
-
-    def _edit(self, activations: Tensor, truth: Tensor, question_id: Tensor) -> LayerEdit:
-        check_statements(activations, truth)
-        vectors = self.vectors(activations, truth, question_id)
+    def layer_edit(self, activations: Tensor, label: Tensor, group: Tensor, sites: Sequence[LayerSite]) -> LayerEdit:
+        check_statements(activations, label)
+        vectors = self.vectors(activations, label, group)
         record = {
-            "layers": [site.name for site in self._read],
+            "layers": [site.name for site in sites],
             "norms": [float(norm) for norm in vectors.norm(dim=-1)],
-            "statements": len(truth),
-            "questions": len(question_id.unique()),
-            "data_hash": data_hash(activations.float(), truth.long(), question_id.long()),
+            "statements": len(label),
+            "questions": len(group.unique()),
+            "data_hash": data_hash(activations.float(), label.long(), group.long()),
         }
-        probe = None if self.gate["gate"] is None else site_probes(activations, truth, self.C)
+        probe = None if self.gate["gate"] is None else site_probes(activations, label, self.C)
         return LayerEdit(vectors, record, probe)
-
-    def end(self) -> None:
-        self._rows = []
-        if self._capture is not None:
-            self._capture.__exit__(None, None, None)
-            self._capture = None
 
 
 def _fixed(layers: Sequence[int] | str | None) -> tuple[int, ...] | str | None:

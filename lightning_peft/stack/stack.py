@@ -31,6 +31,7 @@ from lightning_peft.moved.names import keep_old_names
 from lightning_peft.replaced import Handle
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
 from lightning_peft.stack.adapter_files.names import check_folder_name
+from lightning_peft.stack.computed import ComputedAdapter
 from lightning_peft.stack.configs import check_numbers, config_to_json
 from lightning_peft.stack.injection.head_training import saved_heads
 from lightning_peft.stack.injection.initialisation import check_repeatable, check_undoable
@@ -160,6 +161,23 @@ class AdapterStack:
         injection.note_trained()
         _set(flags)  # peft freezes all that is not of the kind it puts on
         self._activate()
+        return part
+
+    def put(self, name: str, made: ComputedAdapter) -> Adapter:
+        """Put a computed adapter on the backbone, outermost, in place of what had this name.
+
+        Raises:
+            ValueError: as `add`.
+            AdapterError: the tensors are not those of the configuration, or not finite. The name is then free.
+        """
+        if name in self:
+            self.remove(name)
+        part = self.add(made.config, name, computed=True, record=dict(made.record))
+        try:
+            self.load_tensors(part, made.tensors, "the computed edit")
+        except Exception:
+            self.remove(name)
+            raise
         return part
 
     def remove(self, name: str) -> None:

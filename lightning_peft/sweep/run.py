@@ -14,7 +14,6 @@ from rich.console import Console
 from lightning_peft.backbone.fingerprint import fingerprint
 from lightning_peft.backbone.heads import HeadSite, head_sites
 from lightning_peft.backbone.window import check_loaded, context_window
-from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.compare.files import kept
 from lightning_peft.editing.iti import HeadEdit
 from lightning_peft.files.locking import only_writer
@@ -222,7 +221,7 @@ class _Run:
     def _save(self, edit: HeadEdit, point: tuple[int, float], fold: int) -> None:
         """The chosen point as an adapter folder."""
         stack, (count, alpha) = stack_of(self.backbone), point
-        install(stack, "iti", best_heads(edit, count), self.sites, alpha, self.plan.positions)
+        stack.put("iti", best_heads(edit, count).adapter(self.sites, alpha, self.plan.positions))
         save_adapter(self.backbone, self.output / f"adapter-fold{fold}")
         stack.remove("iti")
 

@@ -378,6 +378,13 @@ def test_rome_moves_the_layers_output_at_the_subject_to_the_value(kind: str, tin
         assert close(after[0] - before[i], value.delta, 1e-3)
 
 
+def test_put_on_again_it_knows_the_matrix_below_the_adapter(tiny_tokenizer) -> None:
+    model = tiny("gpt2")
+    edit = edit_of("rome", model, tiny_tokenizer)
+    once = edit.install(model, "rome").config
+    assert once.fan_in_fan_out and edit.install(model, "rome").config.to_dict() == once.to_dict()
+
+
 def test_rome_of_several_facts_is_one_after_the_other(tiny_tokenizer) -> None:
     model, other = tiny("llama"), tiny("llama")
     edit_of("rome", model, tiny_tokenizer).install(model, "all")

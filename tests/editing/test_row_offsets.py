@@ -10,7 +10,6 @@ from edits import logits
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
 
-from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.editing import HeadEdit, RowOffsets, displacements, head_sites
 from lightning_peft.editing.directions import random_directions
 from lightning_peft.positions import answering
@@ -34,7 +33,7 @@ def edits(model: nn.Module) -> list[tuple[HeadEdit, float]]:
 
 def alone(model: nn.Module, edit: HeadEdit, alpha: float, positions: str, start: Tensor) -> Tensor:
     stack = stack_of(model)
-    install(stack, "iti", edit, head_sites(model), alpha, positions)
+    stack.put("iti", edit.adapter(head_sites(model), alpha, positions))
     with answering(model, start=start):
         found = logits(model, TEXT)
     stack.remove("iti")

@@ -41,7 +41,7 @@ from tuning import (
 )
 
 from lightning_peft import adapters
-from lightning_peft.callbacks import ITI, PEFT, LoRA
+from lightning_peft.callbacks import PEFT, LoRA
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
@@ -381,17 +381,11 @@ class Data(L.LightningDataModule):
         return points()
 
 
-def test_a_data_module_of_the_wrong_kind_is_one_sentence() -> None:
-    with pytest.raises(
-        ValueError, match=r"^LoRA needs answers to train on, but the data module yields statements: "
-    ) as error:
-        trainer(lora()).fit(classifier(), Data("statements"))
-    assert one_sentence(str(error.value))
-    trainer(lora()).fit(classifier(), Data("answers"))
-
-
-def test_an_edit_and_a_tuned_adapter_ask_for_different_data() -> None:
-    assert (LoRA().needs, ITI().needs) == ("answers", "statements")
+@pytest.mark.parametrize("kind", ["images", "statements"])
+def test_a_data_module_may_have_a_kind_of_its_own(kind: str) -> None:
+    module = classifier()
+    trainer(lora()).fit(module, Data(kind))
+    assert "lora" in adapters(module)
 
 
 # -- what is told ---------------------------------------------------------------------------------------------------

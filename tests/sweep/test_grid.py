@@ -10,7 +10,6 @@ import torch
 from tiny_models import VOCABULARY, tiny
 from torch import Tensor, nn
 
-from lightning_peft.callbacks.edits.iti import install
 from lightning_peft.editing import HeadEdit, head_sites
 from lightning_peft.editing.directions import random_directions
 from lightning_peft.stack.stack import adapters, stack_of
@@ -50,7 +49,7 @@ def batch(seed: int) -> dict[str, Tensor]:
 
 def alone(model: nn.Module, edit: HeadEdit, alpha: float, seeds: range, positions: str) -> Tensor:
     """The scores of an adapter, with a scorer of its own."""
-    install(stack_of(model), "iti", edit, head_sites(model), alpha, positions)
+    stack_of(model).put("iti", edit.adapter(head_sites(model), alpha, positions))
     scorer = ChoiceScorer(model)
     found = torch.stack([scorer.score(*batch(seed).values()) for seed in seeds])
     stack_of(model).remove("iti")
@@ -80,7 +79,7 @@ def test_divergences_are_those_of_each_point_alone(kind: str, tokens: Tensor) ->
     found = Grid(model, head_sites(model), chosen, rows=4).divergence(tokens[0])
     text = {"input_ids": tokens[:1], "attention_mask": torch.ones_like(tokens[:1])}
     for point, (edit, alpha) in enumerate(chosen):
-        install(stack_of(model), "iti", edit, head_sites(model), alpha, "answer")
+        stack_of(model).put("iti", edit.adapter(head_sites(model), alpha, "answer"))
         expected = batch_effects(model, text, adapters(model).disabled)[0, 3]
         stack_of(model).remove("iti")
         assert float(found[point]) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import Literal, Unpack
 
 from torch import Tensor, nn
 
@@ -11,9 +12,6 @@ from lightning_peft.backbone.layers import LayerSite, layer_sites, stream_writer
 from lightning_peft.editing.contrast import ablation_direction
 from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import StatementLayers
-
-if TYPE_CHECKING:
-    from lightning_peft.stack.configs import PeftConfig  # as in lora.py
 
 
 class Ablation(StatementLayers):
@@ -56,18 +54,15 @@ class Ablation(StatementLayers):
             raise ValueError(f"sites must be writes, block, attention or mlp, got {sites!r}.")
         layers = None if layer is None else [layer]
         super().__init__("block", layers, alpha, positions, **options)
-        self.where = sites
+        self.where: Literal["writes", "block", "attention", "mlp"] = sites
 
-    def make_config(self, backbone: nn.Module) -> PeftConfig:
-        super().make_config(backbone)
+    def find_sites(self, backbone: nn.Module) -> Sequence[LayerSite]:
+        read = super().find_sites(backbone)
         if self.where == "writes":
-            one = self._read[0]
-            assert isinstance(one, LayerSite)
-            targets = [replace(one, name=name) for name in stream_writers(backbone)]
+            self.targets = [replace(read[0], name=name) for name in stream_writers(backbone)]
         else:
-            targets = layer_sites(backbone, self.where)  # type: ignore[arg-type]
-        self._targets = [site.name for site in targets]
-        return self.config_of(targets)
+            self.targets = layer_sites(backbone, self.where)
+        return read
 
-    def vectors(self, activations: Tensor, truth: Tensor, question_id: Tensor) -> Tensor:
-        return ablation_direction(activations, truth)
+    def vectors(self, activations: Tensor, label: Tensor, group: Tensor) -> Tensor:
+        return ablation_direction(activations, label)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.editing.collect import capture_texts
 from lightning_peft.editing.contrast import LayerEdit, act_add_vectors
 from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import EditLayers
+from lightning_peft.fitting.reading_edit import Tokenizer
 from lightning_peft.stack.stack import AdapterStack
 
 
@@ -42,7 +44,7 @@ class ActAdd(EditLayers):
 
     default_name = "act_add"
 
-    needs = None
+    batch_keys: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -72,21 +74,34 @@ class ActAdd(EditLayers):
     def observe(self, batch: Mapping[str, Tensor]) -> None:
         pass
 
-    def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
-        read = capture_texts(stack.backbone, self._read, self._prompts, "all").values
-        vectors = act_add_vectors(*read.split(len(self._prompts[0])))
+    def gather_rows(self, stack: AdapterStack, trainer: L.Trainer) -> tuple[Tensor, Tensor, Tensor]:
+        return self._read_prompts(stack.backbone)
+
+    def read(
+        self, backbone: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], label: Tensor, group: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._prompts = encode_alike(tokenizer, self.prompt_add, self.prompt_sub)
+        return self._read_prompts(backbone)
+
+    def _read_prompts(self, backbone: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        read = capture_texts(backbone, self._sites, self._prompts, "all", share=False)  # as in ITI
+        return read.values, 1 - read.text, read.place
+
+    def layer_edit(self, activations: Tensor, label: Tensor, group: Tensor, sites: Sequence[LayerSite]) -> LayerEdit:
+        vectors = act_add_vectors(activations[label == 1], activations[label == 0])
         if not torch.isfinite(vectors).all():
             raise ValueError("The prompts' activations contain NaN or infinite values.")
         record = {
             "prompt_add": self.prompt_add,
             "prompt_sub": self.prompt_sub,
             "tokens": self._prompts,
-            "layers": [site.name for site in self._read],
+            "layers": [site.name for site in sites],
             "norms": vectors.norm(dim=-1).tolist(),
         }
-        self.install(stack, trainer, LayerEdit(vectors, record))
+        return LayerEdit(vectors, record)
 
     def end(self) -> None:
+        super().end()
         self._prompts = []
 
 

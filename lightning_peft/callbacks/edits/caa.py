@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack
+from collections.abc import Sequence
+from typing import Any, Literal, Unpack
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.editing.contrast import caa_vectors
 from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import StatementLayers
+from lightning_peft.fitting.reading_edit import Tokenizer, edit
+from lightning_peft.stack.stack import Adapter
 
 
 class CAA(StatementLayers):
@@ -56,5 +59,28 @@ class CAA(StatementLayers):
     ) -> None:
         super().__init__(sites, layers, multiplier, positions, gate, beta, threshold, C, **options)
 
-    def vectors(self, activations: Tensor, truth: Tensor, question_id: Tensor) -> Tensor:
-        return caa_vectors(activations, truth, question_id)
+    def vectors(self, activations: Tensor, label: Tensor, group: Tensor) -> Tensor:
+        return caa_vectors(activations, label, group)
+
+
+def edit_caa(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    label: Sequence[int] | Tensor,
+    group: Sequence[int] | Tensor,
+    **options: Any,
+) -> Adapter:
+    """Compute a contrastive activation addition from labelled texts and put it on a model, without a Trainer.
+
+    Args:
+        model, tokenizer, texts, label, group: as `lightning_peft.edit`.
+        **options: those of `CAA`.
+
+    Returns:
+        The adapter, on the model.
+
+    Raises:
+        ValueError: as `CAA`.
+    """
+    return edit(model, tokenizer, texts, label, group, CAA(**options))

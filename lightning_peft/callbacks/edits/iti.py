@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.heads import HeadSite, head_sites
-from lightning_peft.editing.capture import HeadCapture
-from lightning_peft.editing.collect import capture_tokens
+from lightning_peft.editing.collect import capture_texts
 from lightning_peft.editing.heads import head_offsets_config
 from lightning_peft.editing.iti import REFERENCE_POSITIONS, HeadEdit, check_names, compute_iti
 from lightning_peft.fitting.adapter_callback import EditOptions
-from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
+from lightning_peft.fitting.reading_edit import ReadingEdit, Tokenizer, edit
+from lightning_peft.moved import warn_moved
 from lightning_peft.positions import check_policy
+from lightning_peft.stack.computed import ComputedAdapter
 from lightning_peft.stack.gates import check_gate
-from lightning_peft.stack.stack import AdapterStack
+from lightning_peft.stack.stack import Adapter, AdapterStack
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig  # as in lora.py
 
 
-class ITI(Edit):
+class ITI(ReadingEdit[HeadSite]):
     """Inference-time intervention (Li et al. 2023, arXiv:2306.03341): move the heads that tell true from false.
 
     `trainer.fit` reads the head outputs at the last token of labelled statements, fits a linear probe to every head,
@@ -105,89 +105,100 @@ class ITI(Edit):
         self.strength, self.question_ends, self.reference = strength, question_ends or reference, reference
         self.gate: dict[str, Any] = {"gate": gate, "beta": beta, "threshold": threshold}
         self.pattern, self.heads_per_layer = pattern, heads_per_layer
-        self.edit_: HeadEdit | None = None
-        self._sites: list[HeadSite] = []
-        self._capture: HeadCapture | None = None
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.sigma_texts: Sequence[str] | None = None  # without a Trainer
+        self._sigma_activations: Tensor | None = None
 
-    def make_config(self, backbone: nn.Module) -> PeftConfig:
-        self._sites = head_sites(backbone, self.pattern, self.heads_per_layer)
-        available = sum(site.num_heads for site in self._sites)
+    def find_sites(self, backbone: nn.Module) -> Sequence[HeadSite]:
+        return head_sites(backbone, self.pattern, self.heads_per_layer)
+
+    def empty_config(self, sites: Sequence[HeadSite]) -> PeftConfig:
+        available = sum(site.num_heads for site in sites)
         if self.num_heads > available:
             raise ValueError(f"num_heads is {self.num_heads}, but the model has {available} heads.")
-        return head_offsets_config(self._sites, alpha=self.alpha, positions=self.positions, **self.gate)
-
-    def begin(self, stack: AdapterStack) -> None:
-        self._rows = []
-        self._capture = HeadCapture(stack.backbone, self._sites).__enter__()
-
-    def observe(self, batch: Mapping[str, Tensor]) -> None:
-        assert self._capture is not None
-        heads = self._capture(batch["input_ids"], batch.get("attention_mask"))
-        self._rows.append((heads, batch["truth"].cpu(), batch["question_id"].cpu()))
+        return head_offsets_config(sites, alpha=self.alpha, positions=self.positions, **self.gate)
 
     def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
-        activations, truth, question_id = gather(
-            trainer, *(torch.cat(column) for column in zip(*self._rows, strict=True))
-        )
-        others: Tensor | None = None
         if self.question_ends:
-            self.end()  # or the pass's own hooks would read these texts too
-            texts = trainer.datamodule.question_ends(self.seed)  # type: ignore[attr-defined]
-            others = capture_tokens(stack.backbone, self._sites, texts)
-        self.edit_ = edit = from_rank_zero(
-            trainer,
-            lambda: compute_iti(
-                activations,
-                truth,
-                question_id,
-                self.num_heads,
-                self.direction,
-                self.val_fraction,
-                self.C,
-                self.seed,
-                self.strength,
-                others,
-                self.reference,
-            ),
-        )
-        install(stack, self.name, edit, self._sites, self.alpha, self.positions, **self.gate)
-        best = float(edit.accuracy.max())
+            self._read_sigma(stack.backbone, trainer.datamodule.question_ends(self.seed))  # type: ignore[attr-defined]
+        super().compute(stack, trainer)
+        best = float(self.edit_.accuracy.max())
         trainer.lightning_module.log("probe_accuracy_best", best, rank_zero_only=True)
-        trainer.lightning_module.log("edited_parameters", float(edit.directions.numel()), rank_zero_only=True)
 
-    def _check_data(self, trainer: L.Trainer) -> None:
-        super()._check_data(trainer)
-        if self.question_ends and not hasattr(trainer.datamodule, "question_ends"):  # type: ignore[attr-defined]
+    def read(
+        self, backbone: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], label: Tensor, group: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.sigma_texts is not None:
+            self._read_sigma(backbone, [tokenizer(text)["input_ids"] for text in self.sigma_texts])
+        elif self.question_ends:
+            raise ValueError("Sigma is to be taken over texts that end in a question: give them as sigma_texts.")
+        return super().read(backbone, tokenizer, texts, label, group)
+
+    def _read_sigma(self, backbone: nn.Module, sequences: Sequence[Sequence[int]]) -> None:
+        # in `fit` the adapter on the model keeps texts from being packed, and elsewhere bits are to be the same
+        self._sigma_activations = capture_texts(backbone, self._sites, sequences, share=False).values
+
+    def edit(self, activations: Tensor, label: Tensor, group: Tensor, sites: Sequence[HeadSite]) -> ComputedAdapter:
+        self.edit_ = compute_iti(
+            activations,
+            label,
+            group,
+            self.num_heads,
+            self.direction,
+            self.val_fraction,
+            self.C,
+            self.seed,
+            self.strength,
+            self._sigma_activations,
+            self.reference,
+        )
+        return self.edit_.adapter(sites, self.alpha, self.positions, **self.gate)
+
+    def count(self, made: ComputedAdapter) -> int:
+        return self.edit_.directions.numel()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and self.question_ends and not hasattr(trainer.datamodule, "question_ends"):  # type: ignore[attr-defined]
             raise ValueError(
                 f"{type(self).__name__} takes sigma over texts that end in a question, which the data must give: fit "
                 "with a data module that has question_ends(seed), such as TruthfulQADataModule."
             )
+        super().setup(trainer, pl_module, stage)
 
     def end(self) -> None:
-        self._rows = []
-        if self._capture is not None:
-            self._capture.__exit__(None, None, None)
-            self._capture = None
+        super().end()
+        self._sigma_activations = None
+
+
+def edit_iti(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    label: Sequence[int] | Tensor,
+    group: Sequence[int] | Tensor,
+    sigma_texts: Sequence[str] | None = None,
+    **options: Any,
+) -> Adapter:
+    """Compute an inference-time intervention from labelled texts and put it on a model, without a Trainer.
+
+    Args:
+        model, tokenizer, texts, label, group: as `lightning_peft.edit`.
+        sigma_texts: texts over which to take sigma, which end in a question, say; default `texts`.
+        **options: those of `ITI`.
+
+    Returns:
+        The adapter, on the model.
+
+    Raises:
+        ValueError: as `ITI`.
+    """
+    method = ITI(**options)
+    method.sigma_texts = sigma_texts
+    return edit(model, tokenizer, texts, label, group, method)
 
 
 def install(
-    stack: AdapterStack,
-    name: str,
-    edit: HeadEdit,
-    sites: list[HeadSite],
-    alpha: float,
-    positions: str,
-    **gate: Any,
+    stack: AdapterStack, name: str, edit: HeadEdit, sites: list[HeadSite], alpha: float, positions: str, **gate: Any
 ) -> None:
-    """Put a computed edit in the stack under `name`, in place of what was there under that name."""
-    if name in stack:
-        stack.remove(name)
-    config = edit.config(sites, alpha, positions, **gate)
-    part = stack.add(config, name, computed=True, record=edit.record)
-    values = {"head_offsets": edit.offsets(sites)}
-    if config.gate is not None:
-        values["head_offsets_probe"] = edit.probes(sites)
-    for live, tensor in stack.live(part).items():
-        site, kind, _ = live.rsplit(".", 2)
-        tensor.copy_(values[kind][site])
+    """Put a computed edit on a stack: `stack.put` as it was called in 0.1."""
+    warn_moved(f"{__name__}.install", "stack.put(name, edit.adapter(sites, alpha, positions))")
+    stack.put(name, edit.adapter(sites, alpha, positions, **gate))

@@ -44,7 +44,7 @@ class KnowledgeEditing(Edit):
     The batches hold `input_ids [B, T]` and `attention_mask [B, T]`: of any text, a few thousand tokens and more.
     """
 
-    needs = None
+    batch_keys = ("input_ids",)
 
     def __init__(
         self,
@@ -132,8 +132,9 @@ class KnowledgeEditing(Edit):
             return self._edit(stack.backbone, moments, prefixes)
 
         self.edit_ = edit = from_rank_zero(trainer, make)
-        edit.install(stack, self.name)
-        numbers = float(sum(tensor.numel() for factors in edit.factors.values() for tensor in factors))
+        made = edit.adapter(stack.backbone)
+        stack.put(self.name, made)
+        numbers = float(sum(tensor.numel() for tensor in made.tensors.values()))
         trainer.lightning_module.log("edited_parameters", numbers, rank_zero_only=True)
 
     def end(self) -> None:
@@ -141,11 +142,6 @@ class KnowledgeEditing(Edit):
         if self._capture is not None:
             self._capture.__exit__(None, None, None)
             self._capture = None
-
-    def _checked(self, batch: Any) -> Mapping[str, Tensor]:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            raise ValueError(f"{type(self).__name__} reads text, but the training batch has no input_ids.")
-        return batch
 
 
 class ROME(KnowledgeEditing):

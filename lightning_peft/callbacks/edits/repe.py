@@ -53,5 +53,5 @@ class RepE(StatementLayers):
     def default_layers(self, count: int) -> str:
         return f"{count // 3}:{max(2 * count // 3, count // 3 + 1)}"
 
-    def vectors(self, activations: Tensor, truth: Tensor, question_id: Tensor) -> Tensor:
-        return repe_vectors(activations, truth, question_id, self.seed)
+    def vectors(self, activations: Tensor, label: Tensor, group: Tensor) -> Tensor:
+        return repe_vectors(activations, label, group, self.seed)

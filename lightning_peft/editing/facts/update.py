@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.modules import base_modules
 from lightning_peft.editing.facts.values import hooked
+from lightning_peft.stack.computed import ComputedAdapter, saved_key
 from lightning_peft.stack.stack import Adapter, AdapterStack, stack_of
 
 if TYPE_CHECKING:
@@ -81,6 +83,13 @@ class KnowledgeEdit:
         """The LoRA configuration that holds it at strength 1."""
         return lora_config(backbone, list(self.factors), len(next(iter(self.factors.values()))[0]))
 
+    def adapter(self, backbone: nn.Module) -> ComputedAdapter:
+        """Return the LoRA adapter that holds it, for the model it was computed for."""
+        tensors: dict[str, Tensor] = {}
+        for module, (a, b) in self.factors.items():
+            tensors |= {saved_key(module, "lora_A.weight"): a, saved_key(module, "lora_B.weight"): b}
+        return ComputedAdapter(self.config(backbone), tensors, self.record)
+
     def install(self, backbone: nn.Module | AdapterStack, name: str = "rome") -> Adapter:
         """Put it on a backbone as an adapter, outermost, in place of what was there under that name.
 
@@ -92,22 +101,15 @@ class KnowledgeEdit:
             The part of the stack, to be scaled, switched off, saved or removed.
         """
         stack = backbone if isinstance(backbone, AdapterStack) else stack_of(backbone)
-        if name in stack:
-            stack.remove(name)
-        part = stack.add(self.config(stack.backbone), name, computed=True, record=self.record)
-        tensors = {}
-        for module, (a, b) in self.factors.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b
-        stack.load_tensors(part, tensors, "the computed edit")
-        return part
+        return stack.put(name, self.adapter(stack.backbone))
 
 
 def lora_config(backbone: nn.Module, modules: list[str], r: int) -> LoraConfig:
     """LoRA of rank r on these matrices, with scaling 1."""
     from peft import LoraConfig
 
-    transposed = any(type(module).__name__ == "Conv1D" for module in map(backbone.get_submodule, modules))
+    named = dict(base_modules(backbone))
+    transposed = any(type(named[module]).__name__ == "Conv1D" for module in modules)
     return LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=modules, fan_in_fan_out=transposed)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from statements import QUESTIONS, Module, Statements, trainer
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_peft import adapters, export_checkpoint, load_adapter, load_from_checkpoint, save_adapter
 from lightning_peft.callbacks import ITI, PEFT, LoRA
@@ -459,15 +460,35 @@ def test_an_unknown_architecture() -> None:
     before_the_pass([iti(pattern="nothing")], r"^No attention output projection was found in LlamaForCausalLM: give ")
 
 
-def test_a_data_module_that_yields_answers() -> None:
-    class Answers(L.LightningDataModule):
+def test_true_texts_alone_are_refused_before_the_model_reads_any() -> None:
+    module, calls = Module(), []
+    module.backbone.register_forward_pre_hook(lambda *_: calls.append(1))
+    module.backbone.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=r"^Statements of both classes are needed, .* are \[1\]: `Truth"):
+        trainer(iti()).fit(module, Statements(truth=1).loader())
+    assert not calls and was_restored(module)
+
+
+def test_sorted_by_label_the_edit_is_the_same_and_every_text_is_read() -> None:
+    rows = sorted(DATA.rows, key=lambda row: row["truth"])
+    module, callback = Module(), iti()
+    trainer(callback).fit(module, DataLoader(rows, batch_size=5))
+    texts = [row["input_ids"][row["attention_mask"] == 1].tolist() for row in rows]
+    read = capture_tokens(tiny("llama"), head_sites(tiny("llama")), texts, 1)
+    truth, questions = (torch.tensor([row[key] for row in rows]) for key in ("truth", "question_id"))
+    assert callback.edit_.heads == compute_iti(read, truth, questions, 3).heads
+
+
+def test_a_data_module_may_have_a_kind_of_its_own() -> None:
+    class Own(L.LightningDataModule):
         kind = "answers"
 
         def train_dataloader(self) -> Any:
             return DATA.loader()
 
-    message = r"^ITI needs statements to train on, but the data module yields answers: give it train=\"statements\"\.$"
-    before_the_pass([iti()], message, datamodule=Answers())
+    module = Module()
+    trainer(iti()).fit(module, datamodule=Own())
+    assert "iti" in adapters(module)
 
 
 def test_another_adaptation_in_the_same_fit() -> None:
@@ -478,9 +499,18 @@ def test_another_adaptation_in_the_same_fit() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (Statements(drop=("truth",)), r"^ITI needs labelled statements, but the training batch has no truth; see `Tru"),
-        (Statements(drop=("truth", "question_id")), r"batch has no truth and no question_id; see "),
-        (Statements(truth=1), r"^Statements of both classes are needed, truth 0 and 1; the values given are \[1\]\.$"),
+        (
+            Statements(drop=("truth",)),
+            r"^ITI needs input_ids, truth, question_id, but the .* has no truth: truth is `to",
+        ),
+        (
+            Statements(drop=("truth", "question_id")),
+            r"batch has no truth and no question_id: truth is .*; question_",
+        ),
+        (
+            Statements(truth=1),
+            r"^Statements of both classes are needed, truth 0 and 1; the .* are \[1\]: `Tru",
+        ),
     ],
 )
 def test_data_without_both_labels(data: Statements, message: str, tokens: Tensor) -> None:

@@ -1,0 +1,206 @@
+"""Edits that read labelled texts: a place and a formula, in `fit` or without a Trainer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from lightning_peft.backbone.heads import HeadSite
+from lightning_peft.backbone.layers import LayerSite
+from lightning_peft.backbone.modules import uncompiled
+from lightning_peft.editing.capture import Capture
+from lightning_peft.editing.facts.values import frozen
+from lightning_peft.fitting.adapter_callback import EditOptions
+from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
+from lightning_peft.fitting.find_backbone import find_backbone
+from lightning_peft.stack.computed import ComputedAdapter
+from lightning_peft.stack.stack import Adapter, AdapterStack, stack_of
+
+if TYPE_CHECKING:
+    from lightning_peft.stack.configs import PeftConfig  # as in lora.py
+
+
+Tokenizer = Callable[..., Mapping[str, Any]]
+S = TypeVar("S", HeadSite, LayerSite)
+
+
+class ReadingEdit(Edit, Generic[S]):
+    """Base of the edits that read sites at the last token of labelled texts and compute an adapter from that.
+
+    A subclass says where it reads (`find_sites`), which adapter it is before anything is computed (`empty_config`) and
+    the formula (`edit`). Batches hold `input_ids [B, T]`, `attention_mask [B, T]`, `truth [B]` (the label, 0 or 1) and
+    `question_id [B]` (the group: texts that belong together).
+
+    Attributes:
+        edit_: after `fit` what `edit` kept there, on every rank.
+
+    Example:
+        >>> from lightning_peft.editing import caa_vectors, layer_offsets_config, layer_sites
+        >>> from lightning_peft.stack.computed import saved_key
+        >>> class MiddleLayer(ReadingEdit):
+        ...     default_name = "middle"
+        ...     def find_sites(self, backbone):
+        ...         sites = layer_sites(backbone, "block")
+        ...         return sites[len(sites) // 2 :][:1]
+        ...     def empty_config(self, sites):
+        ...         return layer_offsets_config(sites, alpha=2.0)
+        ...     def edit(self, activations, label, group, sites):
+        ...         vectors = caa_vectors(activations, label, group)
+        ...         keys = [saved_key(site.name, "layer_edits.layer_offsets") for site in sites]
+        ...         return ComputedAdapter(self.empty_config(sites), dict(zip(keys, vectors[:, None])))
+    """
+
+    batch_keys: tuple[str, ...] = ("input_ids", "truth", "question_id")
+    batch_size = 16  # texts of a call, without a Trainer
+
+    def __init__(self, **options: Unpack[EditOptions]) -> None:
+        super().__init__(**options)
+        self.edit_: Any = None
+        self._sites: Sequence[S] = []
+        self._capture: Capture | None = None
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._held: list[Mapping[str, Tensor]] = []  # batches not read yet, all of one label
+        self._labels: set[int] = set()
+
+    # -- what a subclass says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def find_sites(self, backbone: nn.Module) -> Sequence[S]:
+        """Find what to read, all of one shape."""
+
+    @abstractmethod
+    def empty_config(self, sites: Sequence[S]) -> PeftConfig:
+        """Return the configuration before anything is computed."""
+
+    @abstractmethod
+    def edit(self, activations: Tensor, label: Tensor, group: Tensor, sites: Sequence[S]) -> ComputedAdapter:
+        """Compute the adapter; in a distributed `fit` on rank 0 alone.
+
+        Args:
+            activations: `[N, S, width]`, or `[N, S, heads, head_dim]` of heads, float32 on the CPU.
+            label: `[N]`, 0 or 1.
+            group: `[N]`, integers.
+            sites: the S sites.
+        """
+
+    # -- in fit ------------------------------------------------------------------------------------------------------
+
+    def make_config(self, backbone: nn.Module) -> PeftConfig:
+        self._sites = self.find_sites(backbone)
+        return self.empty_config(self._sites)
+
+    def begin(self, stack: AdapterStack) -> None:
+        self._capture = Capture(stack.backbone, self._sites).__enter__()
+
+    def observe(self, batch: Mapping[str, Tensor]) -> None:
+        # data of one label alone are refused before anything is read; ranks, though, must call a model equally often
+        self._held.append(batch)
+        self._labels |= set(batch["truth"].tolist()) if not self._rows else set()
+        if len(self._labels) > 1 or torch.distributed.is_initialized():
+            for held in self._held:
+                self._note_answers(held)
+                self._rows.append(self._read(held))
+            self._held = []
+
+    def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._capture is not None
+        read = self._capture(batch["input_ids"], batch.get("attention_mask"))
+        return read, batch["truth"].cpu(), batch["question_id"].cpu()
+
+    def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
+        if self._held:
+            raise ValueError(
+                "Statements of both classes are needed, truth 0 and 1; the values given are "
+                f'{sorted(self._labels)}: `TruthfulQADataModule(train="statements")`, say, yields both.'
+            )
+        rows = self.gather_rows(stack, trainer)
+
+        def make() -> tuple[ComputedAdapter, Any]:
+            return self.edit(*rows, self._sites), self.edit_
+
+        made, self.edit_ = from_rank_zero(trainer, make)
+        stack.put(self.name, made)
+        trainer.lightning_module.log("edited_parameters", float(self.count(made)), rank_zero_only=True)
+
+    def count(self, made: ComputedAdapter) -> int:
+        """Return how many numbers were computed."""
+        return sum(tensor.numel() for tensor in made.tensors.values())
+
+    def gather_rows(self, stack: AdapterStack, trainer: L.Trainer) -> tuple[Tensor, Tensor, Tensor]:
+        """Return activations, label and group of all texts that were read, by whichever rank."""
+        activations, label, group = gather(trainer, *(torch.cat(column) for column in zip(*self._rows, strict=True)))
+        return activations, label, group
+
+    def read(
+        self,
+        backbone: nn.Module,
+        tokenizer: Tokenizer,
+        texts: Sequence[str],
+        label: Tensor,
+        group: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return activations, label and group of texts, without a Trainer."""
+        device, read = next(backbone.parameters()).device, []
+        with Capture(backbone, self._sites) as capture:
+            for begin in range(0, len(texts), self.batch_size):
+                encoded = tokenizer(list(texts[begin : begin + self.batch_size]))["input_ids"]
+                rows = [torch.tensor(row, dtype=torch.long) for row in encoded]
+                ids, mask = (pad_sequence(x, batch_first=True) for x in (rows, list(map(torch.ones_like, rows))))
+                read.append(capture(ids.to(device), mask.to(device)))
+        return torch.cat(read), label.cpu(), group.cpu()
+
+    def end(self) -> None:
+        self._rows, self._held, self._labels = [], [], set()
+        if self._capture is not None:
+            self._capture.__exit__(None, None, None)
+            self._capture = None
+
+
+def edit(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    label: Sequence[int] | Tensor,
+    group: Sequence[int] | Tensor,
+    method: ReadingEdit[Any],
+) -> Adapter:
+    """Read labelled texts, compute an adapter from them and put it on a model: `fit` without Trainer and data module.
+
+    It gives what `fit` gives with the same texts in the same batches, bit for bit.
+
+    Args:
+        model: a transformers model, or a LightningModule that holds one; it is frozen, and adapters on it act.
+        tokenizer: its tokenizer; texts are encoded as `tokenizer(texts)["input_ids"]`, and padded on the right.
+        texts: N texts, such as `"Q: What is it? A: So."`; each is read at its last token.
+        label: `[N]`, 1 for each text that is wanted (true), 0 for each that is not.
+        group: `[N]`, the same number for texts that belong together, as to one question.
+        method: such as `ITI(num_heads=48)`; its `edit_` is set, and it reads `batch_size` (16) texts a call.
+
+    Returns:
+        The adapter, on the model in place of what had its name; `adapters(model)` scales, switches and removes it.
+
+    Raises:
+        ValueError: lists of different lengths, or as the method's `fit`.
+    """
+    if not len(texts) == len(label) == len(group):
+        raise ValueError(
+            f"Each text needs one label and one group, but there are {len(texts)} texts, {len(label)} labels and "
+            f"{len(group)} groups."
+        )
+    if isinstance(model, L.LightningModule):
+        model = model.get_submodule(find_backbone(model, method.backbone) or "")
+    stack = stack_of(uncompiled(model))
+    method.make_config(stack.backbone)
+    try:
+        with frozen(stack.backbone), stack.disabled(method.name) if method.name in stack else nullcontext():
+            rows = method.read(stack.backbone, tokenizer, texts, torch.as_tensor(label), torch.as_tensor(group))
+        return stack.put(method.name, method.edit(*rows, method._sites))
+    finally:
+        method.end()
