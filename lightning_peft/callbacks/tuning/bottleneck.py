@@ -14,6 +14,8 @@ from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOpti
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
+__all__ = ["AdapterPlus", "Houlsby", "ParallelAdapter", "Pfeiffer", "ScaledParallelAdapter"]
+
 Activation = Literal["relu", "gelu", "swish", "tanh", "sigmoid", "linear"]
 Init = Literal["lora", "mam", "bert", "houlsby", "glorot"]
 Scaling = float | Literal["learned", "channel"]

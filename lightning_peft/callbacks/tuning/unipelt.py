@@ -18,6 +18,8 @@ from lightning_peft.fitting.adapter_callback import AdapterOptions
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
 
+__all__ = ["UniPELT"]
+
 
 class GatedLowRank(Bottleneck):
     """LoRA behind a gate, on the matrices that give queries and values: a linear bottleneck beside each.

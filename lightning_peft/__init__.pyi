@@ -1,0 +1,14 @@
+from .backbone.targets import Layers as Layers
+from .fitting.checkpoints import export_checkpoint as export_checkpoint
+from .fitting.checkpoints import load_from_checkpoint as load_from_checkpoint
+from .positions import answering as answering
+from .stack.adapter_files.baking import bake as bake
+from .stack.adapter_files.control_vectors import export_control_vector as export_control_vector
+from .stack.adapter_files.folder import AdapterError as AdapterError
+from .stack.adapter_files.saving import load_adapter as load_adapter
+from .stack.adapter_files.saving import save_adapter as save_adapter
+from .stack.stack import AdapterStack as AdapterStack
+from .stack.stack import adapters as adapters
+from .stack.steering import steering as steering
+
+__version__: str
