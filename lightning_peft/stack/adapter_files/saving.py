@@ -12,7 +12,7 @@ from lightning_peft.backbone.find_backbone import find_backbone, is_lightning_mo
 from lightning_peft.stack.adapter_files.folder import CONFIG, AdapterError, adapter_folders, read_folder, write_folders
 from lightning_peft.stack.configs import config_from_json, with_scale
 from lightning_peft.stack.injection.head_training import saved_heads
-from lightning_peft.stack.injection.prompt_learning import is_prompt_alone
+from lightning_peft.stack.injection.registry import injection_for
 from lightning_peft.stack.stack import Adapter, AdapterStack, adapters, find_stacks, stack_of
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def load_adapter(
         try:
             for path, (config, tensors, notes) in zip(folders, read, strict=True):
                 own = path.name if len(folders) > 1 else name or "default"
-                config.inference_mode = is_prompt_alone(config, tensors)
+                config.inference_mode = injection_for(config).is_final(config, tensors)
                 part = add_read(
                     stack, config, own, notes.get("computed", False), notes.get("record"), str(path / CONFIG)
                 )
