@@ -66,6 +66,7 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/ruff format --check
 
 types: $(INSTALLED_TEST)
+	$(BIN)/python lightning_peft/exports.py
 	$(BIN)/mypy
 
 docs: $(INSTALLED_DOCS)

@@ -23,6 +23,7 @@ from lightning_peft.fitting.complete import check_complete
 from lightning_peft.fitting.find_backbone import building_hooks, find_backbone, forget, when_built
 from lightning_peft.fitting.finite import FiniteLoss, check_finite_tensors, finite_arguments
 from lightning_peft.fitting.frozen import check_frozen
+from lightning_peft.fitting.law_example import LawExample
 from lightning_peft.fitting.precision import check_precise, forget_precise, keep_precise
 from lightning_peft.fitting.report import print_table, summary
 from lightning_peft.fitting.same_hook import same_as
@@ -102,6 +103,7 @@ class AdapterCallback(Callback):
     batch_keys: tuple[str, ...] = ()  # what a training batch must hold
     computed = False  # whether the weights are computed (an edit) rather than trained
     exempt: Mapping[str, str] = {}  # laws (lightning_peft.testing) that cannot apply: name -> reason
+    law_examples: Mapping[str, LawExample] = {}  # rows of their table; a class without has one, of its defaults
 
     def __init__(self, **options: Unpack[AdapterOptions]) -> None:
         if unknown := sorted(options.keys() - AdapterOptions.__annotations__.keys()):
@@ -139,6 +141,20 @@ class AdapterCallback(Callback):
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         """The configuration for this backbone. It is built here, so that importing a method is cheap."""
         raise NotImplementedError(f"{type(self).__name__} does not say which adapter it is.")
+
+    def trainable_parameters(self, backbone: nn.Module) -> int | None:
+        """Return the number of trainable parameters by the closed formula on the method's card.
+
+        The formula is what the law on counts holds the adapter against. It speaks of the places that the method
+        adapts by default, whatever `layers` says.
+
+        Args:
+            backbone: the bare backbone; a task head inside it is not counted.
+
+        Returns:
+            The number; None where the method has no formula for its settings.
+        """
+        return None
 
     def make_configs(self, backbone: nn.Module) -> dict[str, PeftConfig]:
         """Every adapter of this callback: its name -> its configuration, innermost first."""

@@ -1,64 +1,18 @@
-"""Find the backbone of a LightningModule, whenever the module builds it."""
+"""Wait for the backbone of a LightningModule, whenever the module builds it."""
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
-from torchmetrics import Metric
 
+from lightning_peft.backbone.find_backbone import find_backbone
 from lightning_peft.replaced import replaced, replacements
 
 _BUILDING = ("setup", "configure_model")
-
-
-def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> str | None:
-    """The name of the submodule to freeze and adapt.
-
-    Without a name it is the one transformers model in the module or, once everything is built, the only child with
-    parameters. Two candidates are never guessed between.
-
-    Args:
-        module: the LightningModule.
-        name: the attribute path the user gave, if any.
-        final: whether everything is built; if not, None is returned where the backbone may be yet to come.
-
-    Raises:
-        ValueError: the name does not exist, or there is no candidate or more than one.
-    """
-    if name is not None:
-        try:
-            found = module.get_submodule(name)
-        except AttributeError:
-            found = None
-        if isinstance(found, nn.Module) and any(True for _ in found.parameters()):
-            return name
-        if final:
-            raise ValueError(
-                f"{type(module).__name__} has no submodule {name!r} with parameters; it has {_children(module)}."
-            )
-        return None
-    pretrained = _pretrained(module)
-    if len(pretrained) == 1:
-        return pretrained[0]
-    if not final:
-        return None
-    candidates = pretrained or [
-        child for child, m in module.named_children() if not isinstance(m, Metric) and any(True for _ in m.parameters())
-    ]
-    if not candidates:
-        raise ValueError(f"{type(module).__name__} has no backbone to adapt: no child of it has parameters.")
-    if len(candidates) > 1:
-        names = ", ".join(map(repr, candidates))
-        raise ValueError(
-            f"The backbone of {type(module).__name__} cannot be told among {names}: name it with the argument backbone."
-        )
-    return candidates[0]
 
 
 def building_hooks(module: L.LightningModule) -> list[str]:
@@ -100,19 +54,3 @@ class _Then:
         result = original(*args, **kwargs)
         self.then()
         return result
-
-
-def _pretrained(module: nn.Module) -> list[str]:
-    """Outermost transformers models in `module`. If transformers is not loaded there can be none."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None:
-        return []
-    found: list[str] = []
-    for name, m in module.named_modules():
-        if isinstance(m, modeling.PreTrainedModel) and not any(name.startswith(f + ".") for f in found):
-            found.append(name)
-    return found
-
-
-def _children(module: nn.Module) -> str:
-    return ", ".join(repr(name) for name, _ in module.named_children()) or "none"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -32,6 +34,8 @@ class PEFT(AdapterCallback):
         >>> trainer = L.Trainer(callbacks=[PEFT(IA3Config(target_modules=["k_proj"], feedforward_modules=[]))],
         ...                     accelerator="cpu", logger=False, enable_checkpointing=False)
     """
+
+    law_examples: Mapping[str, LawExample] = {}
 
     def __init__(self, config: PeftConfig, *positional: Any, **options: Unpack[AdapterOptions]) -> None:
         if positional:

@@ -15,7 +15,6 @@ from lightning_peft.replaced import replaced, replacements
 from lightning_peft.stack.stack import AdapterStack, find_stacks
 
 _CONVERT = "convert_module"
-_COPIES = ("LN_TUNING",)  # methods that train a copy of a layer, which computes in the layer's own precision
 
 
 def keep_precise(trainer: L.Trainer) -> None:
@@ -66,7 +65,7 @@ def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for stack in find_stacks(module).values():
-        names = {part.name for part in stack.parts if part.config.peft_type not in _COPIES}
+        names = {part.name for part in stack.parts if not part.injection.trains_copies}
         for layer in stack.backbone.modules():
             if isinstance(layer, BaseTunerLayer):
                 for child in layer.children():

@@ -78,6 +78,7 @@ MODULES: dict[str, str] = {
     "lightning_peft.shards": "lightning_peft.fitting.shards",
     "lightning_peft.smollm2": "lightning_peft.cli.smollm2",
     "lightning_peft.sweep.plan": "lightning_peft.sweep.settings",
+    "lightning_peft.testing.counts": "lightning_peft.backbone.counts",
     "lightning_peft.trial": "lightning_peft.packing.fallback",
     "lightning_peft.trie": "lightning_peft.packing.prefix_tree",
     "lightning_peft.tuners.backbone": "lightning_peft.backbone",

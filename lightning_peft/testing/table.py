@@ -60,13 +60,12 @@ def _run(architecture: Architecture, names: Iterable[str]) -> Results:
 def cell_of(method: Method, architecture: Architecture) -> Cell:
     def make_module() -> L.LightningModule:
         module = architecture.make_module()
-        if method.prepare is not None:
-            method.prepare(module)
+        method.prepare(module)
         return module
 
     # the formula speaks of the bare module, which quantising changes
-    count = None if method.formula is None else lambda _: method.count(architecture.make_module())
-    return Cell(make_module, method.make(), architecture.batches, count=count)
+    number = method.count(architecture.make_module())
+    return Cell(make_module, method.make(), architecture.batches, count=None if number is None else lambda _: number)
 
 
 def _resumed(folder: Path, architecture: str, cells: dict[str, Cell]) -> dict[str, Outcome]:

@@ -1,10 +1,5 @@
-"""PEFT methods that huggingface/peft lacks, one package each. A new one is listed here."""
+"""PEFT methods that huggingface/peft lacks, one package each, which registers itself with peft when it is imported."""
 
-METHODS = (  # each registers itself with peft when it is imported
-    "lightning_peft.tuners.head_offsets",
-    "lightning_peft.tuners.layer_offsets",
-    "lightning_peft.tuners.weight_deltas",
-    "lightning_peft.tuners.bottleneck",
-    "lightning_peft.tuners.prefix",
-    "lightning_peft.tuners.ssb",
-)
+from pathlib import Path
+
+METHODS = tuple(f"{__name__}.{file.parent.name}" for file in sorted(Path(__file__).parent.glob("*/__init__.py")))

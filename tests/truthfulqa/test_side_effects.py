@@ -248,8 +248,7 @@ def test_a_model_of_plain_peft_with_virtual_tokens_is_aligned_too() -> None:
 def test_every_method_is_measured_against_its_own_base(name: str) -> None:
     method = METHODS[name]
     module = TinyModule("llama")
-    if method.prepare is not None:
-        method.prepare(module)
+    method.prepare(module)
     batch = padded(rows(*LENGTHS))
     base = batch_effects(module.backbone.eval(), batch)
     torch.manual_seed(5)

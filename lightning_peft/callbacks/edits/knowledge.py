@@ -34,6 +34,8 @@ from lightning_peft.stack.stack import AdapterStack
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig  # as in lora.py
 
+__all__ = ["MEMIT", "ROME"]
+
 _PREFIX_WORDS = 4
 _KEPT_TEXTS = 200  # of those seen, to take prefixes from
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning as L
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.defaults import known_targets
 from lightning_peft.backbone.targets import Layers, Within, choose_targets
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -58,6 +61,7 @@ class AdaLoRA(AdapterCallback):
     """
 
     default_name = "adalora"
+    law_examples: Mapping[str, LawExample] = {"AdaLoRA": LawExample({"init_r": 4, "target_r": 2, "total_steps": 4})}
 
     def __init__(
         self,
@@ -98,11 +102,7 @@ class AdaLoRA(AdapterCallback):
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from peft import AdaLoraConfig
-        from peft.utils import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING as KNOWN
 
-        targets: Any = self.target_modules
-        if targets is None and self.within is None:
-            targets = known_targets(backbone, KNOWN)
         return AdaLoraConfig(
             init_r=self.init_r,
             target_r=self.target_r,
@@ -115,8 +115,20 @@ class AdaLoRA(AdapterCallback):
             beta2=self.beta2,
             orth_reg_weight=self.orth_reg_weight,
             total_step=self.total_steps or self.tinit + self.tfinal + 1,  # until the Trainer knows
-            target_modules=choose_targets(backbone, targets, self.layers, self.within),
+            target_modules=self._targets(backbone),
         )
+
+    def _targets(self, backbone: nn.Module) -> list[str] | str:
+        from peft.utils import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING as KNOWN
+
+        targets: Any = self.target_modules
+        if targets is None and self.within is None:
+            targets = known_targets(backbone, KNOWN)
+        return choose_targets(backbone, targets, self.layers, self.within)
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        modules, _ = counts.shapes(backbone, self._targets(backbone), [])
+        return sum(self.init_r * (inputs + outputs + 1) for inputs, outputs in modules)
 
     # -- Lightning's hooks -------------------------------------------------------------------------------------------
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.parts import attentions
 from lightning_peft.backbone.projections import projections
 from lightning_peft.backbone.targets import Layers
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -44,6 +46,9 @@ class AttentionPrefix(AdapterCallback):
     default_name = "attention_prefix"
 
     exempt: Mapping[str, str] = {"merge": "a softmax over more keys cannot be written into the weights"}
+    law_examples: Mapping[str, LawExample] = {
+        "AttentionPrefix": LawExample({"length": 3}, ("attention", "transformers"))
+    }
 
     def __init__(
         self,
@@ -65,3 +70,7 @@ class AttentionPrefix(AdapterCallback):
 
         targets = [projections(span).query for span in attentions(backbone, self.layers)]
         return PrefixConfig(target_modules=targets, length=self.length, init=self.init, gate=self.gate)
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        gate = [inputs + 1 if self.gate else 0 for _, inputs in counts.prefixes(backbone)]
+        return sum(2 * self.length * keys + 1 for keys, _ in counts.prefixes(backbone)) + sum(gate)

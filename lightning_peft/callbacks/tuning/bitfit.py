@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.targets import Layers, Within
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -39,6 +42,7 @@ class BitFit(AdapterCallback):
     """
 
     default_name = "bitfit"
+    law_examples: Mapping[str, LawExample] = {"BitFit": LawExample({"add_missing": True})}
 
     def __init__(
         self,
@@ -60,3 +64,6 @@ class BitFit(AdapterCallback):
 
         biases = choose_biases(backbone, self.parts, self.add_missing, self.layers, self.within)
         return WeightDeltasConfig(target_parameters=biases, add_missing=self.add_missing)
+
+    def trainable_parameters(self, backbone: nn.Module) -> int | None:
+        return counts.biases(backbone) if self.add_missing and self.parts == "all" else None

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.parts import part_ends
 from lightning_peft.backbone.targets import Layers, choose_targets
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
+
+__all__ = ["AdapterPlus", "Houlsby", "ParallelAdapter", "Pfeiffer", "ScaledParallelAdapter"]
 
 Activation = Literal["relu", "gelu", "swish", "tanh", "sigmoid", "linear"]
 Init = Literal["lora", "mam", "bert", "houlsby", "glorot"]
@@ -66,6 +70,19 @@ class Bottleneck(AdapterCallback):
             inputs = {part.last: part.first for part in ends if part.first != part.last}
         return BottleneckConfig(target_modules=[part.last for part in ends], inputs=inputs or None, **self.options)
 
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return sum(self._added(*shape) for shape in counts.parts(backbone, self.attention))
+
+    def _added(self, inputs: int, outputs: int) -> int:
+        """Return how many parameters one adapter has, at a part that is so wide."""
+        from lightning_peft.tuners.bottleneck import BottleneckConfig
+
+        entering = inputs if self.options.get("placement") == "parallel" else outputs
+        size = BottleneckConfig(target_modules=[""], **self.options).size_for(outputs)
+        gate = entering + 1 if self.options.get("gate") else 0
+        scales = {"channel": outputs, "learned": 1}.get(self.options["scaling"], 0)
+        return entering * size + size + size * outputs + outputs + scales + gate
+
 
 class Houlsby(Bottleneck):
     """An adapter after each attention and each feed-forward part: `y + s * up(f(down(y)))`, y the part's output.
@@ -95,6 +112,7 @@ class Houlsby(Bottleneck):
     """
 
     default_name = "houlsby"
+    law_examples: Mapping[str, LawExample] = {"Houlsby": LawExample({"size": 4}, ("mlp",))}
 
     def __init__(
         self,
@@ -136,6 +154,10 @@ class Pfeiffer(Bottleneck):
     """
 
     default_name = "pfeiffer"
+    law_examples: Mapping[str, LawExample] = {
+        "Pfeiffer": LawExample({"size": 4}, ("mlp",)),
+        "Pfeiffer in 4 bits": LawExample({"size": 4}, ("mlp",), four_bits=True),
+    }
 
     def __init__(
         self,
@@ -176,6 +198,7 @@ class ParallelAdapter(Bottleneck):
     """
 
     default_name = "parallel"
+    law_examples: Mapping[str, LawExample] = {"ParallelAdapter": LawExample({"size": 4}, ("mlp",))}
 
     def __init__(
         self,
@@ -214,6 +237,7 @@ class ScaledParallelAdapter(ParallelAdapter):
     """
 
     default_name = "scaled_parallel"
+    law_examples: Mapping[str, LawExample] = {"ScaledParallelAdapter": LawExample({"size": 4}, ("mlp",))}
 
     def __init__(
         self,
@@ -254,6 +278,9 @@ class AdapterPlus(Bottleneck):
     """
 
     default_name = "adapter_plus"
+    law_examples: Mapping[str, LawExample] = {
+        "AdapterPlus": LawExample({"size": 4, "init": "lora", "drop_path": 0.0}, ("mlp",))
+    }
 
     def __init__(
         self,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Unpack
+
+from torch import nn
 
 from lightning_peft.backbone.targets import Layers
 from lightning_peft.callbacks.tuning.bottleneck import Activation, Bottleneck, Init, Scaling
 from lightning_peft.fitting.adapter_callback import AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 
 class Compacter(Bottleneck):
@@ -40,6 +44,7 @@ class Compacter(Bottleneck):
     default_name = "compacter"
 
     attention_too = True
+    law_examples: Mapping[str, LawExample] = {"Compacter": LawExample({"n": 4, "size": 4}, ("mlp",))}
 
     def __init__(
         self,
@@ -65,6 +70,14 @@ class Compacter(Bottleneck):
             **options,
         )
 
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return self.options["kronecker"] ** 3 + super().trainable_parameters(backbone)
+
+    def _added(self, inputs: int, outputs: int) -> int:
+        from lightning_peft.tuners.bottleneck import BottleneckConfig
+
+        return 3 * (outputs + BottleneckConfig(target_modules=[""], **self.options).size_for(outputs))
+
 
 class CompacterPlusPlus(Compacter):
     """Compacter after feed-forward parts only: Pfeiffer's adapters of Kronecker products. Arguments as `Compacter`.
@@ -73,3 +86,4 @@ class CompacterPlusPlus(Compacter):
     """
 
     attention_too = False
+    law_examples: Mapping[str, LawExample] = {"CompacterPlusPlus": LawExample({"n": 4, "size": 4}, ("mlp",))}

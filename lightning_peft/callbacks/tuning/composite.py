@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 from torch import nn
 
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -31,6 +32,7 @@ class Composite(AdapterCallback):
     """
 
     default_name = "composite"
+    law_examples: Mapping[str, LawExample] = {}
 
     def __init__(
         self,
@@ -52,3 +54,7 @@ class Composite(AdapterCallback):
         return {
             name: method.make_config(backbone) for name, method in zip(self.names, self.methods.values(), strict=True)
         }
+
+    def trainable_parameters(self, backbone: nn.Module) -> int | None:
+        parts = [method.trainable_parameters(backbone) for method in self.methods.values()]
+        return sum(part or 0 for part in parts) if None not in parts else None

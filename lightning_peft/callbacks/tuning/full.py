@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.targets import Layers, Within
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -52,6 +55,9 @@ class FullFineTuning(AdapterCallback):
 
         return WeightDeltasConfig(target_parameters=choose_parameters(backbone, self.layers, self.within))
 
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return counts.everything(backbone)
+
 
 class TopLayers(AdapterCallback):
     """Train the last k blocks and what stands after them, as differences; everything below stays as it is.
@@ -71,6 +77,7 @@ class TopLayers(AdapterCallback):
     """
 
     default_name = "top"
+    law_examples: Mapping[str, LawExample] = {"TopLayers": LawExample({"k": 1, "head": False, "final_norm": False})}
 
     def __init__(
         self,
@@ -89,3 +96,6 @@ class TopLayers(AdapterCallback):
         from lightning_peft.tuners.weight_deltas.choice import choose_top
 
         return WeightDeltasConfig(target_parameters=choose_top(backbone, self.k, self.final_norm, self.head))
+
+    def trainable_parameters(self, backbone: nn.Module) -> int | None:
+        return None if self.final_norm or self.head or self.k > 1 else counts.last_blocks(backbone)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 from torch import nn
 
+from lightning_peft.backbone.heads import head_sites
 from lightning_peft.backbone.sharded import write
 from lightning_peft.callbacks.tuning.head_offsets import check_heads, head_config, read_edit
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -44,6 +47,7 @@ class HeadGains(AdapterCallback):
     """
 
     default_name = "head_gains"
+    law_examples: Mapping[str, LawExample] = {"HeadGains": LawExample({}, ("attention", "transformers"))}
 
     def __init__(
         self,
@@ -67,6 +71,9 @@ class HeadGains(AdapterCallback):
             config = head_config(backbone, self.heads, 1.0, self.positions, self.pattern, self.num_heads)
         config.parameters = "gains"
         return config
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return sum(site.num_heads for site in head_sites(backbone))
 
     def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Adapter:
         new = name not in stack

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from torch import Tensor, nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.structure import blocks
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -44,6 +47,10 @@ class HeadOffsets(AdapterCallback):
     """
 
     default_name = "head_offsets"
+    law_examples: Mapping[str, LawExample] = {
+        "HeadOffsets": LawExample({}, ("attention", "transformers")),
+        "HeadOffsets of answers": LawExample({"positions": "answer"}, ("attention", "transformers", "position_ids")),
+    }
 
     def __init__(
         self,
@@ -66,6 +73,9 @@ class HeadOffsets(AdapterCallback):
         if self.init_from is not None:
             return read_edit(self.init_from)[0]
         return head_config(backbone, self.heads, self.alpha, self.positions, self.pattern, self.num_heads)
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return sum(counts.attention_inputs(backbone))
 
     def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Adapter:
         new = name not in stack

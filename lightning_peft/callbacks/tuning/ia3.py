@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Unpack
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
 from lightning_peft.backbone.defaults import every_matrix, known_targets, takes_adapters
 from lightning_peft.backbone.modules import base_modules
-from lightning_peft.backbone.structure import blocks
+from lightning_peft.backbone.structure import blocks, matrix_shape
 from lightning_peft.backbone.targets import Layers, choose_targets, matching
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -43,6 +45,7 @@ class IA3(AdapterCallback):
     """
 
     default_name = "ia3"
+    law_examples: Mapping[str, LawExample] = {"IA3": LawExample(), "IA3 in 4 bits": LawExample(four_bits=True)}
 
     def __init__(
         self,
@@ -71,6 +74,11 @@ class IA3(AdapterCallback):
         return IA3Config(
             target_modules=adapted + unknown, feedforward_modules=[name for name in inside if name in set(adapted)]
         )
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        config: Any = self.make_config(backbone)
+        modules = {name: matrix_shape(backbone.get_submodule(name)) for name in config.target_modules}
+        return sum(shape[name not in config.feedforward_modules] for name, shape in modules.items())
 
 
 def _default(backbone: nn.Module) -> tuple[list[str], list[str]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig  # as in lora.py
@@ -33,6 +36,11 @@ class LayerOffsets(AdapterCallback):
     """
 
     default_name = "layer_offsets"
+    law_examples: Mapping[str, LawExample] = {
+        "LayerOffsets": LawExample({}, ("attention", "transformers", "mlp", "decoder")),
+        "LayerOffsets of feed-forward parts": LawExample({"sites": "mlp"}, ("mlp",)),
+        "LayerOffsets of answers": LawExample({"positions": "answer"}, ("attention", "transformers", "position_ids")),
+    }
 
     def __init__(
         self,
@@ -61,3 +69,6 @@ class LayerOffsets(AdapterCallback):
         layers = tuple(self.layers) if isinstance(self.layers, list) else self.layers
         sites = Selection(sites=self.sites, layers=layers).find(backbone)
         return layer_offsets_config(sites, self.alpha, self.positions)  # type: ignore[arg-type]
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return sum(outputs for _, outputs in counts.parts(backbone))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import lightning as L
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.sharded import whole, write
 from lightning_peft.callbacks.tuning.head_offsets import check_heads, head_config
 from lightning_peft.fitting.adapter_callback import AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 from lightning_peft.fitting.multi_phase import MultiPhase
 
 if TYPE_CHECKING:
@@ -52,6 +55,9 @@ class LoFiT(MultiPhase):
     """
 
     default_name = "lofit"
+    law_examples: Mapping[str, LawExample] = {
+        "LoFiT": LawExample({"share": 0.5, "select_steps": 1}, ("attention", "transformers"))
+    }
 
     def __init__(
         self,
@@ -83,6 +89,9 @@ class LoFiT(MultiPhase):
         config = head_config(backbone, self.heads, self.alpha, self.positions, self.pattern, self.num_heads)
         config.parameters = "lofit"
         return config
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return sum(counts.attention_inputs(backbone))
 
     def plan(self, total: float, epoch: float) -> list[int]:
         if math.isinf(total) and self.select_steps is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, Unpack
 
 import lightning as L
 import torch
 from torch import nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.targets import Layers, Within, beside_experts, choose_with_experts
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 from lightning_peft.fitting.data_init import look
+from lightning_peft.fitting.law_example import LawExample
 from lightning_peft.stack.injection.eva import Inputs
 
 if TYPE_CHECKING:
@@ -63,6 +66,12 @@ class LoRA(AdapterCallback):
     """
 
     default_name = "lora"
+    law_examples: Mapping[str, LawExample] = {
+        "LoRA": LawExample({"r": 2, "alpha": 4}),
+        "rsLoRA": LawExample({"r": 2, "alpha": 4, "variant": "rslora"}),
+        "DoRA": LawExample({"r": 2, "alpha": 4, "variant": "dora"}),
+        "LoRA of the last layer's MLP": LawExample({"r": 2, "alpha": 4, "layers": Layers(last=1), "within": "mlp"}),
+    }
 
     def __init__(
         self,
@@ -128,6 +137,12 @@ class LoRA(AdapterCallback):
             loftq_config={"loftq_bits": 4, "loftq_iter": 1} if self.init == "loftq" else {},
             bias=self.bias,
         )
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        chosen = choose_with_experts(backbone, self.target_modules, self.target_parameters, self.layers, self.within)
+        modules, experts = counts.shapes(backbone, *chosen)
+        magnitudes = sum(outputs for _, outputs in modules) if self.variant == "dora" else 0
+        return sum(self.r * (i + o) for i, o in modules) + magnitudes + sum(self.r * e * (i + o) for e, i, o in experts)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

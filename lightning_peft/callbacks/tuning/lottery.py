@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.sharded import whole
 from lightning_peft.fitting.adapter_callback import AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 from lightning_peft.fitting.multi_phase import MultiPhaseDeltas, assign, mask_of, trained
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ class LotteryTicket(MultiPhaseDeltas):
     """
 
     default_name = "ticket"
+    law_examples: Mapping[str, LawExample] = {"LotteryTicket": LawExample({"rounds": 1, "round_steps": 1})}
 
     def __init__(
         self,
@@ -86,6 +90,9 @@ class LotteryTicket(MultiPhaseDeltas):
         matrices = choose_matrices(backbone)
         self.output = self._find_output(backbone, matrices)
         return WeightDeltasConfig(target_parameters=choose_parameters(backbone), masked=matrices, pruned=True)
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return counts.everything(backbone)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"early": self.early}

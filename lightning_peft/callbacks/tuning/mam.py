@@ -10,6 +10,7 @@ from lightning_peft.callbacks.tuning.attention_prefix import AttentionPrefix
 from lightning_peft.callbacks.tuning.bottleneck import ScaledParallelAdapter, Scaling
 from lightning_peft.callbacks.tuning.composite import Composite
 from lightning_peft.fitting.adapter_callback import AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 
 class MAM(Composite):
@@ -35,6 +36,9 @@ class MAM(Composite):
     default_name = "mam"
 
     exempt: Mapping[str, str] = AttentionPrefix.exempt
+    law_examples: Mapping[str, LawExample] = {
+        "MAM": LawExample({"prefix_length": 3, "size": 4}, ("attention", "transformers", "mlp"))
+    }
 
     def __init__(
         self,

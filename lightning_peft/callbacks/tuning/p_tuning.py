@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone.structure import width
 from lightning_peft.callbacks.tuning.prompt_tuning import PromptTuning
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -43,6 +45,11 @@ class PTuning(AdapterCallback):
     default_name = "p_tuning"
 
     exempt: Mapping[str, str] = PromptTuning.exempt
+    law_examples: Mapping[str, LawExample] = {
+        "PTuning": LawExample(
+            {"num_virtual_tokens": 3, "encoder_hidden_size": 4}, ("attention", "transformers", "tokens")
+        )
+    }
 
     def __init__(
         self,
@@ -76,3 +83,10 @@ class PTuning(AdapterCallback):
             encoder_dropout=self.encoder_dropout,
             num_transformer_submodules=1,  # peft would make a second prompt for a decoder, and not use it
         )
+
+    def trainable_parameters(self, backbone: nn.Module) -> int | None:
+        if self.encoder != "mlp":
+            return None
+        d = width(backbone)
+        m = self.encoder_hidden_size or d
+        return self.num_virtual_tokens * d + (d * m + m) + (m * m + m) + (m * d + d)

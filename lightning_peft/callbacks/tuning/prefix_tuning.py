@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.callbacks.tuning.prompt_tuning import PromptTuning
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -41,6 +43,9 @@ class PrefixTuning(AdapterCallback):
     default_name = "prefix_tuning"
 
     exempt: Mapping[str, str] = PromptTuning.exempt
+    law_examples: Mapping[str, LawExample] = {
+        "PrefixTuning": LawExample({"num_virtual_tokens": 3}, ("attention", "transformers", "decoder"))
+    }
 
     def __init__(
         self,
@@ -69,3 +74,9 @@ class PrefixTuning(AdapterCallback):
             prefix_projection=self.prefix_projection,
             encoder_hidden_size=(self.encoder_hidden_size or width) if self.prefix_projection else None,  # type: ignore[arg-type]
         )
+
+    def trainable_parameters(self, backbone: Any) -> int | None:
+        if self.prefix_projection:
+            return None
+        widths = [keys for keys, _ in counts.prefixes(backbone)[-backbone.config.num_hidden_layers :]]
+        return 2 * self.num_virtual_tokens * sum(widths)

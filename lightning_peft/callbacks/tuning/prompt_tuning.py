@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone.structure import width
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
@@ -43,6 +45,9 @@ class PromptTuning(AdapterCallback):
         "identity": "virtual tokens take a part of the attention before they are trained",
         "merge": "a prompt is computed with, and no weight of the model stands for it",
     }
+    law_examples: Mapping[str, LawExample] = {
+        "PromptTuning": LawExample({"num_virtual_tokens": 3}, ("attention", "transformers", "tokens"))
+    }
 
     def __init__(
         self,
@@ -71,3 +76,6 @@ class PromptTuning(AdapterCallback):
             tokenizer_name_or_path=self.tokenizer,
             num_transformer_submodules=1,  # peft would make a second prompt for a decoder, and not use it
         )
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return self.num_virtual_tokens * width(backbone)

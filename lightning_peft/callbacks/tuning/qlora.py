@@ -14,6 +14,7 @@ from lightning_peft.backbone.targets import Layers, Within
 from lightning_peft.callbacks.quantize import Quantize, check_strategy
 from lightning_peft.callbacks.tuning.lora import LoRA
 from lightning_peft.fitting.adapter_callback import AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 from lightning_peft.fitting.paging import PAGED, PagedOptimizer, page_optimizers
 from lightning_peft.stack.stack import Adapter
 
@@ -55,6 +56,7 @@ class QLoRA(LoRA):
     default_name = "qlora"
 
     exempt: Mapping[str, str] = {"merge": "what is written into quantised weights is rounded again"}
+    law_examples: Mapping[str, LawExample] = {"QLoRA": LawExample({"r": 2, "alpha": 4, "dropout": 0.0}, four_bits=True)}
 
     def __init__(
         self,
@@ -90,9 +92,17 @@ class QLoRA(LoRA):
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         if self.target_modules is not None or self.within is not None:
             return super().make_config(backbone)
+        return self._everywhere(backbone).make_config(backbone)
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        if self.target_modules is not None or self.within is not None:
+            return super().trainable_parameters(backbone)
+        return self._everywhere(backbone).trainable_parameters(backbone)
+
+    def _everywhere(self, backbone: nn.Module) -> QLoRA:
         everywhere = copy.copy(self)
         everywhere.target_modules = unambiguous(backbone, every_matrix(backbone))
-        return everywhere.make_config(backbone)
+        return everywhere
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_strategy(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning as L
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.targets import Layers, Within
 from lightning_peft.fitting.adapter_callback import AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 from lightning_peft.fitting.multi_phase import MultiPhaseDeltas, assign, mask_of, trained
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ class LTSFT(MultiPhaseDeltas):
     """
 
     default_name = "lt-sft"
+    law_examples: Mapping[str, LawExample] = {"LTSFT": LawExample({"density": 0.05, "full_steps": 1})}
 
     def __init__(
         self,
@@ -82,6 +86,9 @@ class LTSFT(MultiPhaseDeltas):
 
         names = choose_parameters(backbone, self.layers, self.within)
         return WeightDeltasConfig(target_parameters=names, masked=names)
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return counts.everything(backbone)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"chosen": self.chosen}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.defaults import every_matrix, takes_adapters
 from lightning_peft.backbone.fused import never_called
 from lightning_peft.backbone.modules import base_modules, is_linear
@@ -55,6 +56,10 @@ class SSB(AdapterCallback):
 
         targets = linear_layers(backbone) if self.target_modules is None else self.target_modules
         return SSBConfig(target_modules=choose_targets(backbone, targets, self.layers, self.within), sides=self.sides)
+
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        sides = (self.sides != "output", self.sides != "input")
+        return sum(sides[0] * inputs + sides[1] * outputs for inputs, outputs in counts.linear(backbone))
 
 
 def linear_layers(backbone: nn.Module) -> list[str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from lightning_peft.backbone.structure import blocks
+from lightning_peft.backbone import counts
+from lightning_peft.backbone.structure import blocks, matrix_shape
 from lightning_peft.callbacks.tuning.bitfit import BitFit
 from lightning_peft.callbacks.tuning.composite import Composite
 from lightning_peft.callbacks.tuning.lora import LoRA
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -47,6 +50,9 @@ class Strata(Composite):
     """
 
     default_name = "strata"
+    law_examples: Mapping[str, LawExample] = {
+        "Strata": LawExample({"boundaries": (1, 2), "r": 2, "add_missing": True}, ("attention", "mlp"))
+    }
 
     def __init__(
         self,
@@ -57,6 +63,7 @@ class Strata(Composite):
         add_missing: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
+        self.rank = r if methods is None and add_missing else None  # where there is a formula
         if methods is None:
             biases = BitFit(add_missing=add_missing)
             methods = [[], [biases], [LoRA(r=r, alpha=alpha, within="attention"), biases]]
@@ -96,6 +103,18 @@ class Strata(Composite):
                         "parameters it would train, so leave it out there."
                     )
         return configs
+
+    def trainable_parameters(self, backbone: nn.Module) -> int | None:
+        """Return the biases of the second stratum, and of the third those that LoRA on the attention leaves."""
+        if self.rank is None:
+            return None
+        (_, trained, adapted), count = self._strata(backbone), 0
+        for block in blocks(backbone):
+            count += counts.biases(block.module) if block.number in {*trained, *adapted} else 0
+            names = [name for span in block.attention for name in span.matrices] if block.number in adapted else []
+            for inputs, outputs in (matrix_shape(backbone.get_submodule(name)) for name in names):
+                count += self.rank * (inputs + outputs) - outputs
+        return count
 
     def _strata(self, backbone: nn.Module) -> list[list[int]]:
         """The numbers of each stratum's blocks."""

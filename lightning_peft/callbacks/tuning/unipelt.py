@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from torch import nn
 
+from lightning_peft.backbone import counts
 from lightning_peft.backbone.parts import attentions
 from lightning_peft.backbone.projections import projections
 from lightning_peft.backbone.targets import Layers
@@ -14,9 +15,12 @@ from lightning_peft.callbacks.tuning.attention_prefix import AttentionPrefix
 from lightning_peft.callbacks.tuning.bottleneck import Bottleneck
 from lightning_peft.callbacks.tuning.composite import Composite
 from lightning_peft.fitting.adapter_callback import AdapterOptions
+from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig
+
+__all__ = ["UniPELT"]
 
 
 class GatedLowRank(Bottleneck):
@@ -53,6 +57,9 @@ class GatedLowRank(Bottleneck):
         targets = [name for p in found for name in (p.query, p.value) if name]
         return BottleneckConfig(target_modules=targets, **self.options)
 
+    def trainable_parameters(self, backbone: nn.Module) -> int:
+        return sum(self.options["size"] * (i + o) + i + 1 for i, o in counts.query_and_value(backbone))
+
 
 class UniPELT(Composite):
     """LoRA on queries and values, a prefix in attention and an adapter after the feed-forward part, each gated.
@@ -85,6 +92,9 @@ class UniPELT(Composite):
     default_name = "unipelt"
 
     exempt: Mapping[str, str] = AttentionPrefix.exempt
+    law_examples: Mapping[str, LawExample] = {
+        "UniPELT": LawExample({"r": 2, "prefix_length": 3, "size": 4}, ("attention", "transformers", "mlp"))
+    }
 
     def __init__(
         self,

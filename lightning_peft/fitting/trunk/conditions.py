@@ -40,7 +40,7 @@ def check_adapters(trunk: list[Block], backbone: nn.Module) -> None:
     from lightning_peft.stack.stack import stack_of
 
     parts = stack_of(backbone).parts
-    if prompts := [part.name for part in parts if part.enabled and getattr(part.config, "is_prompt_learning", False)]:
+    if prompts := [part.name for part in parts if part.enabled and part.injection.changes_every_block]:
         raise TrunkError(
             f"Adapter {prompts[0]!r} puts a prompt before the first block, so all blocks change with it and none can "
             "be left out."

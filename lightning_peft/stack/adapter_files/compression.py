@@ -37,11 +37,11 @@ from lightning_peft.stack.adapter_files.folder import (
 )
 from lightning_peft.stack.adapter_files.rice_code import entropy_bound, pack_signs, unpack_signs
 from lightning_peft.stack.adapter_files.verifying import check_same
+from lightning_peft.stack.injection.registry import injection_for
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_STARTS = {"IA3": 1.0}  # the value a method's own tensors start at, where it is not 0
 _FIXED = ("_offsets_directions", "_offsets_probe")  # what an edit was computed with, which no training changed
 _INDEX, _LARGEST_INDEX = "index", 2**28  # bytes, decompressed
 _DENSE = "dense."
@@ -223,7 +223,7 @@ def _compress(
     own = _own_keys(config, tensors)
     if not own:
         raise AdapterError(f"The adapter has no tensors of {config.peft_type} to compress.")
-    value = _STARTS.get(str(getattr(config.peft_type, "value", config.peft_type)), 0.0)
+    value = injection_for(config).start or 0.0
     start = None if initial is None else _checked_start(initial, {key: tensors[key] for key in own})
     changes = [(tensors[k].float() - (start[k].float() if start else value)).flatten() for k in own]
     if scope == "tensor":
@@ -277,7 +277,7 @@ def _own_keys(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _starts_elsewhere(key: str, config: PeftConfig) -> bool:
     """Whether a tensor starts at something that is not written anywhere: at random, or computed from the base."""
-    if str(getattr(config.peft_type, "value", config.peft_type)) in ("IA3", "HEAD_OFFSETS", "LAYER_OFFSETS"):
+    if injection_for(config).start is not None:
         return False
     return not ("lora_B" in key.split(".") and getattr(config, "init_lora_weights", True) is True)
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_peft.backbone.find_backbone import find_backbone, is_lightning_module
 from lightning_peft.stack.adapter_files.folder import CONFIG, AdapterError, adapter_folders, read_folder, write_folders
 from lightning_peft.stack.configs import config_from_json, with_scale
 from lightning_peft.stack.injection.head_training import saved_heads
-from lightning_peft.stack.injection.prompt_learning import is_prompt_alone
-from lightning_peft.stack.stack import Adapter, AdapterStack, adapters, stack_of
+from lightning_peft.stack.injection.registry import injection_for
+from lightning_peft.stack.stack import Adapter, AdapterStack, adapters, find_stacks, stack_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -60,10 +61,11 @@ def write_described(
 def load_adapter(
     backbone: nn.Module, folder: str | Path, name: str | None = None, strict_base: bool = True
 ) -> list[Adapter]:
-    """Put a saved adapter, or a saved stack of them, on `backbone`; folders of plain peft serve as well as ours.
+    """Put a saved adapter, or a saved stack of them, on a backbone; folders of plain peft serve as well as ours.
 
     Args:
-        backbone: the model to adapt; frozen by this.
+        backbone: the model to adapt, which this freezes; or a LightningModule, whose backbone is meant: the one that
+            carries adapters already, else the one that callbacks find.
         folder: a peft folder, or a folder of them with `stack.json`.
         name: the name to give a single adapter; default `"default"`, or the subfolder's.
         strict_base: refuse an adapter made for another base model, instead of warning once.
@@ -73,10 +75,11 @@ def load_adapter(
 
     Raises:
         AdapterError: unreadable, truncated or foreign files, another base model, values that are not finite.
+        ValueError: a LightningModule with no backbone, or several.
     """
     folder = Path(folder)
     folders = adapter_folders(folder)
-    stack, added = stack_of(backbone), []
+    stack, added = _stack_in(backbone), []
     stack.strict_base = strict_base
     read = [read_folder(path) for path in folders]
     heads = saved_heads(config for config, _, _ in read)
@@ -86,7 +89,7 @@ def load_adapter(
         try:
             for path, (config, tensors, notes) in zip(folders, read, strict=True):
                 own = path.name if len(folders) > 1 else name or "default"
-                config.inference_mode = is_prompt_alone(config, tensors)
+                config.inference_mode = injection_for(config).is_final(config, tensors)
                 part = add_read(
                     stack, config, own, notes.get("computed", False), notes.get("record"), str(path / CONFIG)
                 )
@@ -97,6 +100,14 @@ def load_adapter(
                 stack.remove(part.name)
             raise
     return added
+
+
+def _stack_in(module: nn.Module) -> AdapterStack:
+    if not is_lightning_module(module):
+        return stack_of(module)
+    return (
+        adapters(module) if find_stacks(module) else stack_of(module.get_submodule(find_backbone(module, None) or ""))
+    )
 
 
 def read_config(values: Mapping[str, Any], source: str) -> PeftConfig:

@@ -19,7 +19,7 @@ from lightning_peft.backbone.parameter_order import keep_parameter_order
 from lightning_peft.backbone.quantization import check_merge
 from lightning_peft.positions import untrack
 from lightning_peft.stack.adapter_files.folder import AdapterError
-from lightning_peft.stack.injection.own_forward import OwnForward, acts_on_calls, own_forward, task_of
+from lightning_peft.stack.injection.own_forward import Invocation, OwnForward, task_of
 
 _PREFIX = "base_model.model."  # what PeftModel puts before the name of every tensor in the backbone
 _HALF = (torch.float16, torch.bfloat16)
@@ -36,6 +36,10 @@ class Injection:
     """
 
     task_type: str | None = None  # what a saved configuration must say, where it was left open
+    calls: type[OwnForward] | None = None  # what the method does around the backbone's calls, beside its modules
+    start: float | None = None  # what every tensor of the method starts at, where that is one number
+    trains_copies = False  # of the base's own weights, in the base's precision
+    changes_every_block = False  # whatever modules it is on
 
     @classmethod
     def check(cls, backbone: nn.Module, config: Any, name: str, others: list[Injection], computed: bool) -> None:
@@ -60,14 +64,24 @@ class Injection:
                 )
         cls.check_others(config, others, computed)
 
-    @staticmethod
-    def check_others(config: Any, others: list[Injection], computed: bool) -> None:
+    @classmethod
+    def check_others(cls, config: Any, others: list[Injection], computed: bool) -> None:
         """Raise `ValueError` where it cannot go with what is on the backbone already."""
         for other in others:
             other.check_below(config, computed)
-            if other.own_forward is not None and acts_on_calls(config):
+            if other.own_forward is not None and cls.own_calls(config) is not None:
                 pair = f"{type(other.config).__name__} and {type(config).__name__}"
                 raise ValueError(f"{pair} both act on the backbone's calls, so they cannot be on one backbone.")
+
+    @classmethod
+    def own_calls(cls, config: Any) -> type[OwnForward] | None:
+        """Return what is done around the backbone's calls; None where everything happens inside its modules."""
+        return Invocation if getattr(config, "alora_invocation_tokens", None) else cls.calls
+
+    @classmethod
+    def is_final(cls, config: Any, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether a folder's tensors are a result alone, without what it was computed by in training."""
+        return False
 
     def check_below(self, config: Any, computed: bool) -> None:
         """Raise `ValueError` where another adapter cannot be put on top of this one."""
@@ -81,7 +95,7 @@ class Injection:
         forget_state(backbone, name)
 
     def __init__(self, backbone: nn.Module, config: Any, name: str) -> None:
-        if acts_on_calls(config):  # `PeftModel` calls the backbone in a way that depends on its task
+        if self.own_calls(config) is not None:  # `PeftModel` calls the backbone in a way that depends on its task
             self.task_type = config.task_type = str(getattr(config.task_type, "value", None) or self._task(backbone))
         self.backbone, self.config, self.name = backbone, config, name
         self.tuner: Any = self._build()
@@ -109,8 +123,6 @@ class Injection:
         tuner = tuner_class(self.backbone, {self.name: self.config}, self.name)
         keep_parameter_order(self.backbone)
         _to_float32(tuner, self.name)
-        if self.config.peft_type == "SHIRA":
-            _register_indices(self.backbone)
         return tuner
 
     def _state(self) -> dict[str, nn.Module]:
@@ -118,7 +130,12 @@ class Injection:
         return {name: child for name, child in self.tuner.named_children() if child is not self.backbone}
 
     def _own_forward(self) -> OwnForward | None:
-        return own_forward(self.backbone, self.config, self.tuner)
+        calls = self.own_calls(self.config)
+        return None if calls is None else calls(self.backbone, self.tuner)
+
+    def _saved_config(self) -> Any:
+        """Return the configuration by which peft chooses the tensors to save."""
+        return copy.copy(self.config)
 
     def layers(self) -> Iterator[Any]:
         """The tuner layers (`BaseTunerLayer`) that carry the adapter."""
@@ -134,12 +151,7 @@ class Injection:
         """
         from peft import get_peft_model_state_dict
 
-        config = copy.copy(self.config)
-        if config.peft_type == "ADALORA":
-            config.rank_pattern = None  # pruned directions are zero; without them shapes would be others
-        if config.peft_type == "VBLORA":
-            config.save_only_topk_weights = False
-        configs = {**self.backbone.__dict__.get("peft_config", {}), self.name: config}
+        configs = {**self.backbone.__dict__.get("peft_config", {}), self.name: self._saved_config()}
         model = _PeftNames(self.tuner, configs)
         # peft only selects and renames entries, so names may stand in for tensors
         state = {name: value for name, value in state_tensors(model).items() if f".{STATE}." not in name}
@@ -265,16 +277,6 @@ def take_out(backbone: nn.Module, cls: Any, name: str) -> None:
                 setattr(parent, child_name, child.original_module)
     keep_parameter_order(backbone)
     untrack(backbone)
-
-
-def _register_indices(backbone: nn.Module) -> None:
-    """SHiRA draws at random which weights it adapts, and keeps that in a plain dictionary: make that state."""
-    from peft.tuners._buffer_dict import BufferDict
-
-    for module in list(backbone.modules()):
-        if isinstance(indices := module.__dict__.get("shira_indices"), dict):
-            del module.__dict__["shira_indices"]
-            module.shira_indices = BufferDict(indices, persistent=True)
 
 
 def forget_state(backbone: nn.Module, name: str) -> None:

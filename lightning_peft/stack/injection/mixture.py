@@ -11,8 +11,31 @@ from lightning_peft.stack.injection.injection import Injection, forget_state, ta
 from lightning_peft.stack.injection.own_forward import OwnForward
 
 
+class _Mixed(OwnForward):
+    """Each call runs twice: once on the base, for the classifier to see, and once with the experts mixed."""
+
+    def __init__(self, backbone: nn.Module, tuner: Any) -> None:
+        super().__init__(backbone, tuner)
+        self._inside = False
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._inside:
+            return original(*args, **kwargs)
+        flags = [(p, p.requires_grad) for p in self.backbone.parameters()]
+        self._inside = True
+        try:
+            with self.tuner._enable_peft_forward_hooks():
+                return self.backbone(*args, **kwargs)  # peft's hook stands before the backbone's own call
+        finally:
+            self._inside = False
+            for parameter, flag in flags:  # peft turns experts on again by a switch that also lets them be trained
+                parameter.requires_grad_(flag)
+
+
 class MixtureInjection(Injection):
     """An X-LoRA classifier, which is the adapter, and the LoRA experts that its configuration names by folder."""
+
+    calls = _Mixed
 
     @classmethod
     def check(cls, backbone: nn.Module, config: Any, name: str, others: list[Injection], computed: bool) -> None:
@@ -39,9 +62,6 @@ class MixtureInjection(Injection):
     def _state(self) -> dict[str, nn.Module]:
         return {"internal_xlora_classifier": self.tuner.internal_xlora_classifier}
 
-    def _own_forward(self) -> OwnForward:
-        return _Mixed(self.backbone, self.tuner)
-
     def layers(self) -> Iterator[Any]:
         return iter(())  # experts are not scaled or merged by themselves
 
@@ -61,28 +81,6 @@ class MixtureInjection(Injection):
     def take_out(self) -> None:
         super().switch(False)
         _take_experts_out(self.backbone, self.config, self.name)
-
-
-class _Mixed(OwnForward):
-    """Each call runs twice: once on the base, for the classifier to see, and once with the experts mixed."""
-
-    def __init__(self, backbone: nn.Module, tuner: Any) -> None:
-        super().__init__(backbone)
-        self.tuner = tuner
-        self._inside = False
-
-    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._inside:
-            return original(*args, **kwargs)
-        flags = [(p, p.requires_grad) for p in self.backbone.parameters()]
-        self._inside = True
-        try:
-            with self.tuner._enable_peft_forward_hooks():
-                return self.backbone(*args, **kwargs)  # peft's hook stands before the backbone's own call
-        finally:
-            self._inside = False
-            for parameter, flag in flags:  # peft turns experts on again by a switch that also lets them be trained
-                parameter.requires_grad_(flag)
 
 
 def _experts(backbone: nn.Module) -> Iterator[Any]:

@@ -24,10 +24,11 @@ class OwnForward:
 
     Args:
         backbone: the model; nothing is changed before `switch(True)`.
+        tuner: peft's tuner on it, or `PeftModel` around it.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: nn.Module, tuner: Any) -> None:
+        self.backbone, self.tuner = backbone, tuner
         self._replaced: dict[str, ReplacedMethod] = {}
         self._turn = Turn()  # peft keeps what belongs to one call on the model, so threads call it in turn
 
@@ -62,10 +63,6 @@ def _argument(name: str, function: Callable[..., Any], args: tuple[Any, ...], kw
 class Tasks(OwnForward):
     """Poly: `task_ids` `[B]` of a call choose the mixture of skills in every adapted layer."""
 
-    def __init__(self, backbone: nn.Module, tuner: Any) -> None:
-        super().__init__(backbone)
-        self.tuner = tuner
-
     def forward(self, original: Callable[..., Any], *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         with self.tuner._manage_pre_hooks(task_ids):
             return original(*args, **kwargs)
@@ -77,8 +74,7 @@ class Invocation(OwnForward):
     """Activated LoRA: the adapter acts from the invocation tokens of each row on, wherever they stand last."""
 
     def __init__(self, backbone: nn.Module, tuner: Any) -> None:
-        super().__init__(backbone)
-        self.tuner = tuner
+        super().__init__(backbone, tuner)
         self._prompt: tuple[list[int | None], int] | None = None  # while generating: where to begin, and its length
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -113,10 +109,6 @@ class Invocation(OwnForward):
 class Auxiliary(OwnForward):
     """ShadowPEFT: the shadow network's own loss is added to the loss that the backbone computes from `labels`."""
 
-    def __init__(self, backbone: nn.Module, tuner: Any) -> None:
-        super().__init__(backbone)
-        self.tuner = tuner
-
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         labels, weight = kwargs.get("labels"), self.tuner.peft_config[self.tuner.active_adapters[0]]
@@ -126,22 +118,6 @@ class Auxiliary(OwnForward):
                 output.loss = output.loss + weight.auxiliary_loss_weight * loss
         self.tuner._seed_shadow_state = None  # it holds the graph of this call
         return output
-
-
-_KINDS: dict[str, type[Any]] = {"POLY": Tasks, "SHADOW": Auxiliary}
-
-
-def acts_on_calls(config: Any) -> bool:
-    """Whether a method does something around the backbone's call."""
-    activated = bool(getattr(config, "alora_invocation_tokens", None))
-    return config.is_prompt_learning or activated or config.peft_type in (*_KINDS, "XLORA")
-
-
-def own_forward(backbone: nn.Module, config: Any, tuner: Any) -> OwnForward | None:
-    """What a tuner does around the backbone's call, or None where everything happens inside its modules."""
-    if not acts_on_calls(config):
-        return None
-    return _KINDS.get(config.peft_type, Invocation)(backbone, tuner)
 
 
 def task_of(backbone: Any) -> str:

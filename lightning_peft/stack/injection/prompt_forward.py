@@ -14,7 +14,6 @@ from lightning_peft.replaced import Handle, KeptAttribute, replaced
 from lightning_peft.stack.injection.own_forward import OwnForward
 
 _PREPARE = "prepare_inputs_for_generation"
-PAST = ("PREFIX_TUNING", "CARTRIDGE")  # these give the model a past; the others give it embeddings
 
 
 class PromptForward(OwnForward):
@@ -27,12 +26,13 @@ class PromptForward(OwnForward):
     Args:
         backbone: the model.
         model: peft's `PeftModel` around it.
-        config: the configuration, complete.
     """
 
-    def __init__(self, backbone: nn.Module, model: Any, config: Any) -> None:
-        super().__init__(backbone)
-        self.model, self.config = model, config
+    past = False  # whether the prompt is given as keys and values, and not as embeddings
+
+    def __init__(self, backbone: nn.Module, model: Any) -> None:
+        super().__init__(backbone, model)
+        self.model, self.config = model, model.active_peft_config
         self.model._modules["base_model"] = _Unprompted(self)
         self._call: dict[str, Any] = {}
         self._generating = False
@@ -48,7 +48,7 @@ class PromptForward(OwnForward):
         if _is_filled(kwargs.get("past_key_values")):
             return original(**self._shifted(kwargs))
         self._check_checkpointing()
-        kept = ("position_ids", "token_type_ids") if self.config.peft_type not in PAST else ()
+        kept = ("position_ids", "token_type_ids") if not self.past else ()
         self._call = {name: kwargs.pop(name) for name in kept if name in kwargs}
         try:
             (encoder,) = self.model.prompt_encoder.values()
@@ -87,7 +87,7 @@ class PromptForward(OwnForward):
             missing = embeds.shape[1] - labels.shape[-1]  # for some tasks peft has padded them itself
             if labels.dim() == 2 and missing == count:
                 kwargs["labels"] = nn.functional.pad(labels, (count, 0), value=-100)
-        if isinstance(keep, Tensor) and self.config.peft_type not in PAST:
+        if isinstance(keep, Tensor) and not self.past:
             kwargs["logits_to_keep"] = torch.where(keep < 0, keep, keep + count)
         return self._replaced["forward"].original(**{k: v for k, v in self._packed(kwargs).items() if v is not None})
 
@@ -143,7 +143,7 @@ class PromptForward(OwnForward):
                 return value[:, -length:]
             return value
 
-        if self.config.peft_type in PAST:
+        if self.past:
             return output
         if isinstance(output, tuple):
             return cut(output)
@@ -154,12 +154,18 @@ class PromptForward(OwnForward):
 
     def _check_checkpointing(self) -> None:
         """transformers drops a past, and so the prompt in it, where it checkpoints activations."""
-        if self.config.peft_type not in PAST or not torch.is_grad_enabled():
+        if not self.past or not torch.is_grad_enabled():
             return
         if any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.backbone.modules()):
             raise ValueError(
                 f"{type(self.config).__name__} gives the model a past, which checkpointing drops: turn that off."
             )
+
+
+class PastForward(PromptForward):
+    """Calls with a prompt among the keys and values of a past."""
+
+    past = True
 
 
 class _Unprompted:

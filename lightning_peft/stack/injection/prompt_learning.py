@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import STATE, state_tensors
 from lightning_peft.stack.injection.injection import Injection, forget_state, take_out
-from lightning_peft.stack.injection.own_forward import OwnForward, task_of
-from lightning_peft.stack.injection.prompt_forward import PAST, PromptForward, unchanged
+from lightning_peft.stack.injection.own_forward import task_of
+from lightning_peft.stack.injection.prompt_forward import PastForward, PromptForward, unchanged
 
 _SAVED = "prompt_embeddings"  # what peft reads from a folder: the prompt itself
 _ENCODER = "prompt_encoder."  # before the key of what it comes from, which peft leaves alone
@@ -26,13 +26,17 @@ _NAMES = {"embedding.weight": _SAVED, "prefix_task_cols": "prefix_task_cols", "p
 class PromptInjection(Injection):
     """A prompt encoder and the way its prompt gets into the backbone's calls: see `PromptForward`."""
 
+    calls: type[PromptForward] = PromptForward
+    changes_every_block = True
+    networked = False  # the prompt is computed by a network
+
     @classmethod
     def check(cls, backbone: nn.Module, config: Any, name: str, others: list[Injection], computed: bool) -> None:
         what, model = type(config).__name__, type(backbone).__name__
-        needed = "past_key_values" if config.peft_type in PAST else "inputs_embeds"
+        needed = "past_key_values" if cls.calls.past else "inputs_embeds"
         if not hasattr(backbone, "config") or needed not in inspect.signature(backbone.forward).parameters:
             raise ValueError(f"{what} needs a transformers model that takes {needed}, and {model} does not.")
-        if config.peft_type in PAST and not backbone.can_generate():  # type: ignore[operator]
+        if cls.calls.past and not backbone.can_generate():  # type: ignore[operator]
             raise ValueError(f"{what} gives a model a past, and {model}, which does not generate, has no use for one.")
         if not config.num_virtual_tokens:
             raise ValueError(f"{what} needs num_virtual_tokens, a positive number.")
@@ -69,9 +73,6 @@ class PromptInjection(Injection):
     def _state(self) -> dict[str, nn.Module]:
         return {"prompt": _Prompt(self.tuner, self.name)}
 
-    def _own_forward(self) -> OwnForward:
-        return PromptForward(self.backbone, self.tuner, self.config)
-
     def layers(self) -> Iterator[Any]:
         return iter(())
 
@@ -107,7 +108,13 @@ class PromptInjection(Injection):
         return {**tensors, **{_ENCODER + name: value for name, value in parts.items()}}
 
     def places(self) -> list[str]:
-        return ["inputs" if self.config.peft_type not in PAST else "past"]
+        return ["past" if self.calls.past else "inputs"]
+
+    @classmethod
+    def is_final(cls, config: Any, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether there is a prompt without its network: it is then trained further by itself."""
+        networked = cls.networked or getattr(config, "prefix_projection", False)
+        return networked and not any(key.startswith(_ENCODER) for key in tensors)
 
     def check_merge(self) -> None:
         raise self.cannot_merge()
@@ -118,10 +125,16 @@ class PromptInjection(Injection):
         forget_state(self.backbone, self.name)
 
 
-def is_prompt_alone(config: Any, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a folder holds a prompt without the network it was computed by: it is then trained further by itself."""
-    networked = config.peft_type == "P_TUNING" or getattr(config, "prefix_projection", False)
-    return networked and not any(key.startswith(_ENCODER) for key in tensors)
+class EncodedPromptInjection(PromptInjection):
+    """A prompt that a network gives."""
+
+    networked = True
+
+
+class PastInjection(PromptInjection):
+    """A prompt that stands among the keys and values of a past."""
+
+    calls = PastForward
 
 
 class _Prompt(nn.Module):

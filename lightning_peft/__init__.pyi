@@ -1,0 +1,18 @@
+from .backbone.targets import Layers as Layers
+from .callbacks.edits.caa import edit_caa as edit_caa
+from .callbacks.edits.iti import edit_iti as edit_iti
+from .fitting.checkpoints import export_checkpoint as export_checkpoint
+from .fitting.checkpoints import load_from_checkpoint as load_from_checkpoint
+from .fitting.reading_edit import edit as edit
+from .positions import answering as answering
+from .stack.adapter_files.baking import bake as bake
+from .stack.adapter_files.control_vectors import export_control_vector as export_control_vector
+from .stack.adapter_files.folder import AdapterError as AdapterError
+from .stack.adapter_files.saving import load_adapter as load_adapter
+from .stack.adapter_files.saving import save_adapter as save_adapter
+from .stack.computed import ComputedAdapter as ComputedAdapter
+from .stack.stack import AdapterStack as AdapterStack
+from .stack.stack import adapters as adapters
+from .stack.steering import steering as steering
+
+__version__: str

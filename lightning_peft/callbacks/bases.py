@@ -1,0 +1,8 @@
+"""The classes that methods of one's own are made of; they are defined in `lightning_peft.fitting`."""
+
+from lightning_peft.fitting.adapter_callback import AdapterCallback
+from lightning_peft.fitting.edit import Edit
+from lightning_peft.fitting.peft import PEFT
+from lightning_peft.fitting.reading_edit import ReadingEdit
+
+__all__ = ["PEFT", "AdapterCallback", "Edit", "ReadingEdit"]

@@ -1,0 +1,17 @@
+from .datamodule import JudgeDataModule as JudgeDataModule
+from .language_model import LanguageModelJudge as LanguageModelJudge
+from .protocol import Judge as Judge
+from .protocol import Judgement as Judgement
+from .protocol import Kind as Kind
+from .protocol import judge_prompt as judge_prompt
+from .protocol import load_judgements as load_judgements
+from .protocol import split_by_question as split_by_question
+from .quality import Confusion as Confusion
+from .quality import JudgeQuality as JudgeQuality
+from .quality import judge_quality as judge_quality
+from .quality import load_quality as load_quality
+from .quality import save_quality as save_quality
+from .rates import Rate as Rate
+from .rates import TrueInfo as TrueInfo
+from .rates import true_info as true_info
+from .server import ServerJudge as ServerJudge
