@@ -56,7 +56,7 @@ class Method:
 
 
 def _methods() -> dict[str, Method]:
-    methods = {}
+    methods: dict[str, Method] = {}
     for callback in (getattr(callbacks, name) for name in callbacks.__all__):
         if issubclass(callback, AdapterCallback) and not callback.computed:
             examples = vars(callback).get("law_examples", {callback.__name__: LawExample()})
