@@ -237,6 +237,7 @@ class AdapterCallback(Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self._first is not None:  # to look at it waits for the device, which is done once
             check_learnable(type(self).__name__, self._first, loss)
+            self._first = None
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._reached.look()

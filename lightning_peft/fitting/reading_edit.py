@@ -147,6 +147,8 @@ class ReadingEdit(Edit, Generic[S]):
         group: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return activations, label and group of texts, without a Trainer."""
+        if not texts:
+            raise ValueError("There is no text to read: give texts of both labels.")
         device, read = next(backbone.parameters()).device, []
         with Capture(backbone, self._sites) as capture:
             for begin in range(0, len(texts), self.batch_size):
@@ -200,7 +202,8 @@ def edit(
     method.make_config(stack.backbone)
     try:
         with frozen(stack.backbone), stack.disabled(method.name) if method.name in stack else nullcontext():
-            rows = method.read(stack.backbone, tokenizer, texts, torch.as_tensor(label), torch.as_tensor(group))
+            columns = torch.as_tensor(label).long(), torch.as_tensor(group)
+            rows = method.read(stack.backbone, tokenizer, texts, *columns)
         return stack.put(method.name, method.edit(*rows, method._sites))
     finally:
         method.end()

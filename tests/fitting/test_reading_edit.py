@@ -85,6 +85,15 @@ def test_without_a_trainer_it_is_what_fit_gives(
     check_same(module.backbone, model, method.name)
 
 
+def test_labels_may_be_truth_values_and_no_text_is_one_sentence(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    model, other = tiny("llama"), tiny("llama")
+    edit_caa(model, tiny_tokenizer, TEXTS, [bool(i) for i in LABEL], GROUP)
+    edit_caa(other, tiny_tokenizer, TEXTS, LABEL, GROUP)
+    check_same(model, other, "caa")
+    with pytest.raises(ValueError, match=r"^There is no text to read: give texts of both labels\.$"):
+        edit_caa(model, tiny_tokenizer, [], [], [])
+
+
 def test_the_named_functions_take_the_options_of_their_method(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     model = tiny("llama")
     edit_iti(model, tiny_tokenizer, TEXTS, torch.tensor(LABEL), GROUP, num_heads=3, val_fraction=0.3)
