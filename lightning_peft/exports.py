@@ -33,9 +33,9 @@ def public_classes(package: Path) -> dict[str, list[str]]:
 
 def stub(package: Path) -> str:
     """Return the text of the `__init__.pyi` of a package that exports its `public_classes`."""
-    exported = ((module, name) for module, names in public_classes(package).items() for name in sorted(names))
+    exported = [(module, name) for module, names in public_classes(package).items() for name in sorted(names)]
     imports = "".join(f"from .{module} import {name} as {name}\n" for module, name in exported)
-    return f"{imports}\n__all__: list[str]\n"
+    return f"{imports}\n__all__ = {sorted(name for _, name in exported)}\n"
 
 
 def write_stub() -> Path:
