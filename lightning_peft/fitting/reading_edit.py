@@ -103,7 +103,8 @@ class ReadingEdit(Edit, Generic[S]):
         # data of one label alone are refused before anything is read; ranks, though, must call a model equally often
         self._held.append(batch)
         self._labels |= set(batch["truth"].tolist()) if not self._rows else set()
-        if len(self._labels) > 1 or torch.distributed.is_initialized():
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several or len(self._labels) > 1:
             for held in self._held:
                 self._note_answers(held)
                 self._rows.append(self._read(held))
