@@ -170,13 +170,15 @@ class AdapterStack:
             ValueError: as `add`.
             AdapterError: the tensors are not those of the configuration, or not finite. The name is then free.
         """
-        if name in self:
-            self.remove(name)
-        part = self.add(made.config, name, computed=True, record=dict(made.record))
         try:
+            if name in self:
+                self._take_out(name)
+            part = self.add(made.config, name, computed=True, record=dict(made.record))
             self.load_tensors(part, made.tensors, "the computed edit")
         except Exception:
-            self.remove(name)
+            if name in self:
+                self._take_out(name)
+            self._leave_bare()
             raise
         return part
 
@@ -188,6 +190,10 @@ class AdapterStack:
         Raises:
             ValueError: the adapter was made by changing the base's weights, as PiSSA does.
         """
+        self._take_out(name)
+        self._leave_bare()
+
+    def _take_out(self, name: str) -> None:
         part = self[name]
         check_undoable(part.config, name, "taken out")
         self.unmerge()
@@ -197,8 +203,11 @@ class AdapterStack:
             self.backbone.__dict__["peft_config"] = remaining
         part.injection.take_out()
         self._activate()
+
+    def _leave_bare(self) -> None:
+        """Take off what stands on the backbone and its module as long as there are adapters."""
         if not self.parts:
-            del self.backbone.__dict__[_ATTRIBUTE]
+            self.backbone.__dict__.pop(_ATTRIBUTE, None)
             _EMPTY[id(self.backbone)] = self
             for handle in self._while_adapted:
                 handle.remove()
