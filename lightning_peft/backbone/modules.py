@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lightning_peft.backbone.parameter_order import parameter_order
+from lightning_peft.backbone.peft_private import adapters_on, whole_wrapper
 
 T = TypeVar("T")
 _UNNAMED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")  # FSDP1, its checkpointing, compile
@@ -24,14 +25,15 @@ class AdapterState(nn.ModuleDict):
 def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The backbone's own modules under the names they have without adapters, adapters' modules left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    whole = whole_wrapper()
 
     inside: set[nn.Module] = set()
     for name, module in backbone.named_modules():
         if isinstance(module, BaseTunerLayer):
             wrapper: Any = module
             inside |= set(wrapper.modules()) - set(wrapper.get_base_layer().modules())
-        elif isinstance(module, AuxiliaryTrainingWrapper):  # a head that is trained whole keeps its original beside it
+        elif isinstance(module, whole):  # a head that is trained whole keeps its original beside it
             inside |= set(module.modules()) - set(module.original_module.modules())
         elif isinstance(module, AdapterState):
             inside |= set(module.modules())
@@ -83,7 +85,7 @@ def standalone_name(root: nn.Module, name: str, adapter: str | None = None) -> s
         adapter: whose wrappers stay; by default those of the adapter that the name itself names further on, so that
             a tensor or module of the base has the name it has without adapters.
     """
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    whole = whole_wrapper()
 
     parts, kept = name.split("."), []
     module: nn.Module | None = root
@@ -94,12 +96,12 @@ def standalone_name(root: nn.Module, name: str, adapter: str | None = None) -> s
             while depth < len(wrappers) and parts[depth : depth + 1] == ["base_layer"]:
                 depth += 1
             parts = parts[depth:]
-            own = [w for w in wrappers if w._get_available_adapters() & ({adapter} if adapter else set(parts))]
+            own = [w for w in wrappers if adapters_on(w) & ({adapter} if adapter else set(parts))]
             kept += ["base_layer"] * _depth_alone(wrappers, own, depth)
             module = [*wrappers, wrappers[-1].base_layer][depth]
         if parts:
             part = parts.pop(0)
-            if not (part == "original_module" and isinstance(module, AuxiliaryTrainingWrapper)):
+            if not (part == "original_module" and isinstance(module, whole)):
                 kept.append(part)
             module = None if module is None else module._modules.get(part)
     return ".".join(kept)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.backbone.modules import AdapterState
+from lightning_peft.backbone.peft_private import whole_wrapper
 from lightning_peft.replaced import Handle, replaced_attribute
 from lightning_peft.stack.stack import stack_of
 
@@ -16,14 +17,15 @@ from lightning_peft.stack.stack import stack_of
 def set_modes(backbone: nn.Module, dropout: bool, frozen: Collection[str] = ()) -> None:
     """Frozen parts in evaluation mode (with `dropout`, normalisation only), adapters but the `frozen` in training."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    whole = whole_wrapper()
 
     backbone.train(dropout)
     for module in backbone.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.eval()
     for module in backbone.modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if isinstance(module, BaseTunerLayer | whole):
             module.training = True  # some tuners ask the layer itself whether their dropout is on
             base = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
             for child in module.children():

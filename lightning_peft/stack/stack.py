@@ -23,6 +23,7 @@ from lightning_peft.backbone.fingerprint import fingerprint, mismatch, without
 from lightning_peft.backbone.fused import check_called, unfuse
 from lightning_peft.backbone.modules import base_modules, state_tensors, with_nested_keys
 from lightning_peft.backbone.nearest_names import nearest_names
+from lightning_peft.backbone.peft_private import activate, adapters_in, adapters_on, whole_wrapper
 from lightning_peft.backbone.quantization import protect
 from lightning_peft.backbone.sharded import whole, write
 from lightning_peft.backbone.shared import Own, undo
@@ -343,18 +344,17 @@ class AdapterStack:
     def _activate(self) -> None:
         """Set each layer's active adapters, leaving `requires_grad` alone (peft's own switch does not)."""
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        wrapper = whole_wrapper()
 
         enabled = [part.name for part in self.parts if part.enabled]
         unfuse(self.backbone, bool(enabled))
         for module in self.backbone.modules():
             if isinstance(module, BaseTunerLayer):
-                available = module._get_available_adapters()
-                module._active_adapter = [name for name in enabled if name in available]
-                module._disable_adapters = not module._active_adapter
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                module._active_adapter = [name for name in enabled if name in module._adapters]
-                module._disable_adapters = not module._active_adapter
+                available = adapters_on(module)
+                activate(module, [name for name in enabled if name in available])
+            elif isinstance(module, wrapper):
+                activate(module, [name for name in enabled if name in adapters_in(module)])
         for part in self.parts:
             part.injection.switch(part.enabled)
 
@@ -527,7 +527,7 @@ def _check_strangers(stack: AdapterStack) -> None:
 
     layers = [m for m in stack.backbone.modules() if isinstance(m, BaseTunerLayer)]
     ours = {part.name for other in find_stacks(stack.backbone).values() for part in other.parts}
-    found = {name for layer in layers for name in layer._get_available_adapters()} - ours
+    found = {name for layer in layers for name in adapters_on(layer)} - ours
     if found:
         raise ValueError(
             f"The backbone already carries an adapter of peft's own, {min(found)!r}: merge it (`merge_and_unload`), or "

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.backbone.modules import state_tensors
+from lightning_peft.backbone.peft_private import adaption_parents
 from lightning_peft.replaced import Handle, replaced
 from lightning_peft.stack.injection.injection import Injection
 
@@ -65,7 +66,7 @@ class AdaptionInjection(Injection):
     def switch(self, on: bool) -> None:
         for handle in self._off:
             handle.remove()
-        wrappers = [getattr(parent, self.config.target_modules) for parent in self.tuner._parents[self.name]]
+        wrappers = [getattr(parent, self.config.target_modules) for parent in adaption_parents(self.tuner, self.name)]
         self._off = [] if on else [replaced(w, "forward", w.model.__call__, instead=True) for w in wrappers]
 
     def take_out(self) -> None:

@@ -16,6 +16,15 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import STATE, AdapterState, standalone_name, state_tensors
 from lightning_peft.backbone.parameter_order import keep_parameter_order
+from lightning_peft.backbone.peft_private import (
+    adapters_in,
+    adapters_on,
+    boundary_hooks,
+    cast_adapter,
+    check_merge_allowed,
+    set_active,
+    whole_wrapper,
+)
 from lightning_peft.backbone.quantization import check_merge
 from lightning_peft.positions import untrack
 from lightning_peft.stack.adapter_files.folder import AdapterError
@@ -140,7 +149,7 @@ class Injection:
     def layers(self) -> Iterator[Any]:
         """The tuner layers (`BaseTunerLayer`) that carry the adapter."""
         for module in self.backbone.modules():
-            if isinstance(module, self.tuner.tuner_layer_cls) and self.name in module._get_available_adapters():
+            if isinstance(module, self.tuner.tuner_layer_cls) and self.name in adapters_on(module):
                 yield module
 
     def keys(self) -> dict[str, str]:
@@ -177,7 +186,7 @@ class Injection:
     def check_merge(self) -> None:
         """Raise `ValueError` where the adapter cannot be written into the weights."""
         try:
-            self.tuner._check_merge_allowed()
+            check_merge_allowed(self.tuner)
         except NotImplementedError as error:
             raise self.cannot_merge() from error
         if getattr(self.tuner, "changes_weights", True):
@@ -198,7 +207,7 @@ class Injection:
     def take_out(self) -> None:
         """Put the backbone back as it was without this adapter."""
         self.switch(False)
-        for handle in getattr(self.tuner, "_boundary_hook_handles", ()):  # ShadowPEFT's, on the backbone itself
+        for handle in boundary_hooks(self.tuner):
             handle.remove()
         take_out(self.backbone, self.tuner.tuner_layer_cls, self.name)
         forget_state(self.backbone, self.name)
@@ -242,7 +251,7 @@ def _to_float32(tuner: Any, name: str) -> None:
         return
     if hasattr(tuner, "_cast_adapter_dtype"):
         flags = {key: p.requires_grad for key, p in tuner.named_parameters(remove_duplicate=False)}
-        tuner._cast_adapter_dtype(adapter_name=name)
+        cast_adapter(tuner, name)
         for key, parameter in tuner.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(flags[key])  # peft would train all that it has cast
     for layer in tuner.modules():
@@ -254,26 +263,26 @@ def _to_float32(tuner: Any, name: str) -> None:
 
 def take_out(backbone: nn.Module, cls: Any, name: str) -> None:
     """Delete an adapter from every wrapper of `cls`, and put back the modules whose wrapper holds no other."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    whole = whole_wrapper()
 
     children: list[tuple[nn.Module, str, Any]] = [
         (parent, n, child) for parent in backbone.modules() for n, child in parent.named_children()
     ]
     # listed first: where layers share a dictionary, the first deletion is everybody's
-    wrappers = [c for c in children if isinstance(c[2], cls) and name in c[2]._get_available_adapters()]
+    wrappers = [c for c in children if isinstance(c[2], cls) and name in adapters_on(c[2])]
     for _, _, layer in wrappers:
-        layer._active_adapter = []  # so that peft need not choose, and warn of, another
+        set_active(layer, [])  # so that peft need not choose, and warn of, another
         layer.delete_adapter(name)
     for parent, child_name, layer in reversed(wrappers):  # inner ones first, where one adapter's are nested
         # a layer that stands beside the module's own parameters has taken itself out
-        if not layer._get_available_adapters() - {name} and hasattr(layer, "base_layer"):
+        if not adapters_on(layer) - {name} and hasattr(layer, "base_layer"):
             for beside in [child for child in layer.children() if hasattr(child, "attach")]:
                 beside.attach(layer.base_layer)  # what stood beside the wrapper stands beside the module itself
             setattr(parent, child_name, layer.base_layer)
     for parent, child_name, child in children:
-        if isinstance(child, AuxiliaryTrainingWrapper) and name in child._adapters:
+        if isinstance(child, whole) and name in adapters_in(child):
             child.delete_adapter(name, [])
-            if not child._adapters:
+            if not adapters_in(child):
                 setattr(parent, child_name, child.original_module)
     keep_parameter_order(backbone)
     untrack(backbone)

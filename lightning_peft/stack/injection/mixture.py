@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.backbone.peft_private import activate, during_call
 from lightning_peft.stack.injection.injection import Injection, forget_state, take_out
 from lightning_peft.stack.injection.own_forward import OwnForward
 
@@ -24,7 +25,7 @@ class _Mixed(OwnForward):
         flags = [(p, p.requires_grad) for p in self.backbone.parameters()]
         self._inside = True
         try:
-            with self.tuner._enable_peft_forward_hooks():
+            with during_call(self.tuner):
                 return self.backbone(*args, **kwargs)  # peft's hook stands before the backbone's own call
         finally:
             self._inside = False
@@ -75,8 +76,7 @@ class MixtureInjection(Injection):
         super().switch(on)
         self.tuner.disabled = not on
         for layer in _experts(self.backbone):
-            layer._disable_adapters = not on
-            layer._active_adapter = [str(number) for number in range(len(self.config.adapters))] if on else []
+            activate(layer, [str(number) for number in range(len(self.config.adapters))] if on else [])
 
     def take_out(self) -> None:
         super().switch(False)

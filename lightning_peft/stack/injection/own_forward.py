@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.backbone.peft_private import during_call, forget_call, tasks_of_call
 from lightning_peft.per_thread import Turn
 from lightning_peft.replaced import ReplacedMethod, replaced
 
@@ -64,7 +65,7 @@ class Tasks(OwnForward):
     """Poly: `task_ids` `[B]` of a call choose the mixture of skills in every adapted layer."""
 
     def forward(self, original: Callable[..., Any], *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        with self.tuner._manage_pre_hooks(task_ids):
+        with tasks_of_call(self.tuner, task_ids):
             return original(*args, **kwargs)
 
     generate = forward
@@ -87,7 +88,7 @@ class Invocation(OwnForward):
             found, length = self._prompt
             further, times = max(ids.shape[1] - length, 0), len(ids) // len(found)
             offsets = [None if o is None else o + further for o in found for _ in range(times)]
-        with self.tuner._enable_peft_forward_hooks(alora_offsets=offsets):
+        with during_call(self.tuner, alora_offsets=offsets):
             return original(*args, **kwargs)
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +117,7 @@ class Auxiliary(OwnForward):
             loss = self.tuner.shadow_auxiliary_loss(labels, attention_mask=kwargs.get("attention_mask"))
             if loss is not None:
                 output.loss = output.loss + weight.auxiliary_loss_weight * loss
-        self.tuner._seed_shadow_state = None  # it holds the graph of this call
+        forget_call(self.tuner)
         return output
 
 

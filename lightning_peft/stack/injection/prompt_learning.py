@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import STATE, state_tensors
+from lightning_peft.backbone.peft_private import adapters_in, keep_default_config, whole_wrapper
 from lightning_peft.stack.injection.injection import Injection, forget_state, take_out
 from lightning_peft.stack.injection.own_forward import task_of
 from lightning_peft.stack.injection.prompt_forward import PastForward, PromptForward, unchanged
@@ -67,7 +68,7 @@ class PromptInjection(Injection):
             parameter.requires_grad_(False)
         if (get_input := getattr(self.backbone, "get_input_embeddings", None)) is not None:
             model.word_embeddings = get_input()  # peft guesses by size, and misses one that an adapter wraps
-        model._peft_config["default"] = self.config  # where CPT looks for its settings
+        keep_default_config(model, self.config)
         return model
 
     def _state(self) -> dict[str, nn.Module]:
@@ -77,17 +78,17 @@ class PromptInjection(Injection):
         return iter(())
 
     def keys(self) -> dict[str, str]:
-        from peft.utils.other import AuxiliaryTrainingWrapper
+        whole = whole_wrapper()
 
         inner = f"{STATE}.{self.name}.prompt."
         names: dict[str, Any] = {name: name for name in state_tensors(self.backbone)}
         simple = inner + _SAVED not in names
         found = {_key(name.removeprefix(inner), simple): name for name in names if name.startswith(inner)}
         for prefix, module in self.backbone.named_modules():  # heads saved whole
-            if isinstance(module, AuxiliaryTrainingWrapper) and self.name in module._adapters:
+            if isinstance(module, whole) and self.name in adapters_in(module):
                 own = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
-                whole = module.adapter_state_dict(self.name, own)  # type: ignore[call-arg]
-                found |= {f"base_model.{prefix}.{key}": name for key, name in whole.items()}
+                saved = module.adapter_state_dict(self.name, own)  # type: ignore[call-arg]
+                found |= {f"base_model.{prefix}.{key}": name for key, name in saved.items()}
         return found
 
     def spread(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

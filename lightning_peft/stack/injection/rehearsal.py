@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.layer_inputs import computes_weight, is_plain, layer_input
 from lightning_peft.backbone.modules import base_modules, standalone_name
+from lightning_peft.backbone.peft_private import adapters_on
 
 _SAME = 2e-6  # of the largest output, computed in float64; some methods compute parts in float32
 
@@ -238,7 +239,7 @@ def _carriers(layer: nn.Module, name: str) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tuners = (module for module in layer.modules() if isinstance(module, BaseTunerLayer))
-    return [module for module in tuners if name in module._get_available_adapters()]
+    return [module for module in tuners if name in adapters_on(module)]
 
 
 @contextmanager

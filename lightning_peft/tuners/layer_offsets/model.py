@@ -8,6 +8,7 @@ from peft import PeftConfig
 from torch import nn
 
 from lightning_peft.backbone.modules import is_linear, standalone_name
+from lightning_peft.backbone.peft_private import set_active
 from lightning_peft.positions import track, untrack
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.layer import ATTRIBUTE, LayerOffsetsLayer
@@ -99,7 +100,7 @@ class LayerOffsetsModel(Tuner[LayerOffsetsConfig, LayerOffsetsLayer]):
                 layer.merge(safe_merge, adapter_names)
                 layer.forget_merged()
             for adapter in list(layer.configs):
-                layer._active_adapter = []
+                set_active(layer, [])
                 layer.delete_adapter(adapter)
         untrack(self.model)
         return super()._unload_and_optionally_merge(merge=False)

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
+from lightning_peft.backbone.peft_private import set_active
 from lightning_peft.tuners.tuner import Tuner
 from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig
 from lightning_peft.tuners.weight_deltas.layer import WeightDeltasLayer
@@ -94,7 +95,7 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
                 layer.merge(safe_merge, adapter_names)
                 layer._before_merge.clear()
             for adapter in list(layer.scaling):
-                layer._active_adapter = []
+                set_active(layer, [])
                 layer.delete_adapter(adapter)
         return super()._unload_and_optionally_merge(merge=False)
 
