@@ -464,10 +464,11 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
             f"{', '.join(repr(p.name) for p in stack.parts)}: give the Trainer the callbacks of all of them, in order."
         )
     if not same:
-        for part in reversed(list(stack.parts)):
-            stack.remove(part.name)
-        for part_json in parts:
-            add_read(stack, saved[part_json["name"]], part_json["name"], part_json["computed"], None, source)
+        with stack.changing():
+            for part in reversed(list(stack.parts)):
+                stack.remove(part.name)
+            for part_json in parts:
+                add_read(stack, saved[part_json["name"]], part_json["name"], part_json["computed"], None, source)
     for part_json in parts:
         stack[part_json["name"]].record = part_json["record"]
         if part_json["strength"] != 1.0:

@@ -98,6 +98,7 @@ class AdapterStack:
         self.strict_base = True  # whether what was made for another base is refused, or loaded with a warning
         self._own: list[Own] = []  # what merged modules have for themselves and share otherwise
         self._while_adapted: list[Handle] = []
+        self._changing = 0  # contexts in which the last adapter may be gone for a moment
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_while_adapted": []}  # they reach beyond the backbone that is copied
@@ -171,16 +172,15 @@ class AdapterStack:
             ValueError: as `add`.
             AdapterError: the tensors are not those of the configuration, or not finite. The name is then free.
         """
-        try:
+        with self.changing():
             if name in self:
-                self._take_out(name)
+                self.remove(name)
             part = self.add(made.config, name, computed=True, record=dict(made.record))
-            self.load_tensors(part, made.tensors, "the computed edit")
-        except Exception:
-            if name in self:
-                self._take_out(name)
-            self._leave_bare()
-            raise
+            try:
+                self.load_tensors(part, made.tensors, "the computed edit")
+            except Exception:
+                self.remove(name)
+                raise
         return part
 
     def remove(self, name: str) -> None:
@@ -191,10 +191,6 @@ class AdapterStack:
         Raises:
             ValueError: the adapter was made by changing the base's weights, as PiSSA does.
         """
-        self._take_out(name)
-        self._leave_bare()
-
-    def _take_out(self, name: str) -> None:
         part = self[name]
         check_undoable(part.config, name, "taken out")
         self.unmerge()
@@ -204,10 +200,20 @@ class AdapterStack:
             self.backbone.__dict__["peft_config"] = remaining
         part.injection.take_out()
         self._activate()
+        self._leave_bare()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Within, adapters give way to others: what stands there while there are any stays even if there is none."""
+        self._changing += 1
+        try:
+            yield
+        finally:
+            self._changing -= 1
+            self._leave_bare()
 
     def _leave_bare(self) -> None:
-        """Take off what stands on the backbone and its module as long as there are adapters."""
-        if not self.parts:
+        if not self.parts and not self._changing:
             self.backbone.__dict__.pop(_ATTRIBUTE, None)
             _EMPTY[id(self.backbone)] = self
             for handle in self._while_adapted:
