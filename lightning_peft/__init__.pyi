@@ -1,7 +1,7 @@
 from .backbone.targets import Layers as Layers
 from .callbacks.edits.caa import edit_caa as edit_caa
 from .callbacks.edits.iti import edit_iti as edit_iti
-from .fitting.checkpoints import export_checkpoint as export_checkpoint
+from .fitting.checkpoint_files import export_checkpoint as export_checkpoint
 from .fitting.checkpoints import load_from_checkpoint as load_from_checkpoint
 from .fitting.reading_edit import edit as edit
 from .positions import answering as answering

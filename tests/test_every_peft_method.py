@@ -18,7 +18,7 @@ from tuning import QUIET, moved, same, texts, trainer
 
 from lightning_peft import adapters
 from lightning_peft.callbacks import PEFT
-from lightning_peft.fitting.checkpoints import export_checkpoint
+from lightning_peft.fitting.checkpoint_files import export_checkpoint
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 from lightning_peft.stack.stack import stack_of
 from lightning_peft.testing.traces import first_difference, traces

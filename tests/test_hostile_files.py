@@ -25,7 +25,7 @@ from lightning_peft.compare.plan import Data, Plan, Row
 from lightning_peft.compare.run import run as compare
 from lightning_peft.editing.arithmetic import combine
 from lightning_peft.files.atomic import new_file, new_folder, scratch_folder
-from lightning_peft.fitting.checkpoints import outside_backbones
+from lightning_peft.fitting.checkpoint_files import outside_backbones
 from lightning_peft.stack.adapter_files.baking import bake
 from lightning_peft.stack.adapter_files.bases import load_base
 from lightning_peft.stack.adapter_files.compression import compress_adapter, decompress_adapter

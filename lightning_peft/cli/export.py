@@ -22,7 +22,7 @@ def main(args: list[str]) -> Path:
     )
     given = options.parse_args(args[1:])
     with one_sentence("export"):
-        from lightning_peft.fitting.checkpoints import export_checkpoint, outside_backbones
+        from lightning_peft.fitting.checkpoint_files import export_checkpoint, outside_backbones
         from lightning_peft.stack.adapter_files.folder import WEIGHTS, adapter_folders
 
         folder = export_checkpoint(given.checkpoint, given.folder, given.backbone, given.trust)

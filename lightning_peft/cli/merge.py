@@ -30,7 +30,7 @@ def main(args: list[str]) -> Path:
     )
     given = options.parse_args(args[1:])
     with one_sentence("merge"), tempfile.TemporaryDirectory() as temporary:
-        from lightning_peft.fitting.checkpoints import export_checkpoint, outside_backbones
+        from lightning_peft.fitting.checkpoint_files import export_checkpoint, outside_backbones
         from lightning_peft.stack.adapter_files.merging import merge_pretrained
 
         source, left = Path(given.adapter), []

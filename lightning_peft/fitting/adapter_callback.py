@@ -30,9 +30,10 @@ from lightning_peft.fitting.same_hook import same_as
 from lightning_peft.fitting.train_modes import set_modes, stop_input_gradients
 from lightning_peft.positions import Positions, note_batch
 from lightning_peft.replaced import Handle
+from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.configs import different_fields
 from lightning_peft.stack.injection.head_training import saved_heads, with_heads
-from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks, stack_of
+from lightning_peft.stack.stack import AdapterStack, find_stacks, stack_of
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous

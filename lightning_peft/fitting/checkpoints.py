@@ -8,9 +8,8 @@ and which tensor of a peft folder each entry is. So it can be exported without a
 from __future__ import annotations
 
 import io
-import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,19 +18,17 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import (
     eager_key,
-    flat_key,
-    standalone_name,
     state_tensors,
     uncompiled,
     with_nested_keys,
 )
 from lightning_peft.backbone.sharded import has_shards, is_sharded, write
+from lightning_peft.fitting.checkpoint_files import check_adapters, read_checkpoint
+from lightning_peft.fitting.checkpoint_names import META, checkpoint_names, is_inside, join, saved_name
 from lightning_peft.fitting.hyperparameters import check_arguments, leave_out_modules, take_out_unread
-from lightning_peft.fitting.pickles import read_file, unread
-from lightning_peft.fitting.shards import read_index, read_shards
+from lightning_peft.fitting.pickles import unread
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
-from lightning_peft.stack.adapter_files.saving import add_read, read_config, write_described
-from lightning_peft.stack.adapter_files.typed_values import Adapters, check_plain
+from lightning_peft.stack.adapter_files.saving import add_read, read_config
 from lightning_peft.stack.configs import different_fields
 from lightning_peft.stack.injection.head_training import saved_heads, without_heads
 from lightning_peft.stack.stack import (
@@ -41,7 +38,6 @@ from lightning_peft.stack.stack import (
     stack_of,
 )
 
-META = "lightning_peft"
 # the entries of a Lightning checkpoint that hold module weights; the second is written by weight-averaging callbacks
 _STATES = ("state_dict", "current_model_state")
 
@@ -63,7 +59,7 @@ def fill_in(module: nn.Module, checkpoint: dict[str, Any]) -> States:
         What is trained inside the backbones, for each state.
     """
     tensors, stacks = state_tensors(module), find_stacks(module)
-    trained = [live for live in checkpoint_names(module, stacks, tensors).values() if _is_inside(live, stacks)]
+    trained = [live for live in checkpoint_names(module, stacks, tensors).values() if is_inside(live, stacks)]
     # of an average there is no other source, and of a sharded tensor none that one process could read alone
     ours = {name: tensors[name].detach() for name in trained if not is_sharded(tensors[name])}
     found = {}
@@ -104,22 +100,22 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
         sharded = {live: saved for saved, live in names.items() if live in state and is_sharded(state[live])}
         kept = {live if live in sharded else saved: state[live] for saved, live in names.items() if live in state}
         renamed |= sharded
-        missing = [live for live in names.values() if live not in state and _is_inside(live, stacks)]
+        missing = [live for live in names.values() if live not in state and is_inside(live, stacks)]
         if missing and own:  # where it is gathered in one process, the others have nothing
             raise AdapterError(
                 f"The checkpoint would lack {len(missing)} trained tensors, the first is {missing[0]}: let "
                 f"{type(module).__name__}.state_dict() hold them."
             )
         lives = set(names.values())
-        added = {name: value for name, value in own.items() if name not in lives and not _is_inside(name, stacks)}
+        added = {name: value for name, value in own.items() if name not in lives and not is_inside(name, stacks)}
         checkpoint[entry] = kept | added
         left_out = [saved for saved, live in names.items() if live not in state]
         outside = outside or {"added": list(added), "left_out": left_out}
     described = {}
     for name, stack in stacks.items():
-        description = described[_saved_name(module, f"{name}.").rstrip(".")] = stack.describe()
+        description = described[saved_name(module, f"{name}.").rstrip(".")] = stack.describe()
         for part in description["parts"]:
-            part["keys"] = {eager_key(key): _saved_name(stack.backbone, live) for key, live in part["keys"].items()}
+            part["keys"] = {eager_key(key): saved_name(stack.backbone, live) for key, live in part["keys"].items()}
     checkpoint[META] = {"version": 1, "backbones": described, "outside": outside, "renamed": renamed}
     if modules := leave_out_modules(module, checkpoint):
         checkpoint[META]["left_out"] = modules
@@ -148,7 +144,7 @@ def restore_adapters(
         AdapterError: not a checkpoint of adapters, another base, other settings, other keys or shapes, or values that
             are not finite.
     """
-    _check_adapters(checkpoint, source)
+    check_adapters(checkpoint, source)
     for name, described in checkpoint[META]["backbones"].items():
         try:
             backbone = module.get_submodule(name)
@@ -168,7 +164,7 @@ def restore_adapters(
         given = {key: value for key, value in checkpoint[entry].items() if key not in added}
         state = _with_saved_names(given, names)
         if not noted:  # an earlier release kept what is outside, whatever it was
-            added = {key: state.pop(key) for key in state.keys() - names if not _is_inside(key, stacks)}
+            added = {key: state.pop(key) for key in state.keys() - names if not is_inside(key, stacks)}
         expected = names.keys() - set(noted.get("left_out", ()))
         check_same_keys(expected, set(state), f"{source} and {type(module).__name__}")
         own = {saved: names[saved] for saved in state}
@@ -180,7 +176,7 @@ def restore_adapters(
         check_finite(state, source)
         if entry == _STATES[0]:  # the module's own `load_state_dict` may leave out or rename what it does not know
             for saved, live in own.items():
-                if _is_inside(live, stacks):
+                if is_inside(live, stacks):
                     write(tensors[live], state[saved])
         whole_state = _whole_state(module) if complete else {}
         checkpoint[entry] = whole_state | {names[saved]: value for saved, value in state.items()} | added
@@ -262,179 +258,6 @@ class AdapterCheckpointMixin:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
-def trained_inside(module: nn.Module) -> dict[str, str]:
-    """Return what is trained inside the backbones: the name it is saved under -> its live name."""
-    stacks = find_stacks(module)
-    return {saved: live for saved, live in checkpoint_names(module, stacks).items() if _is_inside(live, stacks)}
-
-
-def check_written(names: Mapping[str, str], path: Path) -> bool:
-    """Read back the names in a checkpoint, and say whether they could be read.
-
-    Args:
-        names: what must be in it, as `trained_inside` gives it.
-        path: the file, or the folder that FSDP2 writes.
-
-    Raises:
-        AdapterError: something is not in it.
-    """
-    try:
-        saved = _saved_keys(path)
-    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError, AdapterError):
-        return False  # not written yet, or by a plugin in a format of its own
-    if missing := [name for name, live in names.items() if not {name, live} & saved]:
-        raise AdapterError(
-            f"{path} lacks {len(missing)} of {len(names)} trained tensors, the first is {missing[0]}: keep what comes "
-            "after the module's on_save_checkpoint, such as a CheckpointIO plugin, from leaving them out."
-        )
-    return True
-
-
-def _saved_keys(path: Path) -> set[str]:
-    """The names of a checkpoint's weights, none where it does not describe any adapters."""
-    if path.is_dir():
-        checkpoint = torch.load(path / "meta.pt", weights_only=True, map_location="cpu")
-        keys = {key.removeprefix("state_dict.") for key in read_index(path).state_dict_metadata}
-    else:
-        checkpoint = read_file(path)
-        keys = set(checkpoint["state_dict"])
-    return keys if META in checkpoint else set()
-
-
-def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None = None, trust: bool = False) -> Path:
-    """Turn an adapter-only Lightning checkpoint into the plain peft folder that `save_adapter` would write.
-
-    Args:
-        path: the checkpoint, a file or the folder that FSDP2 writes; no model is built.
-        folder: where to write.
-        backbone: which backbone's adapters, where the module had several.
-        trust: as in `load_from_checkpoint`; nothing that is exported needs it, but an index of shards may.
-
-    Returns:
-        The folder.
-
-    Raises:
-        AdapterError: the file holds no adapters, or those of several backbones and none was named.
-    """
-    checkpoint = read_checkpoint(path, "cpu", trust)
-    backbones = checkpoint[META]["backbones"]
-    names = ", ".join(map(repr, backbones))
-    if backbone is None and len(backbones) > 1:
-        raise AdapterError(f"{path} holds adapters of several backbones, {names}: name one.")
-    name = next(iter(backbones)) if backbone is None else backbone
-    if name not in backbones:
-        raise AdapterError(f"{path} holds no adapters of {name!r}, but of {names}.")
-    described, state = backbones[name], checkpoint["state_dict"]
-    saved = {_join(name, key) for part in described["parts"] for key in part["keys"].values()}
-    if lost := sorted(saved - state.keys()):
-        raise AdapterError(f"{path} is damaged: it lacks {len(lost)} tensors of its adapters, the first is {lost[0]}.")
-    weights = [{key: state[_join(name, saved)] for key, saved in part["keys"].items()} for part in described["parts"]]
-    return write_described(described, weights, Path(folder), base=None)
-
-
-def outside_backbones(path: str | Path, trust: bool = False) -> list[str]:
-    """The names of a checkpoint's weights that belong to no adapter, such as a head's: no peft folder holds them."""
-    checkpoint = read_checkpoint(path, "cpu", trust)
-    adapter = {
-        _join(name, saved)
-        for name, described in checkpoint[META]["backbones"].items()
-        for part in described["parts"]
-        for saved in part["keys"].values()
-    }
-    return [key for key in checkpoint["state_dict"] if key not in adapter]
-
-
-def read_checkpoint(path: str | Path, map_location: Any = "cpu", trust: bool = False) -> dict[str, Any]:
-    """A checkpoint with adapters in it. Tensors and plain values are read, of anything else only its name (`unread`).
-
-    Args:
-        path: the checkpoint, a file or the folder that FSDP2 writes.
-        map_location: as in `torch.load`.
-        trust: unpickle it whole, which runs the code that it names.
-
-    Raises:
-        AdapterError: it is damaged, or holds no adapters, or not as this package writes them.
-    """
-    path = Path(path)
-    checkpoint = read_file(path / "meta.pt" if path.is_dir() else path, map_location, trust)
-    if path.is_dir() and isinstance(checkpoint, dict):
-        checkpoint["state_dict"] = _as_saved(read_shards(path, trust), checkpoint.get(META))
-    _check_adapters(checkpoint, str(path))
-    return checkpoint
-
-
-def check_readable(path: str | Path) -> None:
-    """Raise `AdapterError` in one sentence where a Trainer cannot read a checkpoint with adapters as it is."""
-    if strange := unread(read_checkpoint(path)):
-        (place, kind), more = next(iter(strange.items())), len(strange) - 1
-        raise AdapterError(
-            f"{path} holds {place}, a {kind}{f', and {more} more that are no plain values' if more else ''}: give the "
-            "Trainer's method weights_only=False, which runs code of the file, if you trust its author, or save the "
-            "module with plain hyperparameters."
-        )
-
-
-def _as_saved(shards: dict[str, Tensor], meta: Any) -> dict[str, Tensor]:
-    """What a folder of shards holds, under the names that a file would have."""
-    renamed = meta.get("renamed") if isinstance(meta, dict) else None
-    if not isinstance(renamed, dict):  # an earlier release did not note what it saved under names of the module
-        return {eager_key(flat_key(name)): value for name, value in shards.items()}
-    return {renamed.get(name, name): value for name, value in shards.items()}
-
-
-def _check_adapters(checkpoint: Any, source: str) -> None:
-    if not isinstance(checkpoint, dict) or META not in checkpoint:
-        raise AdapterError(f"{source} holds no adapters: it was not written with a lightning_peft callback.")
-    check_plain(checkpoint[META], Adapters, f"What {source} says of its adapters")
-    if strange := unread(checkpoint[META]):
-        raise AdapterError(
-            f"What {source} says of its adapters holds a {next(iter(strange.values()))}, no plain value."
-        )
-    for described in checkpoint[META]["backbones"].values():
-        for part in described["parts"]:
-            read_config(part["config"], f"What {source} says of adapter {part['name']!r}")
-    state = checkpoint.get("state_dict", {})  # which a strategy may have taken out of it
-    if not isinstance(state, dict):
-        raise AdapterError(f"{source} is damaged: its state_dict is no dict.")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise AdapterError(f"{source} is damaged: {str(key)[:80]!r} of its state_dict is no tensor.")
-
-
-def checkpoint_names(
-    module: nn.Module, stacks: Mapping[str, AdapterStack], state: Iterable[str] | None = None
-) -> dict[str, str]:
-    """What belongs in the checkpoint: the name it is saved under (as if adapters stood alone) -> its live name.
-
-    Args:
-        module: the LightningModule.
-        stacks: its adapters.
-        state: the names in its state; default those of all its parameters and persistent buffers.
-
-    Raises:
-        AdapterError: two of them would be saved under one name.
-    """
-    kept: dict[str, str] = {}
-    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    adapter = {
-        _join(name, live) for name, stack in stacks.items() for p in stack.parts for live in stack.keys(p).values()
-    }
-    for live in state_tensors(module) if state is None else state:
-        if live in adapter or live in trainable or not _is_inside(live, stacks):
-            saved = _saved_name(module, live)
-            if saved in kept:
-                raise AdapterError(
-                    f"{kept[saved]} and {live} would both be saved as {saved}, and one of them lost: rename one."
-                )
-            kept[saved] = live
-    return kept
-
-
-def _saved_name(root: nn.Module, live: str) -> str:
-    """The name of a tensor or module, as if its adapter stood alone on a model that is not compiled."""
-    return eager_key(standalone_name(root, live))
-
-
 def _with_saved_names(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """A checkpoint's state under saved names, of which `names` gives the live ones."""
     # a module with AdapterCheckpointMixin comes here twice, the second time with live names
@@ -479,12 +302,4 @@ def _whole_state(module: nn.Module) -> dict[str, Any]:
     """All that a strict load asks for."""
     parts = module.named_modules(remove_duplicate=False)
     extra = {name: part for name, part in parts if type(part).get_extra_state is not nn.Module.get_extra_state}
-    return state_tensors(module) | {_join(name, "_extra_state"): part.get_extra_state() for name, part in extra.items()}
-
-
-def _is_inside(key: str, backbones: Iterable[str]) -> bool:
-    return any(name == "" or key.startswith(f"{name}.") for name in backbones)
-
-
-def _join(backbone: str, key: str) -> str:
-    return f"{backbone}.{key}" if backbone else key
+    return state_tensors(module) | {join(name, "_extra_state"): part.get_extra_state() for name, part in extra.items()}

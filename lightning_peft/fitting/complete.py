@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_peft.fitting.checkpoints import checkpoint_names
+from lightning_peft.fitting.checkpoint_names import checkpoint_names
 from lightning_peft.stack.adapter_files.folder import AdapterError
 from lightning_peft.stack.stack import AdapterStack
 

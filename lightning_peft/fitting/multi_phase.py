@@ -14,8 +14,9 @@ from lightning_peft.fitting.adapter_callback import AdapterCallback
 from lightning_peft.moved.names import keep_old_names
 
 if TYPE_CHECKING:
+    from lightning_peft.stack.adapter import Adapter
     from lightning_peft.stack.configs import PeftConfig
-    from lightning_peft.stack.stack import Adapter, AdapterStack
+    from lightning_peft.stack.stack import AdapterStack
     from lightning_peft.tuners.weight_deltas.masks import Delta
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_peft.fitting.checkpoints import check_written, trained_inside
+from lightning_peft.fitting.checkpoint_files import check_written
+from lightning_peft.fitting.checkpoint_names import trained_inside
 from lightning_peft.replaced import replaced, replacements
 from lightning_peft.stack.adapter_files.folder import AdapterError
 

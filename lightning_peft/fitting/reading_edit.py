@@ -20,8 +20,9 @@ from lightning_peft.editing.facts.values import frozen
 from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
 from lightning_peft.fitting.find_backbone import find_backbone
+from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.computed import ComputedAdapter
-from lightning_peft.stack.stack import Adapter, AdapterStack, stack_of
+from lightning_peft.stack.stack import AdapterStack, stack_of
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig  # as in lora.py

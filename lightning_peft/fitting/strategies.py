@@ -16,7 +16,9 @@ from torch import nn
 
 from lightning_peft.backbone.quantization import is_quantized
 from lightning_peft.backbone.sharded import has_shards, is_sharded, write
-from lightning_peft.fitting.checkpoints import check_readable, checkpoint_names, restore_adapters, restore_sharded
+from lightning_peft.fitting.checkpoint_files import check_readable
+from lightning_peft.fitting.checkpoint_names import checkpoint_names
+from lightning_peft.fitting.checkpoints import restore_adapters, restore_sharded
 from lightning_peft.fitting.shards import INDEX, read_index
 from lightning_peft.stack.stack import AdapterStack, find_stacks
 

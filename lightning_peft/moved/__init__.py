@@ -108,7 +108,7 @@ MODULES: dict[str, str] = {
 }
 # "module.name" as in 0.1 -> as it is now; the module that has it now ends with `keep_old_names(__name__)`
 NAMES: dict[str, str] = {
-    "lightning_peft.tuners.stack.Part": "lightning_peft.stack.stack.Adapter",
+    "lightning_peft.tuners.stack.Part": "lightning_peft.stack.adapter.Adapter",
     "lightning_peft.tuners.ways.kinds.kind_of": "lightning_peft.stack.injection.registry.injection_for",
     "lightning_peft.callbacks.phases.Phased": "lightning_peft.fitting.multi_phase.MultiPhase",
     "lightning_peft.callbacks.phases.PhasedDeltas": "lightning_peft.fitting.multi_phase.MultiPhaseDeltas",

@@ -23,7 +23,8 @@ from lightning_peft.planning.trained_bytes import (
     first_line,
     optimizer_bytes,
 )
-from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks
+from lightning_peft.stack.adapter import Adapter
+from lightning_peft.stack.stack import AdapterStack, find_stacks
 
 
 @dataclass(frozen=True)

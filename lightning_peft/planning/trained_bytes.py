@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from lightning_peft.backbone.fingerprint import blank_samples
 from lightning_peft.backbone.modules import state_tensors
 from lightning_peft.fitting import optimizers
-from lightning_peft.fitting.checkpoints import META, keep_adapters
+from lightning_peft.fitting.checkpoint_names import META
+from lightning_peft.fitting.checkpoints import keep_adapters
 
 # what the Trainer adds to a checkpoint, in bytes: loops and versions; with optimizers also
 # the states of callbacks

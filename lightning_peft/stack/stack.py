@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
 from lightning_peft.backbone.fingerprint import fingerprint, mismatch, without
-from lightning_peft.backbone.fused import check_called, unfuse
-from lightning_peft.backbone.modules import base_modules, state_tensors, with_nested_keys
-from lightning_peft.backbone.nearest_names import nearest_names
+from lightning_peft.backbone.fused import unfuse
+from lightning_peft.backbone.modules import state_tensors, with_nested_keys
 from lightning_peft.backbone.peft_private import activate, adapters_in, adapters_on, whole_wrapper
 from lightning_peft.backbone.quantization import protect
 from lightning_peft.backbone.sharded import whole, write
@@ -30,13 +27,13 @@ from lightning_peft.backbone.shared import Own, undo
 from lightning_peft.backbone.task_heads import task_heads
 from lightning_peft.moved.names import keep_old_names
 from lightning_peft.replaced import Handle
+from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
-from lightning_peft.stack.adapter_files.names import check_folder_name
+from lightning_peft.stack.checks import check_name, check_strangers, check_targets
 from lightning_peft.stack.computed import ComputedAdapter
 from lightning_peft.stack.configs import check_numbers, config_to_json
 from lightning_peft.stack.injection.head_training import saved_heads
 from lightning_peft.stack.injection.initialisation import check_repeatable, check_undoable
-from lightning_peft.stack.injection.injection import Injection
 from lightning_peft.stack.injection.registry import injection_for
 from lightning_peft.stack.injection.rehearsal import (
     check_initialized,
@@ -52,35 +49,6 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_lightning_peft_stack"
 # stacks that somebody holds and that have no adapter, by the identity of the backbone, which they keep alive
 _EMPTY: WeakValueDictionary[int, AdapterStack] = WeakValueDictionary()
-
-
-@dataclass(eq=False)
-class Adapter:
-    """One adapter of a stack.
-
-    Args:
-        name: peft's adapter name.
-        config: the configuration it was made from, as given (peft fills in and changes its own copy).
-        injection: how it sits on the backbone.
-        computed: its weights are computed (an edit), not trained.
-        record: JSON-able notes on how an edit was computed.
-        scale: the dial: 1 as trained or computed, 0 off, negative reversed.
-        enabled: whether it acts at all.
-    """
-
-    name: str
-    config: PeftConfig
-    injection: Injection
-    computed: bool = False
-    record: dict[str, Any] = field(default_factory=dict)
-    scale: float = 1.0
-    enabled: bool = True
-    scaling: dict[nn.Module, float] = field(default_factory=dict)  # each layer's own, at strength 1
-
-    @property
-    def tuner(self) -> Any:
-        """peft's tuner object, holding `add_weighted_adapter` and the like; of a prompt, its `PeftModel`."""
-        return self.injection.tuner
 
 
 class AdapterStack:
@@ -129,9 +97,10 @@ class AdapterStack:
         check_repeatable(config)
         check_initialized(self.backbone)
         config = outside_parametrizations(config, self.backbone)
-        _check_strangers(self)
-        _check_name(name, self.backbone)
-        _check_targets(config, self.backbone)
+        ours = {part.name for stack in find_stacks(self.backbone).values() for part in stack.parts}
+        check_strangers(self.backbone, ours)
+        check_name(name, self.backbone)
+        check_targets(config, self.backbone)
         kind = injection_for(config)
         kind.check(self.backbone, config, name, [part.injection for part in self.parts], computed)
         self.unmerge()
@@ -525,46 +494,6 @@ def _in_merge_order(parts: list[Adapter]) -> list[Adapter]:
 def _set(flags: Mapping[nn.Parameter, bool]) -> None:
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
-
-
-def _check_strangers(stack: AdapterStack) -> None:
-    """An adapter put on by peft itself would be switched off, and left out of every checkpoint."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [m for m in stack.backbone.modules() if isinstance(m, BaseTunerLayer)]
-    ours = {part.name for other in find_stacks(stack.backbone).values() for part in other.parts}
-    found = {name for layer in layers for name in adapters_on(layer)} - ours
-    if found:
-        raise ValueError(
-            f"The backbone already carries an adapter of peft's own, {min(found)!r}: merge it (`merge_and_unload`), or "
-            "put it on by `load_adapter`."
-        )
-
-
-def _check_name(name: str, backbone: nn.Module) -> None:
-    """An adapter's name must be a folder's, and none that peft, which sorts tensors by it, would find elsewhere."""
-    check_folder_name(name, "An adapter's name")
-    if any(name in module.split(".") for module, _ in backbone.named_modules()):
-        raise ValueError(f"{name!r} is the name of a module of the backbone: give the adapter another name.")
-
-
-def _check_targets(config: PeftConfig, backbone: nn.Module) -> None:
-    """Every target named in a list must exist (peft is content if one of them does), and be called."""
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    config = copy.deepcopy(config)
-    convert_peft_config_for_transformers(config, backbone, None)  # names of older models, as peft will read them
-    targets = getattr(config, "target_modules", None)
-    modules = [name for name, _ in base_modules(backbone) if name]
-    if isinstance(targets, str):
-        check_called((name for name in modules if re.fullmatch(targets, name)), backbone)
-        return
-    for target in sorted(targets or ()):
-        found = [name for name in modules if name == target or name.endswith(f".{target}")]
-        if not found:
-            near = nearest_names(target, modules)
-            raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
-        check_called(found, backbone)
 
 
 keep_old_names(__name__)

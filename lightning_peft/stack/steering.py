@@ -12,10 +12,11 @@ from torch import nn
 
 from lightning_peft.backbone.modules import uncompiled
 from lightning_peft.positions import check_policy
+from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.adapter_files.folder import adapter_folders, read_folder
 from lightning_peft.stack.adapter_files.saving import load_adapter
 from lightning_peft.stack.injection.initialisation import check_undoable
-from lightning_peft.stack.stack import Adapter, AdapterStack, find_stacks, stack_of
+from lightning_peft.stack.stack import AdapterStack, find_stacks, stack_of
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import state_tensors
 from lightning_peft.fitting.alive import Reached
-from lightning_peft.fitting.checkpoints import read_checkpoint, restore_adapters
+from lightning_peft.fitting.checkpoint_files import read_checkpoint
+from lightning_peft.fitting.checkpoints import restore_adapters
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 from lightning_peft.stack.stack import adapters
 from lightning_peft.stack.steering import steering

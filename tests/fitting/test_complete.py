@@ -19,13 +19,9 @@ from tuning import QUIET, trainer
 from lightning_peft import adapters
 from lightning_peft.backbone.modules import flat_key
 from lightning_peft.callbacks import PEFT
-from lightning_peft.fitting.checkpoints import (
-    META,
-    export_checkpoint,
-    keep_adapters,
-    load_from_checkpoint,
-    restore_adapters,
-)
+from lightning_peft.fitting.checkpoint_files import export_checkpoint
+from lightning_peft.fitting.checkpoint_names import META
+from lightning_peft.fitting.checkpoints import keep_adapters, load_from_checkpoint, restore_adapters
 from lightning_peft.fitting.complete import check_complete
 from lightning_peft.stack.adapter_files.folder import AdapterError, read_folder
 from lightning_peft.stack.stack import find_stacks, stack_of

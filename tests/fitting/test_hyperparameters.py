@@ -22,7 +22,7 @@ from tuning import QUIET, Net, one_sentence, points, trainer
 
 from lightning_peft import export_checkpoint, load_adapter, load_from_checkpoint
 from lightning_peft.callbacks import LoRA
-from lightning_peft.fitting.checkpoints import outside_backbones
+from lightning_peft.fitting.checkpoint_files import outside_backbones
 from lightning_peft.stack.adapter_files.folder import AdapterError
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in (*QUIET, "ignore:Attribute 'backbone'")]

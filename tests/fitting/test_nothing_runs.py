@@ -23,7 +23,7 @@ from tuning import QUIET, Classifier, classifier, fit, one_sentence, points, sam
 from lightning_peft import export_checkpoint, load_adapter, load_from_checkpoint
 from lightning_peft.callbacks import LoRA
 from lightning_peft.cli import main
-from lightning_peft.fitting.checkpoints import outside_backbones, read_checkpoint
+from lightning_peft.fitting.checkpoint_files import outside_backbones, read_checkpoint
 from lightning_peft.fitting.shards import INDEX, read_index
 from lightning_peft.stack.adapter_files.folder import AdapterError
 

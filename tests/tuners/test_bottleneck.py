@@ -240,9 +240,9 @@ def test_nothing_is_kept_of_a_call_and_a_copy_notes_for_itself() -> None:
     part = shaken(Part(), BottleneckConfig(**PARALLEL))
     part.first(X.requires_grad_())
     other = copy.deepcopy(part)
-    assert part.last._noted and not other.last._noted
+    assert part.last._noted.get() and not other.last._noted.get()
     expected = part(X)
-    assert not part.last._noted
+    assert not part.last._noted.get()
     assert torch.equal(other(X), expected)
     with torch.no_grad():
         other.last.bottleneck["a"].down.weight.zero_()

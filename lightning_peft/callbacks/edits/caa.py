@@ -11,7 +11,7 @@ from lightning_peft.editing.contrast import caa_vectors
 from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import StatementLayers
 from lightning_peft.fitting.reading_edit import Tokenizer, edit
-from lightning_peft.stack.stack import Adapter
+from lightning_peft.stack.adapter import Adapter
 
 
 class CAA(StatementLayers):

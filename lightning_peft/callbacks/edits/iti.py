@@ -16,9 +16,10 @@ from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.reading_edit import ReadingEdit, Tokenizer, edit
 from lightning_peft.moved import warn_moved
 from lightning_peft.positions import check_policy
+from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.computed import ComputedAdapter
 from lightning_peft.stack.gates import check_gate
-from lightning_peft.stack.stack import Adapter, AdapterStack
+from lightning_peft.stack.stack import AdapterStack
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig  # as in lora.py

@@ -16,8 +16,9 @@ from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
+    from lightning_peft.stack.adapter import Adapter
     from lightning_peft.stack.configs import PeftConfig
-    from lightning_peft.stack.stack import Adapter, AdapterStack
+    from lightning_peft.stack.stack import AdapterStack
 
 _GAIN, _DIRECTION = ".head_offsets", ".head_offsets_directions"
 

@@ -16,7 +16,7 @@ from lightning_peft.callbacks.tuning.lora import LoRA
 from lightning_peft.fitting.adapter_callback import AdapterOptions
 from lightning_peft.fitting.law_example import LawExample
 from lightning_peft.fitting.paging import PAGED, PagedOptimizer, page_optimizers
-from lightning_peft.stack.stack import Adapter
+from lightning_peft.stack.adapter import Adapter
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous

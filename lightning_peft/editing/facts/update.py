@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import base_modules
 from lightning_peft.editing.facts.values import hooked
+from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.computed import ComputedAdapter, saved_key
-from lightning_peft.stack.stack import Adapter, AdapterStack, stack_of
+from lightning_peft.stack.stack import AdapterStack, stack_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig

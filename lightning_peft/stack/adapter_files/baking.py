@@ -15,13 +15,14 @@ from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.backbone.modules import base_modules
 from lightning_peft.backbone.quantization import is_quantized
 from lightning_peft.files.atomic import new_folder
+from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.adapter_files.bases import check_new, save_tokenizer
 from lightning_peft.stack.adapter_files.bias_flags import Flag, find_flags, turned_on
 from lightning_peft.stack.adapter_files.divergence import Divergence, divergence
 from lightning_peft.stack.adapter_files.example_inputs import find_probe, outputs
 from lightning_peft.stack.adapter_files.verifying import HALF, Reference, Verification, digest, reference
 from lightning_peft.stack.adapter_files.verifying import verify as verify_folder
-from lightning_peft.stack.stack import Adapter, find_stacks, stack_of
+from lightning_peft.stack.stack import find_stacks, stack_of
 from lightning_peft.stack.steering import reposition, steering
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_peft.backbone.find_backbone import find_backbone, is_lightning_module
+from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.adapter_files.folder import CONFIG, AdapterError, adapter_folders, read_folder, write_folders
 from lightning_peft.stack.configs import config_from_json, with_scale
 from lightning_peft.stack.injection.head_training import saved_heads
 from lightning_peft.stack.injection.registry import injection_for
-from lightning_peft.stack.stack import Adapter, AdapterStack, adapters, find_stacks, stack_of
+from lightning_peft.stack.stack import AdapterStack, adapters, find_stacks, stack_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig

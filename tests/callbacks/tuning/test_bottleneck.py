@@ -267,7 +267,7 @@ def test_a_backbone_without_such_parts_is_one_sentence(method: Any, model: Any, 
 def test_the_adapter_stays_on_after_fit() -> None:
     module = Language("gpt2")
     fit(module, ParallelAdapter(size=4))
-    assert adapters(module)["parallel"].enabled and not module.model.transformer.h[0].mlp.c_proj._noted
+    assert adapters(module)["parallel"].enabled and not module.model.transformer.h[0].mlp.c_proj._noted.get()
 
 
 def test_no_product_is_one_sentence() -> None:

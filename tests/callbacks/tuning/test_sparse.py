@@ -13,7 +13,7 @@ from tuning import QUIET, Classifier, Language, fit, one_sentence, points, pytho
 
 from lightning_peft import adapters, load_adapter, save_adapter
 from lightning_peft.callbacks import LTSFT, FullFineTuning
-from lightning_peft.fitting.checkpoints import export_checkpoint
+from lightning_peft.fitting.checkpoint_files import export_checkpoint
 from lightning_peft.tuners.weight_deltas.masks import Delta, deltas
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]

@@ -1,0 +1,62 @@
+"""What must hold of a backbone and a configuration before an adapter is put on."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lightning_peft.backbone.fused import check_called
+from lightning_peft.backbone.modules import base_modules
+from lightning_peft.backbone.nearest_names import nearest_names
+from lightning_peft.backbone.peft_private import adapters_on
+from lightning_peft.stack.adapter_files.names import check_folder_name
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def check_strangers(backbone: nn.Module, ours: Collection[str]) -> None:
+    """Raise `ValueError` where peft itself put an adapter on: it would be switched off, and left out of checkpoints.
+
+    Args:
+        backbone: the model.
+        ours: the names of the adapters of its stacks.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer)]
+    if strangers := {name for layer in layers for name in adapters_on(layer)} - set(ours):
+        raise ValueError(
+            f"The backbone already carries an adapter of peft's own, {min(strangers)!r}: merge it (`merge_and_unload`), "
+            "or put it on by `load_adapter`."
+        )
+
+
+def check_name(name: str, backbone: nn.Module) -> None:
+    """An adapter's name must be a folder's, and none that peft, which sorts tensors by it, would find elsewhere."""
+    check_folder_name(name, "An adapter's name")
+    if any(name in module.split(".") for module, _ in backbone.named_modules()):
+        raise ValueError(f"{name!r} is the name of a module of the backbone: give the adapter another name.")
+
+
+def check_targets(config: PeftConfig, backbone: nn.Module) -> None:
+    """Every target named in a list must exist (peft is content if one of them does), and be called."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, backbone, None)  # names of older models, as peft will read them
+    targets = getattr(config, "target_modules", None)
+    modules = [name for name, _ in base_modules(backbone) if name]
+    if isinstance(targets, str):
+        check_called((name for name in modules if re.fullmatch(targets, name)), backbone)
+        return
+    for target in sorted(targets or ()):
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not found:
+            near = nearest_names(target, modules)
+            raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
+        check_called(found, backbone)
