@@ -24,6 +24,7 @@ from lightning_peft.fitting.find_backbone import building_hooks, find_backbone, 
 from lightning_peft.fitting.finite import FiniteLoss, check_finite_tensors, finite_arguments
 from lightning_peft.fitting.frozen import check_frozen
 from lightning_peft.fitting.law_example import LawExample
+from lightning_peft.fitting.lightning_private import starts_processes, state_key
 from lightning_peft.fitting.precision import check_precise, forget_precise, keep_precise
 from lightning_peft.fitting.report import print_table, summary
 from lightning_peft.fitting.same_hook import same_as
@@ -137,7 +138,7 @@ class AdapterCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
+        return state_key(self, self.name)
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         """The configuration for this backbone. It is built here, so that importing a method is cheap."""
@@ -402,9 +403,7 @@ class AdapterCallback(Callback):
             )
 
     def _check_launcher(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not _has_adapters(module, self.names):
+        if starts_processes(trainer.strategy.launcher) and not _has_adapters(module, self.names):
             raise ValueError(
                 "This strategy starts its processes from a copy of the module and would lose the adapter afterwards: "
                 f'use strategy="ddp", or call {type(self).__name__}.apply(module) before fit.'

@@ -10,8 +10,9 @@ import lightning as L
 from lightning_peft.backbone.quantization import protect
 from lightning_peft.fitting.checkpoints import fill_in, keep_adapters, restore_adapters
 from lightning_peft.fitting.finite import check_finite_tensors
+from lightning_peft.fitting.lightning_private import load_loosely
 from lightning_peft.fitting.strategies import restore_loaded
-from lightning_peft.replaced import Handle, replaced, replaced_attribute, replacements
+from lightning_peft.replaced import Handle, replaced, replacements
 from lightning_peft.stack.stack import AdapterStack, find_stacks
 
 _SAVE = "on_save_checkpoint"
@@ -43,7 +44,7 @@ class CheckpointHooks(Handle):
     def __init__(self, module: L.LightningModule) -> None:
         self.module, self.finite = module, True
         self._handles: list[Handle] = [
-            replaced_attribute(module, "_strict_loading", False),
+            load_loosely(module),
             replaced(module, _SAVE, self.save),
             replaced(module, "on_load_checkpoint", self.load),
         ]

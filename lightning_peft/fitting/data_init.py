@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_peft.fitting.lightning_private import load_training_data
 from lightning_peft.replaced import replaced
 from lightning_peft.stack.injection.eva import Inputs
 
@@ -36,7 +37,7 @@ def look(trainer: L.Trainer, module: L.LightningModule, inputs: Inputs, batches:
             f"{type(module).__name__} optimizes by hand in its training_step, which cannot be run to look at data: use "
             "another init."
         )
-    trainer.fit_loop.setup_data()
+    load_training_data(trainer)
     count = 0
     with torch.random.fork_rng(), torch.no_grad(), _silent(module), trainer.precision_plugin.train_step_context():
         for count, batch in enumerate(trainer.train_dataloader or (), start=1):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lightning_peft.fitting.adapter_callback import AdapterCallback, EditOptions
+from lightning_peft.fitting.lightning_private import count_step, is_last_batch
 from lightning_peft.replaced import Handle, replaced
 from lightning_peft.stack.stack import AdapterStack
 
@@ -83,20 +84,13 @@ class Edit(AdapterCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not self._done and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if not self._done and is_last_batch(trainer):
             assert self.stack is not None
             self.compute(self.stack, trainer)
             self.end()
             self.stack.enable(True, self.name)
             self._done = True
-            loop = trainer.fit_loop.epoch_loop
-            # one step, whether the module is asked while taken over (manual optimization) or afterwards
-            for steps in (
-                loop.manual_optimization.optim_step_progress,
-                loop.automatic_optimization.optim_progress.optimizer.step,
-            ):
-                steps.increment_ready()
-                steps.increment_completed()
+            count_step(trainer)  # whether the module is asked while taken over (manual optimization) or afterwards
             trainer.should_stop = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

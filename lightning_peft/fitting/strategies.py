@@ -19,6 +19,7 @@ from lightning_peft.backbone.sharded import has_shards, is_sharded, write
 from lightning_peft.fitting.checkpoint_files import check_readable
 from lightning_peft.fitting.checkpoint_names import checkpoint_names
 from lightning_peft.fitting.checkpoints import restore_adapters, restore_sharded
+from lightning_peft.fitting.lightning_private import saves_shards
 from lightning_peft.fitting.shards import INDEX, read_index
 from lightning_peft.stack.stack import AdapterStack, find_stacks
 
@@ -75,7 +76,7 @@ def release(module: nn.Module) -> None:
 
 def check_fsdp(trainer: L.Trainer, strategy: FSDPStrategy, module: nn.Module) -> None:
     """Raise `ValueError` where the first FSDP would fail later, and obscurely."""
-    if strategy._state_dict_type == "sharded":
+    if saves_shards(strategy):
         raise ValueError(
             "FSDP's sharded checkpoints can only be loaded with every weight of the backbone in them: use "
             'FSDPStrategy(state_dict_type="full"), or ModelParallelStrategy.'

@@ -31,8 +31,8 @@ def check_strangers(backbone: nn.Module, ours: Collection[str]) -> None:
     layers = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer)]
     if strangers := {name for layer in layers for name in adapters_on(layer)} - set(ours):
         raise ValueError(
-            f"The backbone already carries an adapter of peft's own, {min(strangers)!r}: merge it (`merge_and_unload`), "
-            "or put it on by `load_adapter`."
+            f"The backbone already carries an adapter of peft's own, {min(strangers)!r}: merge it "
+            "(`merge_and_unload`), or put it on by `load_adapter`."
         )
 
 
