@@ -8,7 +8,7 @@ from tuning import ROOT
 
 USE = re.compile(
     r"\.fit_loop\b|\.epoch_loop\b|_progress\b\.|\._generate_state_key|_strict_loading|_MultiProcessingLauncher"
-    r"|strategy\._|trainer\._|\._\w+_connector|from lightning\S* import _"
+    r"|strategy\._|trainer\._|\._\w+_connector|from lightning\.\S* import _"
 )
 
 
