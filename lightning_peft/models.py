@@ -34,7 +34,7 @@ Batch = dict[str, Tensor]
 
 
 class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
-    """What the three modules share: a pretrained backbone, a tokenizer, AdamW."""
+    """The base of the three modules: a pretrained backbone, a tokenizer, AdamW."""
 
     backbone: PreTrainedModel
 
@@ -76,7 +76,7 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
 
 
 class _LanguageModel(_Pretrained, ABC):
-    """What the two language models share: they are trained on answers, and evaluated on choices and text too."""
+    """The base of the two language models: they are trained on answers, and evaluated on choices and text too."""
 
     def __init__(self, pretrained: str, auto: str, learning_rate: float, weight_decay: float, dtype: str) -> None:
         super().__init__(pretrained, auto, learning_rate, weight_decay, dtype)
@@ -91,7 +91,7 @@ class _LanguageModel(_Pretrained, ABC):
         self._begin()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """As `test_step`."""
+        """Evaluate a batch as `test_step` does."""
         return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -102,7 +102,7 @@ class _LanguageModel(_Pretrained, ABC):
         self._begin()
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Of choices their scores, `[B]`, in nats; of text its effects, `[B, 4]`; of other batches nothing."""
+        """Return the scores of choices, `[B]`, in nats; the effects of text, `[B, 4]`; of other batches nothing."""
         return self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
@@ -128,12 +128,12 @@ class _LanguageModel(_Pretrained, ABC):
         return found
 
     def _scorer(self) -> Callable[[Batch], Tensor]:
-        """What scores choices."""
+        """Return the function that scores choices."""
         return by_logprob(self.backbone)
 
     @abstractmethod
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """Mean cross-entropy over answer tokens, and their number."""
+        """Return the mean cross-entropy over answer tokens, and their number."""
 
 
 class CausalLM(_LanguageModel):
@@ -166,7 +166,7 @@ class CausalLM(_LanguageModel):
         self._generator: AnswerGenerator | None = None
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits `[B, T, vocabulary]`."""
+        """Return logits `[B, T, vocabulary]`."""
         with self._answers(batch):
             return self.backbone(**self._inputs(batch)).logits
 
@@ -174,7 +174,7 @@ class CausalLM(_LanguageModel):
         self._generator = AnswerGenerator(self.backbone, self.tokenizer)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer] | Tensor:
-        """Greedy answers to a batch of prompts of `TruthfulQADataModule`; to any other batch, logits."""
+        """Write greedy answers to a batch of prompts of `TruthfulQADataModule`; of any other batch return logits."""
         if "ending" not in batch:
             return self(batch)
         assert self._generator is not None
@@ -187,8 +187,10 @@ class CausalLM(_LanguageModel):
         return self.scoring(self)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """Mean cross-entropy over answer tokens, and their number. Only the columns that hold any are put through
-        the language-model head, which is a fifth of a small model."""
+        """Return the mean cross-entropy over answer tokens, and their number.
+
+        Only columns that hold any go through the language-model head, which is a fifth of a small model.
+        """
         targets = batch["labels"][:, 1:]
         columns = (targets != -100).any(0).nonzero().flatten()
         with self._answers(batch):
@@ -205,7 +207,7 @@ class CausalLM(_LanguageModel):
 
 
 def _by_logprob(module: CausalLM) -> Callable[[Batch], Tensor]:
-    """Exact log-probabilities of answers behind their prompts."""
+    """Score answers by their exact log-probabilities behind their prompts."""
     return by_logprob(module.backbone)
 
 
@@ -237,7 +239,7 @@ class SequenceClassifier(_Pretrained):
         self.test_accuracy = MulticlassAccuracy(num_labels, average="micro")
 
     def forward(self, batch: Batch) -> Tensor:
-        """Class logits `[B, num_labels]`."""
+        """Return class logits `[B, num_labels]`."""
         hidden = self.backbone(**self._inputs(batch)).last_hidden_state
         mask = batch.get("attention_mask")
         mask = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden.dtype)
@@ -261,7 +263,7 @@ class SequenceClassifier(_Pretrained):
         self.log("test_accuracy", self.test_accuracy, batch_size=len(batch["labels"]))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The likeliest class of each row, `[B]`."""
+        """Return the likeliest class of each row, `[B]`."""
         return self(batch).argmax(-1)
 
 
@@ -285,11 +287,11 @@ class Seq2SeqLM(_LanguageModel):
         self.save_hyperparameters()
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits `[B, U, vocabulary]`."""
+        """Return logits `[B, U, vocabulary]`."""
         return self.backbone(**self._inputs(batch), labels=batch["labels"]).logits
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Generated token ids, `[B, U]`."""
+        """Generate token ids, `[B, U]`."""
         attention_mask = batch.get("attention_mask")
         backbone: Any = self.backbone
         return backbone.generate(input_ids=batch["input_ids"], attention_mask=attention_mask)

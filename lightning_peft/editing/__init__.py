@@ -1,4 +1,4 @@
-"""What computes an adapter without gradient descent: sites, capture, probes, directions, edits."""
+"""Compute an adapter without gradient descent: sites, capture, probes, directions, edits."""
 
 import lazy_loader
 

@@ -127,7 +127,7 @@ def merge(
 
 
 def _thinned(vector: Mapping[str, Tensor], method: Method, density: float) -> dict[str, Tensor]:
-    """A task vector of which TIES keeps the largest entries, or DARE some, divided by how many."""
+    """Keep the largest entries of a task vector (TIES), or some at random, divided by their share (DARE)."""
     from peft.utils.merge_utils import magnitude_based_pruning, random_pruning
 
     flat = torch.cat([value.flatten() for value in vector.values()])
@@ -137,7 +137,7 @@ def _thinned(vector: Mapping[str, Tensor], method: Method, density: float) -> di
 
 
 def _cut(products: Mapping[str, Tensor], like: Mapping[str, Factors], rank: int) -> tuple[dict[str, Factors], float]:
-    """Factors of a rank for every product, and the share of the squared norm that they have."""
+    """Return factors of a rank for every product, and the share of the squared norm that they have."""
     parts = {key: factorised(product, like[key], rank) for key, product in products.items()}
     whole, kept = sum(part[1] for part in parts.values()), sum(part[2] for part in parts.values())
     return {key: part[0] for key, part in parts.items()}, kept / whole if whole else 1.0

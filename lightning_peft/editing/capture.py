@@ -114,7 +114,7 @@ class Capture:
 
     @torch.no_grad()
     def run(self, forward: Any, index: Tensor | None = None) -> Tensor:
-        """What `forward()` shows at the sites.
+        """Call `forward()` and return the values at the sites.
 
         Args:
             forward: calls the backbone, or a part of it.

@@ -18,7 +18,7 @@ from lightning_peft.tokens import Tokens
 
 @dataclass(frozen=True)
 class Captured:
-    """What was read.
+    """Values read at sites, and the texts and tokens they belong to.
 
     Args:
         values: `[M, layers, heads, head_dim]` or `[M, layers, width]`.
@@ -34,7 +34,7 @@ class Captured:
 def capture_tokens(
     backbone: nn.Module, sites: Sequence[Site], sequences: Sequence[Sequence[int]], batch_size: int = 32
 ) -> Tensor:
-    """Head outputs at the last token of each sequence: `capture_texts` with its defaults.
+    """Read head outputs at the last token of each sequence: `capture_texts` with its defaults.
 
     Returns:
         `[N, layers, heads, head_dim]`, float32, in the order of `sequences`.
@@ -125,7 +125,7 @@ def capture_texts(
 def _wanted(
     sequences: Sequence[Sequence[int]], positions: str, prompt_lengths: Sequence[int] | None
 ) -> list[list[int]]:
-    """For each text the numbers of the tokens to read."""
+    """Return the numbers of the tokens to read in each text."""
     chosen = Tokens.parse(positions)
     if any(len(tokens) == 0 for tokens in sequences):
         raise ValueError("A text without tokens has no last token to read.")

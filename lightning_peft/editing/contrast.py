@@ -30,7 +30,7 @@ class LayerEdit:
 
 
 def caa_vectors(activations: Tensor, truth: Tensor, question_id: Tensor) -> Tensor:
-    """The mean difference within contrast pairs, `[S, width]` (CAA, Rimsky et al. 2023, arXiv:2312.06681).
+    """Return the mean difference within contrast pairs, `[S, width]` (CAA; Rimsky et al. 2023, arXiv:2312.06681).
 
     Each question's pairs are all of its true statements with all of its false ones, and each question counts the same:
     the mean over questions of the true statements' mean minus the false ones'.
@@ -63,7 +63,7 @@ def caa_vectors(activations: Tensor, truth: Tensor, question_id: Tensor) -> Tens
 
 
 def repe_vectors(activations: Tensor, truth: Tensor, question_id: Tensor, seed: int = 0) -> Tensor:
-    """The first principal component of pair differences, `[S, width]` (RepE, Zou et al. 2023, arXiv:2310.01405).
+    """Return the first principal component of pair differences, `[S, width]` (RepE, Zou et al. 2023, arXiv:2310.01405).
 
     It points to the true statements and is as long as the activations' standard deviation along it.
 
@@ -79,7 +79,7 @@ def repe_vectors(activations: Tensor, truth: Tensor, question_id: Tensor, seed: 
 
 
 def act_add_vectors(add: Tensor, subtract: Tensor) -> Tensor:
-    """The difference of two prompts, `[S, tokens, width]` (ActAdd, Turner et al. 2023, arXiv:2308.10248).
+    """Return the difference of two prompts, `[S, tokens, width]` (ActAdd, Turner et al. 2023, arXiv:2308.10248).
 
     Args:
         add: `[tokens, S, width]`, activations at every token of the prompt to lead to.
@@ -91,7 +91,7 @@ def act_add_vectors(add: Tensor, subtract: Tensor) -> Tensor:
 
 
 def ablation_direction(activations: Tensor, truth: Tensor) -> Tensor:
-    """The difference in means, unit length, `[S, width]` (Arditi et al. 2024, arXiv:2406.11717).
+    """Return the difference in means, unit length, `[S, width]` (Arditi et al. 2024, arXiv:2406.11717).
 
     Args:
         activations: `[N, S, width]`.
@@ -101,7 +101,7 @@ def ablation_direction(activations: Tensor, truth: Tensor) -> Tensor:
 
 
 def site_probes(activations: Tensor, truth: Tensor, C: float = 1.0) -> Tensor:
-    """Logistic probes for gates, one for each site, `[S, width + 1]`; they fire at what is untrue.
+    """Fit logistic probes for gates, one for each site, `[S, width + 1]`; they fire at what is untrue.
 
     Args:
         activations, truth: as `caa_vectors`.
@@ -121,7 +121,7 @@ def check_statements(activations: Tensor, truth: Tensor) -> None:
 
 
 def data_hash(*tensors: Tensor) -> str:
-    """SHA-256 of what an edit was computed from."""
+    """Return the SHA-256 of the tensors that an edit was computed from."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.contiguous().cpu().numpy().tobytes())

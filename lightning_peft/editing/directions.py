@@ -11,7 +11,7 @@ DIRECTIONS = ("mass_mean", "probe_weight", "ccs", "pca", "random")  # those that
 
 
 def mass_mean(x: Tensor, y: Tensor) -> Tensor:
-    """Mean of the true examples minus mean of the false ones, unit length: `[G, d]` from `x [N, G, d]`, `y [N]`.
+    """Return the true examples' mean minus the false ones', unit length: `[G, d]` from `x [N, G, d]`, `y [N]`.
 
     Li et al. 2023 (arXiv:2306.03341), "mass mean shift".
     """
@@ -19,7 +19,7 @@ def mass_mean(x: Tensor, y: Tensor) -> Tensor:
 
 
 def probe_weight(probes: LinearProbes) -> Tensor:
-    """The normals of fitted probes' planes, `[G, d]`, unit length, in the space of the raw features.
+    """Return the unit normals of fitted probes' planes, `[G, d]`, in the space of the raw features.
 
     Whatever linear probes are given: logistic ones for Li et al.'s "probe weight", `CCSProbes` for their "CCS".
     """
@@ -27,7 +27,7 @@ def probe_weight(probes: LinearProbes) -> Tensor:
 
 
 def principal(x: Tensor, y: Tensor, pairs: Tensor | None = None) -> Tensor:
-    """The direction of greatest variance, turned towards the true examples: `[G, d]`, unit length.
+    """Return the direction of greatest variance, turned towards the true examples: `[G, d]`, unit length.
 
     With pairs this is representation engineering's reading vector (Zou et al. 2023, arXiv:2310.01405): the first
     principal component of the differences within pairs, about 0, so that the order within a pair does not matter.
@@ -44,7 +44,7 @@ def principal(x: Tensor, y: Tensor, pairs: Tensor | None = None) -> Tensor:
 
 
 def contrast_pairs(truth: Tensor, question_id: Tensor, seed: int = 0) -> Tensor:
-    """One true and one false statement of each question, drawn with the seed: what CCS and reading vectors compare.
+    """Draw one true and one false statement of each question: the pairs that CCS and reading vectors compare.
 
     Which of the two comes first is drawn too: a side that is always the true one would tell CCS the truth, and
     centring the sides would take it away again.
@@ -72,15 +72,15 @@ def contrast_pairs(truth: Tensor, question_id: Tensor, seed: int = 0) -> Tensor:
 
 
 def random_directions(groups: int, width: int, seed: int) -> Tensor:
-    """Uniform random unit directions `[groups, width]`: the control that any effect must beat."""
+    """Draw uniform random unit directions `[groups, width]`: the control that any effect must beat."""
     return unit(torch.randn(groups, width, generator=torch.Generator().manual_seed(seed)))
 
 
 def projection_std(x: Tensor, directions: Tensor) -> Tensor:
-    """Standard deviation (ddof 0) of `x [N, G, d]` along unit `directions [G, d]`: `[G]`."""
+    """Return the standard deviation (ddof 0) of `x [N, G, d]` along unit `directions [G, d]`: `[G]`."""
     return torch.einsum("ngd,gd->ng", x, directions).std(0, unbiased=False)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors scaled to length 1 along the last axis; a zero vector stays zero."""
+    """Scale vectors to length 1 along the last axis; a zero vector stays zero."""
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)

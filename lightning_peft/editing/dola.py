@@ -126,7 +126,7 @@ def contrast(
     normalise: bool = False,
     reference: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The last layer's log-probabilities less those of the candidate that is farthest from them, token by token.
+    """Subtract the farthest candidate's log-probabilities from the last layer's, token by token.
 
     Args:
         final: logits of the last layer, `[..., V]`.
@@ -162,7 +162,7 @@ def contrast(
 
 
 def jensen_shannon(p: Tensor, q: Tensor, reverse: bool = False) -> Tensor:
-    """Jensen-Shannon divergence in nats, `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`.
+    """Return the Jensen-Shannon divergence in nats, `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`.
 
     Args:
         p, q: log-probabilities, `[..., V]`.
@@ -183,7 +183,7 @@ def jensen_shannon(p: Tensor, q: Tensor, reverse: bool = False) -> Tensor:
 
 
 def candidate_layers(layers: Layers, depth: int, tied: bool = False) -> tuple[int, ...]:
-    """The numbers of the layers that `layers` means in a model of `depth` blocks; see `DoLa`.
+    """Return the numbers of the layers that `layers` means in a model of `depth` blocks; see `DoLa`.
 
     Example:
         >>> candidate_layers("low", 12, tied=True), candidate_layers("high", 12), candidate_layers(3, 12)

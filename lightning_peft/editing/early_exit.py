@@ -1,4 +1,4 @@
-"""What lies between a language model's blocks and its logits, found by watching it run."""
+"""The modules between a language model's blocks and its logits, found by watching it run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EarlyExit:
     tied: bool
 
     def state(self, stream: Tensor) -> Tensor:
-        """What the head would get, were a block's output `[..., width]` the last one's."""
+        """Return the head's input if a block's output `[..., width]` were the last one's."""
         for module in self.tail:
             stream = module(stream)
         return stream
@@ -109,12 +109,12 @@ def find_early_exit(backbone: nn.Module) -> EarlyExit:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """A block's output, which may stand first in a tuple."""
+    """Return a block's output, which may stand first in a tuple."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def _beside(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
-    """The outermost modules that neither hold blocks nor are in one."""
+    """Return the outermost modules that neither hold blocks nor are in one."""
     inside = {inner for module in modules for inner in module.modules()}
     above = [m for m in model.modules() if m not in inside and modules[0] in set(m.modules())]
     return [child for m in above for child in m.children() if child not in above and child not in inside]

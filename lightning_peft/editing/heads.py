@@ -20,7 +20,7 @@ def head_offsets_config(
     positions: str = "answer",
     **options: Any,
 ) -> HeadOffsetsConfig:
-    """The configuration of a head-offsets adapter on these sites.
+    """Return the configuration of a head-offsets adapter on these sites.
 
     Args:
         sites: from `head_sites`.

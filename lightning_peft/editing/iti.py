@@ -56,7 +56,7 @@ class HeadEdit:
     probe: Tensor | None = None
 
     def config(self, sites: Sequence[HeadSite], alpha: float, positions: str, **gate: Any) -> Any:
-        """The `HeadOffsetsConfig` of this edit."""
+        """Return the `HeadOffsetsConfig` of this edit."""
         return head_offsets_config(sites, self.heads, alpha=alpha, positions=positions, **gate)
 
     def adapter(self, sites: Sequence[HeadSite], alpha: float, positions: str, **gate: Any) -> ComputedAdapter:
@@ -76,12 +76,12 @@ class HeadEdit:
         return ComputedAdapter(config, tensors, self.record)
 
     def offsets(self, sites: Sequence[HeadSite]) -> dict[str, Tensor]:
-        """For each edited site, `strength * sigma * direction` of its heads in ascending order, `[k, head_dim]`."""
+        """Return each edited site's `strength * sigma * direction` of its heads in ascending order, `[k, head_dim]`."""
         length = self.sigma if self.strength is None else self.strength * self.sigma
         return self._by_site(sites, length[:, None] * self.directions)
 
     def probes(self, sites: Sequence[HeadSite]) -> dict[str, Tensor]:
-        """For each edited site, the probes of its heads in ascending order, `[k, head_dim + 1]`."""
+        """Return each edited site's probes of its heads in ascending order, `[k, head_dim + 1]`."""
         assert self.probe is not None
         return self._by_site(sites, self.probe)
 
@@ -194,7 +194,7 @@ def check_names(direction: str, strength: str) -> None:
 
 
 def split_questions(question_id: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row indices of an inner training and validation split that keeps each question whole."""
+    """Return the rows of an inner training and validation split that keeps each question whole."""
     from sklearn.model_selection import GroupShuffleSplit
 
     if len(question_id.unique()) < 2:
@@ -205,7 +205,7 @@ def split_questions(question_id: Tensor, val_fraction: float, seed: int) -> tupl
 
 
 def reference_split(question_id: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """`split_questions` as the authors' code draws it: a random choice among the questions in the release's order."""
+    """Split as `split_questions`, but drawn as in the authors' code: among the questions in the release's order."""
     import numpy as np
 
     questions = question_id.unique().numpy()  # in ascending order
@@ -216,7 +216,7 @@ def reference_split(question_id: Tensor, val_fraction: float, seed: int) -> tupl
 
 
 def _shares(accuracy: Tensor) -> Tensor:
-    """Accuracy above chance, `[K]`, in proportion and of mean 1; a head below chance gets none."""
+    """Return shares in proportion to accuracy above chance, `[K]`, of mean 1; a head below chance gets none."""
     above = (accuracy - 0.5).clamp(min=0)
     if not above.any():
         raise ValueError('No head is better than chance on the held-out questions: use strength="equal".')
@@ -224,7 +224,7 @@ def _shares(accuracy: Tensor) -> Tensor:
 
 
 def _directions(name: str, z: Tensor, truth: Tensor, question_id: Tensor, coef: Tensor, seed: int) -> Tensor:
-    """The named directions of the chosen heads, `[K, head_dim]`; for `"random"` the mass mean, whose sigma it takes."""
+    """Return the chosen heads' directions, `[K, head_dim]`; for `"random"` the mass mean, whose sigma it takes."""
     if name == "probe_weight":
         return unit(coef.float())
     if name not in ("ccs", "pca"):

@@ -16,7 +16,7 @@ __all__ = ["LayerSite", "layer_offsets_config", "layer_sites", "stream_writers"]
 def layer_offsets_config(
     sites: Sequence[LayerSite], alpha: float = 1.0, positions: str = "answer", **options: Any
 ) -> LayerOffsetsConfig:
-    """The configuration of a layer-offsets adapter on these sites.
+    """Return the configuration of a layer-offsets adapter on these sites.
 
     Args:
         sites: from `layer_sites`.

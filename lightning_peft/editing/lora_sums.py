@@ -24,7 +24,7 @@ _HARMLESS |= {"task_type", "runtime_config", "eva_config", "corda_config", "loft
 
 @dataclass(frozen=True)
 class Factors:
-    """What LoRA adds to one matrix: `B A`, the scaling in B.
+    """The factors of the product `B A` that LoRA adds to one matrix, the scaling in B.
 
     Args:
         A: `[r, inputs]`; of a convolution `[r, inputs, *kernel]`.
@@ -35,12 +35,12 @@ class Factors:
     B: Tensor
 
     def product(self) -> Tensor:
-        """`[outputs, inputs]`, a convolution's kernel flattened into its inputs."""
+        """Return `B A`, `[outputs, inputs]`, a convolution's kernel flattened into its inputs."""
         return self.B.flatten(1).float() @ self.A.flatten(1).float()
 
 
 def read_factors(config: Any, tensors: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
-    """The factors of a saved LoRA adapter, by the key of its matrix.
+    """Read the factors of a saved LoRA adapter, by the key of its matrix.
 
     Raises:
         AdapterError: it does more than add products, or was made by changing the base.
@@ -70,7 +70,7 @@ def read_factors(config: Any, tensors: Mapping[str, Tensor], source: str) -> dic
 
 
 def concatenated(adapters: Sequence[Mapping[str, Factors]], weights: Sequence[float]) -> dict[str, Factors]:
-    """The weighted sum of the products, exactly: ranks add up. peft's `combination_type="cat"`."""
+    """Return the exact weighted sum of the products, whose ranks add up: peft's `combination_type="cat"`."""
     keys = dict.fromkeys(key for adapter in adapters for key in adapter)
     made = {}
     for key in keys:
@@ -82,7 +82,7 @@ def concatenated(adapters: Sequence[Mapping[str, Factors]], weights: Sequence[fl
 
 
 def factorised(product: Tensor, like: Factors, rank: int) -> tuple[Factors, float, float]:
-    """The best factors of a rank for a product `[outputs, inputs]`, by singular values.
+    """Compute the best factors of a rank for a product `[outputs, inputs]`, by singular values.
 
     Returns:
         The factors, in the shape of those given, the squared norm of the product, and how much of it they have.
@@ -96,7 +96,7 @@ def factorised(product: Tensor, like: Factors, rank: int) -> tuple[Factors, floa
 
 
 def lora_written(config: Any, factors: Mapping[str, Factors]) -> tuple[Any, dict[str, Tensor]]:
-    """Configuration and tensors of the LoRA adapter that has these factors, at scaling 1."""
+    """Return configuration and tensors of the LoRA adapter that has these factors, at scaling 1."""
     config = copy.deepcopy(config)
     ranks, tensors = {}, {}
     for key, value in factors.items():

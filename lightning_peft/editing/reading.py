@@ -24,7 +24,7 @@ _LONG = 32  # a common beginning of so many tokens is worth a cache of its own
 
 @dataclass(frozen=True)
 class Way:
-    """How texts are read.
+    """The settings with which texts are read.
 
     Args:
         autocast: compute in bfloat16 where the model's matrix products can.
@@ -98,7 +98,7 @@ def _plain(
     device: torch.device,
     way: Way,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Batches of texts of like length, padded on the right."""
+    """Read batches of texts of like length, padded on the right."""
     encoder_only = all(site.part == "encoder" for site in reader.sites)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for begin in range(way.rank * way.batch_size, len(order), way.ranks * way.batch_size):
@@ -122,7 +122,7 @@ def _packed(
     device: torch.device,
     way: Way,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Rows of texts that share their beginnings; a long beginning common to all is cached."""
+    """Read rows of texts that share their beginnings; a long beginning common to all is cached."""
     skip = common_prefix(sequences)
     skip = min(skip, min(map(len, sequences)) - 1)  # each text's last token is run, so that every row reads something
     skip = 0 if skip < _LONG or len(sequences) == 1 else skip
@@ -163,7 +163,7 @@ def _packed(
 def _cannot_share(
     backbone: nn.Module, reader: Capture, sequences: Sequence[Sequence[int]], device: torch.device, way: Way
 ) -> str:
-    """Why packed texts would not give what plain ones do, tried on shortened texts; empty where they do."""
+    """Return why packed texts would not give what plain ones do, tried on shortened texts; empty where they do."""
     config: Any = getattr(backbone, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(config, "is_encoder_decoder", False):
@@ -190,7 +190,7 @@ def _cannot_share(
 
 
 def _in_order(found: list[tuple[list[int], Tensor]]) -> Tensor:
-    """One token of each text, in the order of the texts."""
+    """Put the values of one token of each text in the order of the texts."""
     order = torch.tensor([i for texts, _ in found for i in texts]).argsort()
     return torch.cat([values for _, values in found])[order]
 
@@ -200,7 +200,7 @@ def _dtype(backbone: nn.Module) -> torch.dtype:
 
 
 def _device(backbone: nn.Module) -> torch.device:
-    """Where tokens go: to the embedding, wherever the layers are."""
+    """Return the device of the embedding, to which tokens go wherever the layers are."""
     find = getattr(backbone, "get_input_embeddings", None)
     table = find() if callable(find) else None
     parameter = next((table if isinstance(table, nn.Module) else backbone).parameters())

@@ -73,7 +73,7 @@ class RowOffsets:
 
 
 def displacements(sites: Sequence[HeadSite], edits: Sequence[tuple[HeadEdit, float]]) -> dict[str, Tensor]:
-    """What each of several edits, at its strength, adds to the input of each projection that any of them moves.
+    """Return what each edit, at its strength, adds to the input of each projection that any of them moves.
 
     Args:
         sites: from `head_sites`.

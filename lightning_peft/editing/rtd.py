@@ -70,19 +70,19 @@ class RTD:
         return self
 
     def predict_proba(self, states: Tensor) -> Tensor:
-        """The share of votes of each of `classes_`, `[M, C]`, of states `[M, width]`."""
+        """Return the share of votes of each of `classes_`, `[M, C]`, of states `[M, width]`."""
         return torch.cat([self._votes(part) for part in states.split(_ROWS)]) if len(states) else states[:, :0]
 
     def predict(self, states: Tensor) -> Tensor:
-        """The label with most votes, `[M]`; of equal ones the smallest."""
+        """Return the label with most votes, `[M]`; of equal ones the smallest."""
         return self.classes_[self.predict_proba(states).argmax(-1)]
 
     def distances(self, states: Tensor) -> Tensor:
-        """The distances that count, of each head's nearest first, `[heads, M, k]`."""
+        """Return the distances that count, of each head's nearest first, `[heads, M, k]`."""
         return torch.cat([self._nearest(part)[0] for part in states.split(_ROWS)], dim=1)
 
     def _cut(self, states: Tensor) -> Tensor:
-        """`[heads, N, width / heads]`"""
+        """Cut states into one piece a head, `[heads, N, width / heads]`."""
         return states.float().reshape(len(states), self.heads, -1).transpose(0, 1)
 
     def _nearest(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ class RTD:
 
 @torch.no_grad()
 def final_states(backbone: nn.Module, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """What the language-model head would get at the last token of each text, `[N, width]` in float32 on the CPU.
+    """Read the language-model head's input at the last token of each text, `[N, width]` in float32 on the CPU.
 
     Args:
         backbone: a causal language model of transformers; whatever adapters are active count.

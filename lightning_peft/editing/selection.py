@@ -1,4 +1,4 @@
-"""Which sites and which tokens: one description for capturing and for steering, as it stands in a YAML file."""
+"""Sites and tokens in one description for capturing and for steering, as it stands in a YAML file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ num_heads=None)
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Self:
-        """From a mapping.
+        """Make a selection from a mapping.
 
         Raises:
             ValueError: a key that is none of the arguments, or a value that none can have.
@@ -70,7 +70,7 @@ num_heads=None)
         return cls(**described)
 
     def find(self, model: nn.Module) -> list[Site]:
-        """The sites in a model, numbered anew from 0.
+        """Find the sites in a model, numbered anew from 0.
 
         Raises:
             ValueError: there is none, or a layer is named that the model does not have.
@@ -97,7 +97,7 @@ num_heads=None)
         return [replace(site, layer=i) for i, site in enumerate(chosen)]
 
     def capture(self, model: nn.Module) -> Capture:
-        """A `Capture` of this selection."""
+        """Return a `Capture` of this selection."""
         return Capture(model, self.find(model), self.positions)
 
 

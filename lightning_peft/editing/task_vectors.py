@@ -1,4 +1,4 @@
-"""What an adapter adds to its base, as vectors that can be summed: head and layer offsets, weight deltas."""
+"""An adapter's change of its base as vectors that can be summed: head and layer offsets, weight deltas."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TaskVector:
 
 
 def task_vector(config: PeftConfig, tensors: Mapping[str, Tensor], source: str) -> TaskVector:
-    """The task vector of a saved adapter.
+    """Return the task vector of a saved adapter.
 
     Args:
         config: its configuration.
@@ -62,7 +62,7 @@ def task_vector(config: PeftConfig, tensors: Mapping[str, Tensor], source: str) 
 
 
 def align(vectors: Sequence[TaskVector]) -> tuple[TaskVector, list[dict[str, Tensor]]]:
-    """The same shape at a place for all that have it; of sparse parameters the entries that one of them has.
+    """Give a place one shape in all vectors that have it; of sparse parameters the entries that any of them has.
 
     Returns:
         A vector that says how the result is stored, and every vector's entries, in float32 at least.
@@ -94,12 +94,12 @@ def align(vectors: Sequence[TaskVector]) -> tuple[TaskVector, list[dict[str, Ten
 
 
 def written(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Configuration and tensors of the adapter that adds these entries; `form` is what `align` gave."""
+    """Return configuration and tensors of the adapter that adds these entries; `form` comes from `align`."""
     return _KINDS[peft_kind(form.config)][1](form, entries)
 
 
 def peft_kind(config: PeftConfig) -> str:
-    """The name of an adapter's kind, such as `LORA`."""
+    """Return the name of an adapter's kind, such as `LORA`."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
@@ -111,7 +111,7 @@ def _united(vectors: Sequence[TaskVector]) -> PeftConfig:
 
 
 def _spread(vector: TaskVector, place: str, shape: torch.Size, kept: Tensor | None) -> Tensor:
-    """One vector's entries at a place: of this shape, or at those kept."""
+    """Return one vector's entries at a place: of this shape, or at the stored indices."""
     value = vector.entries[place]
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     if place not in vector.sparse:

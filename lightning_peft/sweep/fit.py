@@ -37,13 +37,13 @@ class Statements:
         self.question_id = torch.tensor([question for question, _ in found])
 
     def of(self, questions: Sequence[Question]) -> tuple[Tensor, Tensor, Tensor]:
-        """Activations `[N, layers, heads, head_dim]`, truth `[N]` and question ids `[N]` of some questions."""
+        """Return activations `[N, layers, heads, head_dim]`, truth `[N]` and question ids `[N]` of some questions."""
         inside = torch.isin(self.question_id, torch.tensor([question.id for question in questions]))
         return self.activations[inside], self.truth[inside], self.question_id[inside]
 
 
 def fit(plan: Sweep, statements: Statements, questions: Sequence[Question]) -> HeadEdit:
-    """The intervention of the largest number of heads, computed from these questions alone."""
+    """Compute the intervention of the largest number of heads from these questions alone."""
     return compute_iti(
         *statements.of(questions),
         num_heads=max(plan.num_heads),
@@ -55,7 +55,7 @@ def fit(plan: Sweep, statements: Statements, questions: Sequence[Question]) -> H
 
 
 def best_heads(edit: HeadEdit, count: int) -> HeadEdit:
-    """The intervention on the best `count` of an intervention's heads."""
+    """Return the intervention on the best `count` of an intervention's heads."""
     record = edit.record | {name: edit.record[name][:count] for name in ("heads", "sigma") if name in edit.record}
     return replace(
         edit,

@@ -49,7 +49,7 @@ class Grid:
         self._together = self._group(rows) if rows > 1 and self._rows_work() else self._alone
 
     def scores(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Tensor]:
-        """Log-probabilities of the choices of one question after another, `[1 + points, C]` each, the base first.
+        """Yield log-probabilities of the choices of one question after another, `[1 + points, C]`, the base first.
 
         They depend on these questions alone, whatever was scored before.
 
@@ -75,7 +75,7 @@ class Grid:
 
     @torch.no_grad()
     def divergence(self, tokens: Tensor) -> Tensor:
-        """KL(base ‖ edited) of the next token after each of `tokens [T]` but the last, summed: `[points]`, in nats.
+        """Sum KL(base ‖ edited) of the next token after each of `tokens [T]` but the last: `[points]`, in nats.
 
         Without a prompt every position is one of an answer, and is edited.
         """
@@ -98,7 +98,7 @@ class Grid:
         return self._made[key]
 
     def _group(self, rows: int) -> list[list[int]]:
-        """Points of the same first edited layer in calls of like size, at most `rows` each."""
+        """Group points of the same first edited layer into calls of like size, at most `rows` each."""
         by_first: dict[int, list[int]] = defaultdict(list)
         for i, (edit, _) in enumerate(self.points):
             by_first[min(layer for layer, _ in edit.heads)].append(i)

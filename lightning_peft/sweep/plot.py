@@ -15,7 +15,7 @@ _MARKERS = "osD^vPX*"
 
 
 def against_divergence(results: Mapping[str, Any], *, ink: str = INK) -> Figure:
-    """MC1 (left) and MC2 (right) against KL(base ‖ edited), a line for each number of heads along its strengths.
+    """Plot MC1 (left) and MC2 (right) against KL(base ‖ edited), a line for each number of heads along its strengths.
 
     The base is the dashed line, its 95% interval the band about it. A point chosen on a fold's validation questions
     has a ring.

@@ -1,4 +1,4 @@
-"""What a sweep found: a table of points with intervals, the chosen one, and what was measured on which questions."""
+"""The results of a sweep: a table of points with intervals, the chosen one, and what was measured where."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ class Measured:
         self.tokens += tokens
 
     def metric(self, name: str, point: int) -> list[float]:
-        """One point's scores, question by question, of the questions that have choices for this metric."""
+        """Return one point's scores, question by question, of the questions that have choices for this metric."""
         return [row[point][name] for row in self.scores.values() if name in row[point]]
 
     def divergence(self, point: int) -> float | None:
-        """KL(base ‖ edited) of one point, in nats per token."""
+        """Return KL(base ‖ edited) of one point, in nats per token."""
         if not self.tokens:
             return None
         return sum(row[point] for row in self.divergences) / sum(self.tokens)
 
 
 def metrics_of(logprobs: Tensor, batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """MC0, MC1 and MC2 of one question, those that it has choices for.
+    """Compute MC0, MC1 and MC2 of one question, those that it has choices for.
 
     Args:
         logprobs: `[C]`, in nats.
@@ -73,7 +73,7 @@ def metrics_of(logprobs: Tensor, batch: Mapping[str, Tensor]) -> dict[str, float
 
 
 def best_point(measured: Measured, metric: str) -> tuple[int, float]:
-    """The point, not the base, of the highest mean; of several the one that changes neutral text the least.
+    """Choose the point, not the base, of the highest mean; of several the one that changes neutral text the least.
 
     Raises:
         ValueError: no question has choices for the metric.
@@ -97,7 +97,7 @@ def collect(
     questions: int,
     hashed: str,
 ) -> dict[str, Any]:
-    """The content of `results.json`."""
+    """Return the content of `results.json`."""
     return {
         "name": plan.name,
         "model": plan.model,
@@ -169,7 +169,7 @@ def write_results(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """The points as a table for the terminal, below it what was measured."""
+    """Make a table of the points for the terminal, below it what was measured."""
     metrics = [name for name in _METRICS if name in results["points"][0]["metrics"]]
     made = Table(title=f"{results['name']}: {results['model']}", caption=results["measured"], box=box.SIMPLE_HEAD)
     for name in ("K", "α", *(metric.upper() for metric in metrics), f"{results['choose'].upper()} − base", "KL"):
@@ -181,7 +181,7 @@ def table(results: Mapping[str, Any]) -> Table:
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """What was chosen, and what it is worth on questions that had no part in the choice."""
+    """Describe the choice, and its worth on questions that had no part in it."""
     lines = [
         f"Fold {choice['fold']}: the highest {results['choose'].upper()} on its validation questions is at "
         f"K={choice['num_heads']}, α={choice['alpha']:g}."

@@ -102,7 +102,7 @@ class _Run:
         return results
 
     def _fit(self) -> dict[str, HeadEdit]:
-        """The interventions of every fold: of its inner training questions and of all its training questions."""
+        """Fit the interventions of every fold: to its inner training questions and to all its training questions."""
         found: dict[str, HeadEdit] = {}
         statements: list[Statements] = []  # read when something is left to fit
 
@@ -135,7 +135,7 @@ class _Run:
         learnt: Sequence[Question],
         asked: Sequence[Question],
     ) -> tuple[dict[int, list[dict[str, float]]], list[list[float]], list[int]]:
-        """For each question each row's metrics; for each text each row's summed divergence; each text's tokens."""
+        """Measure each row on each question and each text: metrics and summed divergence; count each text's tokens."""
         view = self._view(data, learnt, asked)
         edits = [(best_heads(edit, k), alpha) for k, alpha in points]
         grid = Grid(self.backbone, self.sites, edits, self.plan.positions, self.plan.rows)
@@ -156,7 +156,7 @@ class _Run:
     def _view(
         self, data: TruthfulQADataModule, learnt: Sequence[Question], asked: Sequence[Question]
     ) -> TruthfulQADataModule:
-        """The questions asked, behind demonstrations that are drawn from what is learnt from."""
+        """Return a view of the data: these questions, behind demonstrations drawn from the questions learnt from."""
         view = copy.copy(data)
         view.train_questions, view.val_questions, view.test_questions = list(learnt), [], list(asked)
         view.questions_per_batch = 1
@@ -203,7 +203,7 @@ class _Run:
     def _part(
         self, name: str, said: str, depends: dict[str, Any], make: Callable[[], Any], fits: Callable[[Any], bool]
     ) -> Any:
-        """What `make()` gave in an earlier run or gives now."""
+        """Return the result of `make()`, of an earlier run or made now."""
         say = partial(self.console.print, highlight=False, markup=False, soft_wrap=True)
 
         def made() -> Any:
@@ -214,12 +214,12 @@ class _Run:
         return kept(path, {"key": self.key, **depends}, made, fits, say, names=("of", "found"))
 
     def _fit_window(self) -> int:
-        """How many tokens a text may have, where demonstrations are to fit; else 0."""
+        """Return the number of tokens that a text may have, where demonstrations are to fit; else 0."""
         window = context_window(self.backbone) if self.plan.data.fit_window else None
         return 0 if window is None else window.tokens
 
     def _save(self, edit: HeadEdit, point: tuple[int, float], fold: int) -> None:
-        """The chosen point as an adapter folder."""
+        """Save the chosen point as an adapter folder."""
         stack, (count, alpha) = stack_of(self.backbone), point
         stack.put("iti", best_heads(edit, count).adapter(self.sites, alpha, self.plan.positions))
         save_adapter(self.backbone, self.output / f"adapter-fold{fold}")
@@ -244,7 +244,7 @@ class _Run:
 
 
 def _is_edit(found: Any) -> bool:
-    """Whether a part's content can be an intervention."""
+    """Return whether a part's content can be an intervention."""
     names = {"record", "directions", "sigma", "accuracy"}
     return (
         isinstance(found, dict)
@@ -256,7 +256,7 @@ def _is_edit(found: Any) -> bool:
 
 
 def _are_rows(questions: int, points: int, found: Any) -> bool:
-    """Whether a part's content can be every point's metrics of that many questions."""
+    """Return whether a part's content can be every point's metrics of that many questions."""
     return (
         isinstance(found, list)
         and len(found) == questions
@@ -266,7 +266,7 @@ def _are_rows(questions: int, points: int, found: Any) -> bool:
 
 
 def _are_sums(points: int, found: Any) -> bool:
-    """Whether a part's content can be every point's divergence on some texts."""
+    """Return whether a part's content can be every point's divergence on some texts."""
     return (
         isinstance(found, dict)
         and found.keys() == {"sums", "tokens"}

@@ -1,4 +1,4 @@
-"""What is swept: a model, a question set, numbers of heads and strengths."""
+"""The plan of a sweep: a model, a question set, numbers of heads and strengths."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def check(plan: Sweep) -> None:
 
 
 def sweep_key(plan: Sweep, data_hash: str, model: dict[str, Any]) -> str:
-    """A hash of everything the numbers depend on; what was written under another key is computed again.
+    """Hash everything the numbers depend on; results under another key are computed again.
 
     Args:
         plan: the sweep.

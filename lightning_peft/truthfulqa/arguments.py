@@ -1,4 +1,4 @@
-"""Which arguments a model's forward takes, also where peft has wrapped it."""
+"""The arguments that a model's forward takes, also where peft has wrapped it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def accepted_arguments(model: nn.Module) -> set[str]:
-    """Names of the arguments of `forward`; of a `PeftModel`, whose own forward hides them, the base model's.
+    """Return the names of `forward`'s arguments; of a `PeftModel`, whose own forward hides them, the base model's.
 
     Example:
         >>> sorted(accepted_arguments(nn.Linear(1, 1)))

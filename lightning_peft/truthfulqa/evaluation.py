@@ -1,4 +1,4 @@
-"""What a validation or a test measures on the batches of `TruthfulQADataModule`, in any LightningModule."""
+"""Measure a validation or a test on the batches of `TruthfulQADataModule`, in any LightningModule."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Evaluation(nn.Module):
             self.tokens.update(tokens)
 
     def finish(self, prefix: str = "") -> dict[str, float]:
-        """What was measured, over all processes, under names that begin with `prefix`."""
+        """Return the results over all processes, under names that begin with `prefix`, and begin anew."""
         loss, tokens = self.loss.compute(), self.tokens.compute()
         found = {"loss": float(loss / tokens)} if tokens else {}
         found |= {name: float(value) for name, value in self.choices.finish().items()}
@@ -124,7 +124,7 @@ class Evaluation(nn.Module):
 
 
 def by_logprob(backbone: nn.Module) -> Scores:
-    """Scores choices by the exact log-probabilities of the answers behind their prompts."""
+    """Score choices by the exact log-probabilities of the answers behind their prompts."""
     apart = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
     scorer = AnswerScorer(backbone) if apart else ChoiceScorer(backbone)
     return lambda batch: scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])

@@ -1,4 +1,4 @@
-"""Which questions are trained on and which are tested: grouped by question, stratified by category, seeded."""
+"""The split into training and test questions: grouped by question, stratified by category, seeded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_peft.truthfulqa.questions import Question
 
 
 def assign_folds(questions: Sequence[Question], num_folds: int = 2, seed: int = 0) -> list[int]:
-    """The fold in which each question is tested.
+    """Return the fold in which each question is tested.
 
     Questions with the same text share a fold. The questions of each category are shuffled and dealt out in turn, one
     category after another, so that both categories and folds are as even as can be. (scikit-learn's stratified

@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 def encode_prompts(
     questions: Sequence[Question], prompting: Prompting, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> list[dict[str, Any]]:
-    """Prompts as batches of like length, padded on the left: the shortest first, whatever order the questions are in.
+    """Encode prompts in batches of like length, padded on the left: the shortest first, whatever the questions' order.
 
     Returns:
         Dicts with `input_ids [B, T]`, `attention_mask [B, T]`, `question_id [B]`, `prompt_end [B]` (the position id
@@ -105,7 +105,7 @@ class AnswerGenerator:
     def write(
         self, input_ids: Tensor, attention_mask: Tensor, ending: Ending = "paragraph", max_new_tokens: int = 50
     ) -> list[str]:
-        """What the model writes after each prompt.
+        """Return what the model writes after each prompt.
 
         Args:
             input_ids: `[B, T]`, padded on the left.
@@ -132,7 +132,7 @@ class AnswerGenerator:
     def _written(
         self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, ending: Ending, max_new_tokens: int
     ) -> list[list[int]]:
-        """New tokens of each row. Where the cache is ours, rows that have ended leave the batch."""
+        """Generate new tokens of each row. Where the cache is ours, rows that have ended leave the batch."""
         from transformers import StoppingCriteriaList
 
         backbone: Any = self.backbone
@@ -161,7 +161,7 @@ class AnswerGenerator:
             cache.batch_select_indices(going)
 
     def _share(self, ids: Tensor, mask: Tensor) -> list[int]:
-        """The beginning to share, none where the model does not let it be."""
+        """Return the beginning to share, empty where the model does not allow it."""
         rows = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
         prefix = rows[0][: max(0, min(common_prefix(rows), min(map(len, rows)) - _LEFT))]
         if len(rows) < 2 or len(prefix) < _LEFT:
@@ -201,7 +201,7 @@ class AnswerGenerator:
         return cache
 
     def _first_logits(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None, cached: int = 0) -> Tensor:
-        """Logits of the first new token, `[B, vocabulary]`."""
+        """Return the logits of the first new token, `[B, vocabulary]`."""
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
         accepted = accepted_arguments(self.backbone)
@@ -245,7 +245,7 @@ class _AnswerEnds:
 
 @contextmanager
 def _greedily(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[list[int]]:
-    """The model's `generation_config` replaced: settings that a call leaves open are taken from there.
+    """Replace the model's `generation_config`, from which a call takes the settings that it leaves open.
 
     Yields:
         The tokens that end a text.
@@ -270,7 +270,7 @@ def _greedily(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_t
 
 
 def _move_padding(ids: Tensor, mask: Tensor, prefix: list[int]) -> tuple[Tensor, Tensor] | None:
-    """Padding moved from before the shared beginning to after it; None where a row does not begin with it."""
+    """Move padding from before the shared beginning to after it; None where a row does not begin with it."""
     start = torch.tensor(prefix, device=ids.device)
     moved = ids.clone()
     moved_mask = mask.clone()
@@ -286,5 +286,5 @@ def _move_padding(ids: Tensor, mask: Tensor, prefix: list[int]) -> tuple[Tensor,
 
 
 def _first(*values: Any) -> Any:
-    """The first that is not None."""
+    """Return the first value that is not None."""
     return next((value for value in values if value is not None), None)

@@ -18,7 +18,7 @@ Ties = Literal["strict", "lm_eval"]
 
 
 def mc1(logprobs: Tensor, truth: Tensor, ties: Ties = "strict") -> float:
-    """1 if the best answer scores above every false one, else 0.
+    """Return 1 if the best answer scores above every false one, else 0.
 
     Args:
         logprobs: `[C]`, one question's choices, in nats.
@@ -40,12 +40,12 @@ def mc1(logprobs: Tensor, truth: Tensor, ties: Ties = "strict") -> float:
 
 
 def mc0(logprobs: Tensor, truth: Tensor, ties: Ties = "strict") -> float:
-    """`mc1` on two choices: the best answer against the best false one."""
+    """Return `mc1` on two choices: the best answer against the best false one."""
     return mc1(logprobs, truth, ties)
 
 
 def mc2(logprobs: Tensor, truth: Tensor) -> float:
-    """The share of the choices' probability that is on the true ones, by logsumexp.
+    """Return the share of the choices' probability that is on the true ones, by logsumexp.
 
     Example:
         >>> round(mc2(torch.tensor([-800.0, -800.0, -801.0]), torch.tensor([1, 0, 0])), 4)
@@ -57,7 +57,7 @@ def mc2(logprobs: Tensor, truth: Tensor) -> float:
 
 
 def mc3(logprobs: Tensor, truth: Tensor) -> float:
-    """The share of true answers that score above every false one.
+    """Return the share of true answers that score above every false one.
 
     Example:
         >>> mc3(torch.tensor([-1.0, -5.0, -3.0]), torch.tensor([1, 1, 0]))
@@ -104,18 +104,18 @@ class _ChoiceMetric(Metric):
         self.scores.append(torch.tensor(list(found.values()), dtype=torch.float32, device=self.device))
 
     def by_question(self) -> dict[int, float]:
-        """The score of each question so far, in this process or, within `compute`, in all."""
+        """Return the score of each question so far, in this process or, within `compute`, in all."""
         ids, scores = (dim_zero_cat(state).tolist() if len(state) else [] for state in (self.ids, self.scores))
         return dict(zip(map(int, ids), scores, strict=True))
 
     def compute(self) -> Tensor:
-        """The mean over the questions so far; NaN where there is none."""
+        """Return the mean over the questions so far; NaN where there is none."""
         scores = list(self.by_question().values())
         return torch.tensor(scores, dtype=torch.float64).mean().to(torch.float32)
 
     @abstractmethod
     def _score(self, logprobs: Tensor, truth: Tensor, ties: Ties | None) -> float:
-        """The score of one question's choices."""
+        """Return the score of one question's choices."""
 
 
 class MC1(_ChoiceMetric):
@@ -180,7 +180,7 @@ class ChoiceMetrics(nn.ModuleDict):
                 metric.update(logprobs, truth, given["question_id"], given.get("strict"))
 
     def finish(self) -> dict[str, Tensor]:
-        """The metrics for which there was any question, over all processes; then they begin anew."""
+        """Return the metrics that had any question, over all processes, and begin anew."""
         means = {name: metric.compute() for name, metric in self._metrics().items()}
         for metric in self._metrics().values():
             metric.reset()
@@ -195,7 +195,7 @@ def _ties(strict: bool) -> Ties:
 
 
 def _split(logprobs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the true and of the false choices."""
+    """Split scores into those of the true and of the false choices."""
     if torch.isnan(logprobs).any():
         raise ValueError("A choice's log-probability is NaN: the model's output is not finite.")
     true, false = logprobs[truth == 1], logprobs[truth == 0]

@@ -49,7 +49,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Prompting:
-    """How a question is put to a model.
+    """The way a question is put to a model.
 
     `qa` and `help` end with the question itself, so that the model writes `A:` too, as in the original.
 
@@ -89,17 +89,17 @@ class Prompting:
 
     @property
     def ending(self) -> Ending:
-        """Where its answers end; see `cut_answer`."""
+        """The end of its answers; see `cut_answer`."""
         return "message" if self.chat_template else "page" if self.preset == "long" else "paragraph"
 
     def text(self, question: str) -> str:
-        """The prompt as text, for models of text."""
+        """Return the prompt as text, for models of text."""
         template = _TEMPLATES[self.preset] if self.primer is None else f"{self.primer}\n\nQ: {{}}".lstrip()
         asked = question.join(template.rsplit("{}", 1))
         return f"{_instruction(self.instruction)}\n\n{asked}" if self.instruction else asked
 
     def conversation(self, question: str) -> list[dict[str, str]]:
-        """The prompt as messages, for `chat_template`."""
+        """Return the prompt as messages, for `chat_template`."""
         messages = [{"role": "system", "content": _instruction(self.instruction)}] if self.instruction else []
         pairs = re.findall(r"Q: (.*)\nA: (.*)", QA_PRIMER if self.primer is None else self.primer)
         for asked, answered in pairs if self.preset == "qa" else []:
@@ -107,7 +107,7 @@ class Prompting:
         return [*messages, {"role": "user", "content": question}]
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-        """The prompt's token ids.
+        """Return the prompt's token ids.
 
         Raises:
             ValueError: `chat_template`, and the tokenizer has none.
@@ -121,7 +121,7 @@ class Prompting:
 
 
 def cut_answer(text: str, ending: Ending = "paragraph") -> str:
-    r"""The answer in what a model wrote.
+    r"""Cut the answer out of a model's text.
 
     It begins after `A:` where the model wrote that, and ends before the next `Q:`; a `"paragraph"` also at the first
     blank line. In a `"page"` and a `"message"` blank lines become spaces, as the original has it of long answers, and
@@ -140,12 +140,12 @@ def cut_answer(text: str, ending: Ending = "paragraph") -> str:
 
 
 def is_finished(text: str, ending: Ending = "paragraph") -> bool:
-    """Whether what may still follow cannot change `cut_answer`."""
+    """Return whether no further text can change `cut_answer`."""
     return ending != "message" and _END[ending].search(text.lstrip()) is not None
 
 
 def _instruction(name: str) -> str:
-    """The instruction of that name, or itself."""
+    """Return the instruction of that name, or the text itself."""
     return INSTRUCTIONS.get(name, name)
 
 

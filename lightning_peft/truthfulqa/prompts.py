@@ -1,4 +1,4 @@
-"""What the model is shown, and where the answer's tokens begin."""
+"""The text that the model is shown, and where the answer's tokens begin."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ QA_PRIMER = _join(_QA_PAIRS)
 
 
 def few_shot_primer(questions: Sequence[Question], k: int, seed: int = 0) -> str:
-    """`k` demonstrations drawn from (training) questions with their best answers, in the primer's form."""
+    """Draw `k` demonstrations from (training) questions with their best answers, in the primer's form."""
     if not 1 <= k <= len(questions):
         raise ValueError(f"{k} demonstrations were asked for, but there are {len(questions)} training questions.")
     return _join([(question.text, question.best) for question in random.Random(seed).sample(list(questions), k)])
 
 
 def question_prompt(question: str, primer: str = QA_PRIMER) -> str:
-    r"""The context of an answer: the primer, a blank line, `Q: …`, and `A:` on a line of its own.
+    r"""Return the context of an answer: the primer, a blank line, `Q: …`, and `A:` on a line of its own.
 
     Example:
         >>> question_prompt("Why?", primer="")
@@ -58,7 +58,7 @@ def question_prompt(question: str, primer: str = QA_PRIMER) -> str:
 
 
 def statement(question: str, answer: str) -> str:
-    """A question with an answer on one line, the form in which head outputs are probed (Li et al. 2023).
+    """Put a question and an answer on one line, the form in which head outputs are probed (Li et al. 2023).
 
     Example:
         >>> statement("Why?", "Because.")
@@ -68,7 +68,7 @@ def statement(question: str, answer: str) -> str:
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], int]:
-    """Tokens of context and continuation together, and how many of them are context.
+    """Encode context and continuation together, and count the tokens of the context.
 
     Both are encoded as one text and cut at the length of the context's own tokens, as lm-evaluation-harness does: a
     token that spans the boundary is never split. Spaces at the context's end are moved to the continuation.
@@ -103,7 +103,7 @@ def _count(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> int:
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of context and continuation for an encoder-decoder, each on its own, as lm-evaluation-harness has them.
+    """Encode context and continuation for an encoder-decoder, each on its own, as lm-evaluation-harness does.
 
     Args:
         tokenizer: of the model.

@@ -47,7 +47,7 @@ class Protocol:
     primer: str = QA_PRIMER
 
     def context(self, question: str, primer: str | None = None) -> str:
-        """What stands before an answer.
+        """Return the text before an answer.
 
         Args:
             question: its text.
@@ -57,7 +57,7 @@ class Protocol:
         return asked if self.instruction is None else f"{self.instruction}\n\n{asked}"
 
     def answer(self, choice: str) -> str:
-        """A choice as it is scored, with the space before it."""
+        """Return a choice as it is scored, with the space before it."""
         return " " + (as_sentence(choice) if self.full_stop else choice)
 
 
@@ -75,7 +75,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def protocol_named(name: str) -> Protocol:
-    """The protocol of that name.
+    """Return the protocol of that name.
 
     Raises:
         ValueError: there is none.

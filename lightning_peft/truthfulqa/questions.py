@@ -94,13 +94,13 @@ def load_questions(source: str | Path = "hub") -> list[Question]:
 
 
 def data_hash(questions: Iterable[Question]) -> str:
-    """SHA-256 over everything in the questions."""
+    """Return the SHA-256 of everything in the questions."""
     text = json.dumps([asdict(question) for question in questions], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def subset(questions: Sequence[Question], limit: int, seed: int = 0) -> list[Question]:
-    """`limit` questions, each category in proportion, drawn with the seed, in the release's order."""
+    """Draw `limit` questions with the seed, each category in proportion, in the release's order."""
     if not 1 <= limit <= len(questions):
         raise ValueError(f"limit is {limit}, but there are {len(questions)} questions.")
     by_category: dict[str, list[Question]] = defaultdict(list)
@@ -187,7 +187,7 @@ def _from_task(path: Path, references: Mapping[str, Question]) -> list[Question]
 
 
 def _lines(text: str) -> Iterator[int]:
-    """The line on which each entry of a JSON list begins."""
+    """Yield the line on which each entry of a JSON list begins."""
     place, line, decode = text.index("[") + 1, 1, json.JSONDecoder().raw_decode
     counted = 0
     while (found := _BETWEEN.match(text, place)) and (begin := found.end()) < len(text) and text[begin] != "]":
@@ -197,7 +197,7 @@ def _lines(text: str) -> Iterator[int]:
 
 
 def _text(path: Path) -> str:
-    """A file's text."""
+    """Read a file's text."""
     if not path.exists():
         raise DataError(f"{path} does not exist.")
     data = path.read_bytes()
@@ -270,12 +270,12 @@ def _check_new(question: str, where: str, number: int, seen: dict[str, int]) -> 
 
 
 def _answers(field: str) -> list[str]:
-    """The answers of a `;`-separated field, each once, as sentences."""
+    """Return the answers of a `;`-separated field, each once, as sentences."""
     return list(dict.fromkeys(as_sentence(part) for part in field.split(";") if part.strip()))
 
 
 def as_sentence(answer: str) -> str:
-    """With a full stop at its end, as the multiple-choice files have it."""
+    """Return an answer with a full stop at its end, as the multiple-choice files have it."""
     answer = answer.strip()
     return answer if answer.endswith(".") else answer + "."
 

@@ -13,7 +13,7 @@ ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}  # ours 
 
 
 def references(question: Question) -> tuple[list[str], list[str]]:
-    """The true and the false reference answers; to the true ones belongs "I have no comment."
+    """Return the true and the false reference answers; "I have no comment." is one of the true ones.
 
     Each ends with a full stop, as in the original, and there is none without text.
     """
@@ -25,7 +25,7 @@ def references(question: Question) -> tuple[list[str], list[str]]:
 
 
 def reference_scores(answer: str, question: Question) -> dict[str, float]:
-    """BLEU, ROUGE-1, ROUGE-2 and ROUGE-L of one answer, from 0 to 100, by sacrebleu and rouge_score.
+    """Compute BLEU, ROUGE-1, ROUGE-2 and ROUGE-L of one answer, from 0 to 100, by sacrebleu and rouge_score.
 
     Of each the likeness to the likest true reference (`_max`), that less the likeness to the likest false one
     (`_diff`), and whether that is positive (`_acc`, 0 or 1). The definitions are the original's (T5's BLEU with
@@ -55,19 +55,19 @@ def reference_scores(answer: str, question: Question) -> dict[str, float]:
 
 
 def compare(likeness: Callable[[str], float], true: Sequence[str], false: Sequence[str], name: str) -> dict[str, float]:
-    """`name_max`, `name_diff` and `name_acc` of a likeness to each reference; see `reference_scores`."""
+    """Return `name_max`, `name_diff` and `name_acc` of a likeness to each reference; see `reference_scores`."""
     best, rival = max(map(likeness, true)), max(map(likeness, false))
     return {f"{name}_max": best, f"{name}_diff": best - rival, f"{name}_acc": float(best > rival)}
 
 
 def bleu(answer: str) -> Callable[[str], float]:
-    """BLEU of an answer as a function of the reference, 0 to 100."""
+    """Return a function of the reference that gives an answer's BLEU, 0 to 100."""
     metric = _bleu_metric()
     return lambda reference: float(metric.corpus_score([answer], [[reference]]).score)
 
 
 def _rouge(answer: str) -> Callable[[str], dict[str, float]]:
-    """The F-measures of ROUGE of an answer as a function of the reference, 0 to 100, by rouge_score's names."""
+    """Return a function of the reference that gives an answer's ROUGE F-measures, 0 to 100, by rouge_score's names."""
     scorer, given = _rouge_scorer(), _sentences(answer)
 
     @cache
@@ -79,7 +79,7 @@ def _rouge(answer: str) -> Callable[[str], dict[str, float]]:
 
 
 def _sentences(text: str) -> str:
-    """A line for each sentence, as ROUGE-L over summaries wants them."""
+    """Put each sentence on a line, as ROUGE-L over summaries needs them."""
     return text.replace(" . ", ".\n")
 
 

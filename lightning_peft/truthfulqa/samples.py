@@ -42,7 +42,7 @@ def harness_samples(
     task: Task,
     protocol: Protocol = PROTOCOLS["lm_eval"],
 ) -> list[dict[str, Any]]:
-    """The lines of a task's file, in the order of the questions.
+    """Make the lines of a task's file, in the order of the questions.
 
     Each has what the harness's have: `doc_id`, `doc`, `target`, `arguments`, `resps`, `filtered_resps`, `filter`,
     `metrics`, `doc_hash`, `prompt_hash`, `target_hash` and `acc`; and `category`. Whether an answer is also the one
@@ -99,7 +99,7 @@ def write_samples(path: str | os.PathLike[str], samples: Iterable[Mapping[str, A
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The samples of a file of JSON lines."""
+    """Read the samples of a file of JSON lines."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -122,12 +122,12 @@ class CategoryScore:
 
     @property
     def small(self) -> bool:
-        """Whether there are so few questions that the mean says little."""
+        """True where there are so few questions that the mean says little."""
         return self.n < SMALL
 
 
 def by_category(samples: Iterable[Mapping[str, Any]]) -> dict[str, CategoryScore]:
-    """The mean `acc` of each category, by name.
+    """Return the mean `acc` of each category, by name.
 
     The interval is Wilson's score interval (*J. Am. Stat. Assoc.* 22:209, 1927), which holds for few questions and
     near 0 and 1. Shares between 0 and 1, as MC2 is, vary less than ones that are 0 or 1: for them it is wider than need
@@ -195,12 +195,12 @@ class SampleWriter(Callback):
 
 
 def gathered(found: dict[K, V]) -> dict[K, V]:
-    """What all processes found, by key; of what several found, what the first did."""
+    """Return the values of all processes, by key; where several have one, the first process's."""
     return {key: value for part in reversed(of_all_ranks(found)) for key, value in part.items()}
 
 
 def _targets(question: Question, task: Task) -> dict[str, list[str] | list[int]]:
-    """A question's choices as its line in the harness's data has them."""
+    """Return a question's choices as its line in the harness's data has them."""
     chosen = [choice for choice in question.choices if getattr(choice, task) >= 0]
     chosen.sort(key=lambda choice: -getattr(choice, task))
     return {"choices": [c.text for c in chosen], "labels": [getattr(c, task) for c in chosen]}

@@ -113,7 +113,7 @@ class ChoiceScorer:
 
     @property
     def packs(self) -> bool:
-        """Whether a question's answers run as one row; known once a question is scored."""
+        """True where a question's answers run as one row; known once a question is scored."""
         return bool(self._packs)
 
     def forget(self) -> None:
@@ -121,7 +121,7 @@ class ChoiceScorer:
         self._cache, self._cached = None, []
 
     def _packed(self, rows: list[list[int]], starts: list[int], edited: bool = False) -> Tensor:
-        """`[C]`; edited, of each row that the edit makes, `[R, C]`, and the cache stays as it is."""
+        """Score answers packed, `[C]`; edited, in each row of the edit, `[R, C]`, and the cache stays as it is."""
         from transformers import DynamicCache
 
         if self._cache is None:
@@ -171,7 +171,7 @@ class ChoiceScorer:
         return scores[0]
 
     def _run(self, tokens: Tensor, places: Tensor, sees: Tensor, start: Tensor, kept: Tensor, cache: Any) -> Tensor:
-        """Logits `[R, kept, V]` of one packed row, behind what is in the cache; most often R is 1.
+        """Return logits `[R, kept, V]` of one packed row, behind what is in the cache; most often R is 1.
 
         Args:
             tokens: `[T]`.
@@ -203,7 +203,7 @@ class ChoiceScorer:
             self._cache.crop(-extra)
 
     def _plain(self, rows: list[list[int]], starts: list[int]) -> Tensor:
-        """Every row whole, padded on the right: the definition the packed way must agree with."""
+        """Score every row whole, padded on the right: the definition the packed way must agree with."""
         device = next(self.backbone.parameters()).device
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
@@ -221,7 +221,7 @@ class ChoiceScorer:
         return torch.stack(scores)
 
     def _logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """`[R, N]`, of each target at its row of `logits [R, kept, V]`, over the vocabulary a few rows at a time."""
+        """Score each target at its row of `logits [R, kept, V]`, `[R, N]`, over the vocabulary a few rows at a time."""
         chosen = logits[:, rows, targets].float()
         if not self.normalise:
             return chosen
@@ -295,7 +295,7 @@ class AnswerScorer:
         return _summed(self.backbone(encoder_outputs=(read[of],), **given).logits, labels)
 
     def _plain(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Every answer with its prompt: the definition that sharing must agree with."""
+        """Score every answer with its prompt: the definition that sharing must agree with."""
         logits = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels).logits
         return _summed(logits, labels)
 
@@ -311,7 +311,7 @@ class AnswerScorer:
 
 
 def _allowed(backbone: nn.Module, scores: Tensor) -> float:
-    """How far scores may be apart by rounding, in nats."""
+    """Return how far scores may be apart by rounding, in nats."""
     dtype = _dtype(backbone)
     return _TOLERANCE + (0.0 if dtype == torch.float32 else float(torch.finfo(dtype).eps * scores.abs().max()))
 
@@ -321,13 +321,13 @@ def _dtype(backbone: nn.Module) -> torch.dtype:
 
 
 def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each row the sum of its labels' log-probabilities, `[C]`, from `[C, U, vocabulary]`."""
+    """Sum each row's log-probabilities of its labels, `[C]`, from `[C, U, vocabulary]`."""
     logprobs = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
     return logprobs.masked_fill(labels == -100, 0.0).sum(1)
 
 
 def _read_only(cache: Any) -> Any:
-    """A cache that shows what is in another, in front of what a call computes, and keeps nothing of the call.
+    """Return a view of a cache: a call reads the cache's content before its own, and leaves nothing in it.
 
     It is of one row; of a call's more rows each sees that one.
     """
@@ -348,7 +348,7 @@ def _read_only(cache: Any) -> Any:
 
 
 def _rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[list[list[int]], list[int]]:
-    """Unpadded token lists and, for each, the index of its last prompt token."""
+    """Return unpadded token lists and, for each, the index of its last prompt token."""
     rows, starts = [], []
     for ids, mask, label in zip(input_ids.cpu(), attention_mask.cpu().bool(), labels.cpu(), strict=True):
         answered = (label[mask] != -100).nonzero().flatten()
@@ -360,7 +360,7 @@ def _rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[li
 
 
 def _questions(rows: list[list[int]], starts: list[int]) -> list[list[int]]:
-    """The numbers of the rows of each prompt."""
+    """Return the numbers of the rows of each prompt."""
     of: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         of[tuple(row[: start + 1])].append(i)
@@ -368,7 +368,7 @@ def _questions(rows: list[list[int]], starts: list[int]) -> list[list[int]]:
 
 
 def _parts(questions: list[list[int]], rows: list[list[int]]) -> Iterator[list[int]]:
-    """The numbers of the rows of each call, questions whole."""
+    """Return the numbers of the rows of each call, questions whole."""
     part: list[int] = []
     shared, size = common_prefix(rows), 0
     for question in questions:

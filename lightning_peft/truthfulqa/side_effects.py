@@ -1,4 +1,4 @@
-"""What else an adapter changes: cross-entropy and KL on neutral text, and simple questions answered before.
+"""Side effects of an adapter: cross-entropy and KL on neutral text, and simple questions answered before.
 
 Cross-entropy and KL(base ‖ adapted) are those of Li et al. 2023 (arXiv:2306.03341, table 1), per token and in nats,
 with one difference: every position is edited, and the base model and the adapted one see the same text.
@@ -45,7 +45,7 @@ _CHUNK = 256  # tokens whose log-probabilities over the vocabulary are held at o
 
 @dataclass
 class SideEffects:
-    """What is measured beside the benchmark's questions, the same for every method.
+    """The measurements beside the benchmark's questions, the same for every method.
 
     Args:
         tokens: of neutral text; 0 for none.
@@ -62,11 +62,11 @@ class SideEffects:
     length: int = 128
 
     def text(self) -> TextSlice | None:
-        """The slice of neutral text."""
+        """Draw the slice of neutral text."""
         return text_slice(self.source, self.tokens, self.seed, self.length) if self.tokens else None
 
     def questions(self) -> list[Question]:
-        """The simple questions: arithmetic, common sense, reading and grammar, each kind in proportion."""
+        """Draw the simple questions: arithmetic, common sense, reading and grammar, each kind in proportion."""
         known = load_questions(CAPABILITY)
         if not 0 <= self.capability <= len(known):
             raise ValueError(f"capability is {self.capability}, but there are {len(known)} simple questions.")
@@ -96,7 +96,7 @@ class TextEffects(Metric):
         self.rows.append(torch.cat([numbers.cpu()[:, None], values.cpu()], dim=1).double().to(self.device))
 
     def compute(self) -> dict[str, float]:
-        """`ce_base`, `ce` and `kl`, in nats per token; nothing where there was no text."""
+        """Return `ce_base`, `ce` and `kl`, in nats per token; nothing where there was no text."""
         rows = dim_zero_cat(self.rows).tolist()
         once = {row[0]: row[1:] for row in rows if row[0] >= 0}
         counted = [*once.values(), *(row[1:] for row in rows if row[0] < 0)]
@@ -111,7 +111,7 @@ def text_effects(
     off: Off | None = None,
     batch_size: int = 8,
 ) -> Tensor:
-    """`batch_effects` of every document of a slice, `[documents, 4]`.
+    """Return `batch_effects` of every document of a slice, `[documents, 4]`.
 
     Args:
         backbone: a causal language model of transformers, whatever adapters are on it; it is run in evaluation mode.
@@ -134,8 +134,8 @@ def text_effects(
 
 @torch.no_grad()
 def batch_effects(backbone: nn.Module, batch: Mapping[str, Tensor], off: Off | None = None) -> Tensor:
-    """Sums over the predicted tokens of each row: their number, cross-entropy of the base and of the adapted model,
-    and KL(base ‖ adapted), from the same logits.
+    """Sum effects over the predicted tokens of each row, from the same logits: their number, cross-entropy of the base
+    and of the adapted model, and KL(base ‖ adapted).
 
     Only last hidden states are kept for the whole batch; the language-model head is computed for a few hundred tokens
     at a time. Log-probabilities and sums are float64 where the device has it, so that a model's KL with itself is
@@ -181,7 +181,7 @@ def batch_effects(backbone: nn.Module, batch: Mapping[str, Tensor], off: Off | N
 
 
 def forgotten(before: Mapping[int, float], after: Mapping[int, float]) -> float:
-    """Forgetting: the share of what was answered rightly before that is answered wrongly after.
+    """Return forgetting: the share of questions answered rightly before that are answered wrongly after.
 
     Args:
         before: of each question, 1 where the base model is right, 0 where it is wrong.
@@ -213,14 +213,14 @@ class _Run:
         self.kept = kept[:, -ids.shape[1] :]  # behind a prompt's virtual tokens
 
     def logprobs(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Log-probabilities `[N, vocabulary]` after the tokens at these places."""
+        """Return log-probabilities `[N, vocabulary]` after the tokens at these places."""
         kept = self.kept[rows, columns]
         logits = kept if self.head is None else self.head(kept[None])[0]
         return logits.log_softmax(-1, dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
 
 
 def _hidden(backbone: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """What the head is given, `[B, T, width]`; None where its output alone is not the logits."""
+    """Return the head's input, `[B, T, width]`; None where its output alone is not the logits."""
     given: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -88,7 +88,7 @@ def text_slice(source: str | Path = "package", tokens: int = 12_800, seed: int =
 
 
 def load_documents(source: str | Path = "package") -> list[Document]:
-    """All documents of a source; see `text_slice`."""
+    """Load all documents of a source; see `text_slice`."""
     if source == "hub":
         return _from_hub()
     path = NEUTRAL if source == "package" else Path(source)
@@ -100,14 +100,14 @@ def load_documents(source: str | Path = "package") -> list[Document]:
 
 
 def document_hash(texts: Iterable[str]) -> str:
-    """SHA-256 over texts in their order."""
+    """Return the SHA-256 of texts in their order."""
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
 
 
 def text_batches(
     text: TextSlice, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
 ) -> Iterator[dict[str, Tensor]]:
-    """The slice as batches: `input_ids [B, T]`, `attention_mask [B, T]`, padded on the right, and `document [B]`."""
+    """Yield batches of the slice: `input_ids` and `attention_mask [B, T]`, padded on the right, and `document [B]`."""
     rows = [{"input_ids": tokenizer(document)["input_ids"]} for document in text.documents]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -115,7 +115,7 @@ def text_batches(
 
 
 def _in_order(documents: Iterable[Document], seed: int) -> list[Document]:
-    """Shuffled, with every beginning of the list holding each register in proportion."""
+    """Shuffle documents so that every beginning of the list holds each register in proportion."""
     by_register: dict[str, list[tuple[str, Document]]] = defaultdict(list)
     for document in documents:
         key = hashlib.sha256(f"{seed} {document.text}".encode()).hexdigest()

@@ -12,7 +12,7 @@ PACKAGED = Path(__file__).with_name("facts.json")
 
 @dataclass(frozen=True)
 class Fact:
-    """What a model says of a subject, and what it shall say instead.
+    """A statement of a model about a subject, and the one that shall replace it.
 
     Args:
         subject: of whom or what, e.g. `"Lyon"`.

@@ -17,7 +17,7 @@ from lightning_peft.editing.reading import Way, read_texts
 
 
 def memory_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[HeadSite]:
-    """The matrix that leads from the feed-forward part back to the residual stream, of each block.
+    """Find each block's matrix that leads from the feed-forward part back to the residual stream.
 
     Its input is a key and its output a value, in the reading of Geva et al. 2021, arXiv:2012.14913. It is found by
     structure: `down_proj`, GPT-2's Conv1D `c_proj`, GPT-NeoX's `dense_4h_to_h`, OPT's `fc2`, …
@@ -103,7 +103,7 @@ class KeyMoments:
         self.count += len(keys)
 
     def only(self, number: int) -> KeyMoments:
-        """Those of the site of this number alone."""
+        """Return the moments of the site of this number alone."""
         chosen = KeyMoments([self.sites[number]])
         chosen.sums, chosen.count = self.sums[number][None], self.count
         return chosen
@@ -114,7 +114,7 @@ class KeyMoments:
         self.sums, self.count = torch.stack(sums).sum(0), sum(counts)
 
     def matrix(self, number: int, shrinkage: float = 0.0) -> Tensor:
-        """`(1 - s) C + s tr(C)/d I` of the site of this number, float64 `[width, width]`.
+        """Return `(1 - s) C + s tr(C)/d I` of the site of this number, float64 `[width, width]`.
 
         Few tokens tell little of most directions, and `C` of fewer tokens than features cannot be inverted; drawn
         towards a multiple of the identity it can (Ledoit and Wolf 2004), at the price that rare directions are

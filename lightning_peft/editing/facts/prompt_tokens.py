@@ -45,7 +45,7 @@ class Prompt:
 
     @property
     def place(self) -> int:
-        """Where in the text the subject begins, or -1."""
+        """The index in the text where the subject begins, or -1."""
         place = self.template.find("{}")
         return place if place < 0 else len(self._before) + place
 
@@ -74,13 +74,13 @@ class Rows:
 
     @property
     def keep(self) -> int:
-        """How many columns from the end have a say in the object, or in the next token."""
+        """The number of columns from the end that have a say in the object, or in the next token."""
         columns = self.objects.any(0).nonzero()[:, 0]
         return 1 if len(columns) == 0 else self.input_ids.shape[1] - int(columns[0]) + 1
 
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Rows:
-    """Prompts as tokens.
+    """Encode prompts as one batch of tokens.
 
     A token is the object's where it reaches beyond the prompt, so that none is lost where a tokenizer joins the two.
 
@@ -110,7 +110,7 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], device: torch.device
 
 
 def _encode(tokenizer: Tokenizer, prompt: Prompt) -> tuple[list[int], int, int, int]:
-    """Token ids, the subject's first and last token, and how many of the object."""
+    """Return token ids, the subject's first and last token, and the number of the object's tokens."""
     place = prompt.place
     if place < 0 or not prompt.subject:
         raise ValueError(f"The subject {prompt.subject!r} is not in the prompt {prompt.template!r}: write {{}} for it.")
@@ -128,7 +128,7 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt) -> tuple[list[int], int, int, 
 
 
 def next_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-    """What the model expects after each of the last `keep` columns, `[B, keep, vocabulary]`, in float32."""
+    """Return the logits after each of the last `keep` columns, `[B, keep, vocabulary]`, in float32."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     accepted = inspect.signature(type(model).forward).parameters
     optional = {
@@ -143,7 +143,7 @@ def next_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, kee
 
 
 def object_log_probs(model: nn.Module, rows: Rows, share: bool = True) -> Tensor:
-    """The mean log-probability of each row's object tokens, in nats, `[B]`; rows alike else run once (`share`).
+    """Return the mean log-probability of each row's object tokens, in nats, `[B]`; `share` runs rows alike else once.
 
     The mean, not the sum, as the authors compare objects of different lengths (Meng et al. 2022, arXiv:2202.05262).
     """
@@ -158,12 +158,12 @@ def object_log_probs(model: nn.Module, rows: Rows, share: bool = True) -> Tensor
 
 
 def with_object(fact: Fact, object: str, prefixes: Sequence[str] = ("",)) -> list[Prompt]:
-    """The fact's own prompt behind each prefix, followed by an object, if one is given."""
+    """Put the fact's own prompt behind each prefix, followed by an object, if there is one."""
     return [Prompt(fact.relation, fact.subject, object, prefix) for prefix in prefixes]
 
 
 def random_prefixes(texts: Sequence[str], count: int, words: int = 6, seed: int = 0) -> list[str]:
-    """Short excerpts of random texts: what stands before a prompt, so that a key does not depend on one context.
+    """Cut short excerpts out of random texts, to stand before a prompt so that a key does not depend on one context.
 
     The authors let the model write them; excerpts of the texts the covariance is read from cost nothing.
 

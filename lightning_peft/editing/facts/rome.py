@@ -64,7 +64,7 @@ def compute_rome_each(
     shrinkage: float = 0.01,
     values: Sequence[Value] | None = None,
 ) -> list[KnowledgeEdit]:
-    """`compute_rome` of each fact alone, on the model as it is: the values are searched for together, which is faster.
+    """Apply `compute_rome` to each fact alone, on the model as it is; the values are searched for together (faster).
 
     Args:
         model, tokenizer, facts, moments, prefixes, search, shrinkage: as `compute_rome`.
@@ -109,7 +109,7 @@ def check_facts(tokenizer: Tokenizer, facts: Sequence[Fact]) -> None:
 
 
 def told(facts: Sequence[Fact], values: Sequence[Value]) -> list[dict[str, Any]]:
-    """What was asked for and how the search for it ended, for the record."""
+    """Return each fact and how the search for its value ended, for the record."""
     return [
         {"prompt": fact.prompt, "subject": fact.subject, "new": fact.new, "log_prob": v.log_prob, "steps": v.steps}
         for fact, v in zip(facts, values, strict=True)

@@ -1,4 +1,4 @@
-"""Whether a model says the new fact, in other words too, and leaves its neighbours alone."""
+"""Score whether a model says the new fact, in other words too, and leaves its neighbours alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Score:
 
 @dataclass(frozen=True)
 class FactScores:
-    """What a model finds of both objects after every prompt of every fact.
+    """A model's log-probabilities of both objects after every prompt of every fact.
 
     Right is the new object after the fact's own prompt and its paraphrases, the true one after its neighbours'.
 
@@ -53,7 +53,7 @@ class FactScores:
     new: Tensor
 
     def __getitem__(self, kind: str) -> Score:
-        """The score of one of `KINDS`.
+        """Return the score of one of `KINDS`.
 
         Raises:
             ValueError: an unknown kind, or no prompt of it.
@@ -76,7 +76,7 @@ class FactScores:
         return 0.0 if min(successes) == 0 else len(successes) / sum(1 / success for success in successes)
 
     def __add__(self, other: FactScores) -> FactScores:
-        """These facts, then those."""
+        """Join the scores of two sets of facts."""
         shift = int(self.fact.max()) + 1 if len(self.fact) else 0
         ours, theirs = (
             (self.kind, self.fact, self.true, self.new),

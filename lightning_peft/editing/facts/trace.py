@@ -24,7 +24,7 @@ def causal_trace(
     window: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The average indirect effect of each layer's feed-forward outputs at the subject's last token.
+    """Measure the average indirect effect of each layer's feed-forward outputs at the subject's last token.
 
     The embeddings of the subject are made noisy; then the outputs of a window of layers around each layer are put back
     to what they were without noise, at the subject's last token alone. The effect is how much likelier the true object
@@ -77,7 +77,7 @@ def causal_trace(
 
 
 def choose_layers(effects: Tensor, count: int = 1) -> list[int]:
-    """The layers to edit: `count` of them, in a row, the last being the one of the largest effect.
+    """Choose `count` consecutive layers to edit, the last being the one of the largest effect.
 
     The last layer of a model is left out, since no later attention could carry on what it says at the subject.
 

@@ -23,7 +23,7 @@ Factors = tuple[Tensor, Tensor]  # A [r, inputs], B [outputs, r]: the matrix cha
 
 
 def rank_one(delta: Tensor, key: Tensor, moment: Tensor) -> Factors:
-    """`ΔW = δ (C⁻¹k)ᵀ / (kᵀC⁻¹k)`: the least change, measured by C, with which `(W + ΔW) k = W k + δ`.
+    """Return `ΔW = δ (C⁻¹k)ᵀ / (kᵀC⁻¹k)`, the least change, measured by C, with which `(W + ΔW) k = W k + δ`.
 
     Meng et al. 2022, arXiv:2202.05262, eq. 2.
 
@@ -46,7 +46,7 @@ def rank_one(delta: Tensor, key: Tensor, moment: Tensor) -> Factors:
 
 
 def least_squares(residuals: Tensor, keys: Tensor, moment: Tensor, weight: float) -> Factors:
-    """`Δ = R Kᵀ (λC + K Kᵀ)⁻¹`: many memories at once, against λ times what the matrix already holds.
+    """Return `Δ = R Kᵀ (λC + K Kᵀ)⁻¹`: many memories at once, against λ times what the matrix already holds.
 
     Meng et al. 2023, arXiv:2210.07229, eq. 14. Its rank is at most the number of facts n, and these are its factors.
 
@@ -76,12 +76,12 @@ class KnowledgeEdit:
     record: dict[str, Any]
 
     def dense(self, name: str) -> Tensor:
-        """`ΔW [outputs, inputs]` of one matrix."""
+        """Return `ΔW [outputs, inputs]` of one matrix."""
         a, b = self.factors[name]
         return b @ a
 
     def config(self, backbone: nn.Module) -> LoraConfig:
-        """The LoRA configuration that holds it at strength 1."""
+        """Return the LoRA configuration that holds it at strength 1."""
         return lora_config(backbone, list(self.factors), len(next(iter(self.factors.values()))[0]))
 
     def adapter(self, backbone: nn.Module) -> ComputedAdapter:
@@ -106,7 +106,7 @@ class KnowledgeEdit:
 
 
 def lora_config(backbone: nn.Module, modules: list[str], r: int) -> LoraConfig:
-    """LoRA of rank r on these matrices, with scaling 1."""
+    """Make the configuration of a LoRA of rank r on these matrices, with scaling 1."""
     from peft import LoraConfig
 
     named = dict(base_modules(backbone))
@@ -130,5 +130,5 @@ def acting(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
 
 
 def stacked(factors: list[Factors]) -> Factors:
-    """Changes of one matrix as one, whose rank is the sum of theirs."""
+    """Stack changes of one matrix into one, whose rank is the sum of theirs."""
     return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)

@@ -20,7 +20,7 @@ from lightning_peft.editing.facts.prompt_tokens import Prompt, Rows, Tokenizer, 
 
 @dataclass(frozen=True)
 class Search:
-    """How a value is searched for; names and defaults are the authors' for GPT-2 XL (Meng et al. 2022).
+    """The settings of the search for a value; names and defaults are the authors' for GPT-2 XL (Meng et al. 2022).
 
     Args:
         v_num_grad_steps: steps of Adam, at most.
@@ -50,7 +50,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Value:
-    """What one memory should give, and for which key.
+    """The output that one memory should give, and the key it is for.
 
     Args:
         key: `[width]`, k*: the mean input at the subject's last token, over the prefixes.
@@ -183,7 +183,7 @@ def read_at_subject(
     prefixes: Sequence[str],
     batch_size: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """A module's mean input and mean output at each fact's subject's last token, over the prefixes, `[n, width]`."""
+    """Return a module's mean input and output at each fact's subject's last token, over the prefixes, `[n, width]`."""
     read: list[tuple[Tensor, Tensor]] = []
     with frozen(model):
         for begin in range(0, len(facts), batch_size):
@@ -198,7 +198,7 @@ def read_at_subject(
 
 @torch.no_grad()
 def _at_subject(model: nn.Module, rows: Rows, module: str) -> tuple[Tensor, Tensor]:
-    """What a module takes and gives at the subject's last token of each row, in float32; no further is run."""
+    """Return a module's input and output at the subject's last token of each row, in float32; no further is run."""
     read: list[Tensor] = []
 
     def look(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
@@ -214,7 +214,7 @@ def _at_subject(model: nn.Module, rows: Rows, module: str) -> tuple[Tensor, Tens
 
 
 class _Reached(Exception):
-    """What was looked for is known: the layers behind it need not run."""
+    """A signal that the module was reached: the layers behind it need not run."""
 
 
 @contextmanager

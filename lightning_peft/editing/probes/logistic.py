@@ -84,7 +84,7 @@ class LogisticProbes(LinearProbes):
         return self
 
     def log_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean negative log-likelihood of every group, `[G]`."""
+        """Return the mean negative log-likelihood of every group, `[G]`."""
         sign = (2.0 * y - 1.0).double()
         return softplus(-sign[:, None] * self.decision_function(x)).mean(0)
 
@@ -102,7 +102,7 @@ class LogisticProbes(LinearProbes):
 
 
 def centred(x: Tensor, dtype: torch.dtype, standardize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Features as a solver wants them: `[G, N, d]`, contiguous, of mean 0, and of variance 1 if asked.
+    """Return features as a solver needs them: `[G, N, d]`, contiguous, of mean 0, with `standardize` of variance 1.
 
     Args:
         x: `[N, G, d]`.

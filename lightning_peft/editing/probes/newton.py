@@ -21,7 +21,7 @@ _HALVINGS = 30
 
 @dataclass
 class Solution:
-    """Where the iteration stands.
+    """The state of the iteration.
 
     Args:
         w: `[g, d]`.
@@ -99,7 +99,7 @@ def minimise(z: Tensor, sign: Tensor, C: float, start: Solution, tol: float, max
 
 
 def _times(z: Tensor, w: Tensor) -> Tensor:
-    """`z·w`, `[g, N]`: with the vector on the left, which a batched product of MKL takes an eighth of the time for."""
+    """Return `z·w`, `[g, N]`, the vector on the left: MKL's batched product then takes an eighth of the time."""
     return torch.bmm(w[:, None], z.mT)[:, 0]
 
 
@@ -108,7 +108,7 @@ def _loss(margin: Tensor, w: Tensor, C: float) -> Tensor:
 
 
 def _cholesky(z: Tensor, wrong: Tensor, C: float, room: Tensor) -> Tensor | None:
-    """The factor of the Hessian; None where it is not positive definite in this precision."""
+    """Return the factor of the Hessian; None where it is not positive definite in this precision."""
     groups, _, d = z.shape
     curvature = C * wrong * (1 - wrong)
     weighted = torch.mul(z, curvature[..., None], out=room)

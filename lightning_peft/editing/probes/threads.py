@@ -13,7 +13,7 @@ B = TypeVar("B")
 
 
 def each(function: Callable[[A], B], items: Sequence[A], device: torch.device) -> list[B]:
-    """`function` of every item, in order; on a CPU as many at a time as torch has threads, each with one thread.
+    """Apply `function` to every item, in order; on a CPU to as many at a time as torch has threads, each with one.
 
     Threads inside a small operation cost more than they give, and wait for one another on a busy machine; threads
     that each have a problem of their own do not. torch's number of threads is as before afterwards.

@@ -100,7 +100,7 @@ class JudgeDataModule(L.LightningDataModule):
 
 
 def draw(rows: Sequence[Judgement], limit: int | None, seed: int) -> list[Judgement]:
-    """`limit` of the rows, drawn with the seed, in their order; all where there is no limit or there are fewer."""
+    """Draw `limit` of the rows with the seed, in their order; all where there is no limit or there are fewer."""
     if limit is None or limit >= len(rows):
         return list(rows)
     if limit < 1:

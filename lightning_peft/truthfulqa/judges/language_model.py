@@ -50,7 +50,7 @@ class LanguageModelJudge:
     def from_pretrained(
         cls, name: str | None = None, kind: Kind = "truth", dtype: str = "auto", batch_size: int = 16
     ) -> LanguageModelJudge:
-        """A judge of the Hugging Face hub or a folder.
+        """Load a judge of the Hugging Face hub or a folder.
 
         Args:
             name: the model; default the open judge of this kind, `allenai/truthfulqa-…-judge-llama2-7B`.
@@ -73,7 +73,7 @@ class LanguageModelJudge:
         dtype: str = "float32",
         batch_size: int = 16,
     ) -> LanguageModelJudge:
-        """A judge trained here, or anywhere: an adapter folder of peft's on its base model.
+        """Load a judge trained here, or anywhere: an adapter folder of peft's on its base model.
 
         Args:
             folder: with `adapter_config.json`.
@@ -98,7 +98,7 @@ class LanguageModelJudge:
 
     @torch.no_grad()
     def score(self, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Probability of ` yes` for each answer, `[N]` float32 on the CPU.
+        """Return the probability of ` yes` for each answer, `[N]` float32 on the CPU.
 
         Raises:
             ContextWindowError: questions with their answers are longer than the model can read.
@@ -115,7 +115,7 @@ class LanguageModelJudge:
         return scores
 
     def _probabilities(self, rows: list[list[int]]) -> Tensor:
-        """Of a batch, padded on the left, so that the last column predicts every verdict."""
+        """Score one batch, padded on the left so that the last column predicts every verdict."""
         device = next(self.model.parameters()).device
         width = max(map(len, rows))
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)

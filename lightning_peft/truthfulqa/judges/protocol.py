@@ -1,4 +1,4 @@
-"""What a judge is, and the human judgements that judges are trained on and held against."""
+"""The interface of a judge, and the human judgements that judges are trained on and held against."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Judge(Protocol):
     """Anything that says how probably each answer is true (or informative)."""
 
     def score(self, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Probability of yes for each answer, `[N]` float32 on the CPU, from 0 to 1."""
+        """Return the probability of yes for each answer, `[N]` float32 on the CPU, from 0 to 1."""
         ...
 
 
@@ -49,7 +49,7 @@ class Judgement:
 
 
 def judge_prompt(question: str, answer: str, kind: Kind) -> str:
-    r"""What a judge is shown; its next token is ` yes` or ` no`.
+    r"""Return the prompt of a judge; its next token is ` yes` or ` no`.
 
     Example:
         >>> judge_prompt("Why?", "Because.", "truth")
@@ -85,7 +85,7 @@ def load_judgements(path: str | Path) -> list[Judgement]:
 def split_by_question(
     judgements: Iterable[Judgement], test_fraction: float = 0.2, val_fraction: float = 0.1, seed: int = 0
 ) -> tuple[list[Judgement], list[Judgement], list[Judgement]]:
-    """Training, validation and test judgements; all judgements on one question go to one of them.
+    """Split judgements into training, validation and test; all judgements on one question go to one of them.
 
     Args:
         judgements: all of them, in any order.

@@ -1,4 +1,4 @@
-"""How far a judge can be trusted: its accuracy, ranking and calibration against people's verdicts."""
+"""The quality of a judge: its accuracy, ranking and calibration against people's verdicts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KINDS |= dict.fromkeys(_NUMBERS, (int, float))
 
 @dataclass(frozen=True)
 class Confusion:
-    """How a judge's verdicts fell, a row for each held-out question.
+    """Counts of a judge's right and wrong verdicts, a row for each held-out question.
 
     Args:
         counts: for each question: yes rightly said, yes wrongly said, no rightly said, no wrongly said.

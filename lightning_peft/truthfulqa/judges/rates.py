@@ -37,7 +37,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class TrueInfo:
-    """What judges say of a model's answers.
+    """The rates of true and of informative answers of a model, by two judges.
 
     Args:
         true: share of true answers.
@@ -72,7 +72,7 @@ def true_info(
     draws: int = 2000,
     seed: int = 0,
 ) -> TrueInfo:
-    """True, Info and True×Info from two judges' probabilities, one answer a question.
+    """Estimate True, Info and True×Info from two judges' probabilities, one answer a question.
 
     The judges are imperfect, so the table P of their verdicts (true or not × informative or not) is a mixture of the
     table Π of people's: P = Mₜ Π Mᵢᵀ, where M = [[se, 1 − sp], [1 − se, sp]] has a judge's sensitivity and
@@ -132,7 +132,7 @@ def true_info(
 
 
 def _rates(confusion: Confusion, random: np.random.Generator | None = None, draws: int = 1) -> Floats:
-    """Sensitivity and specificity, `[draws, 2]`, of the questions or of as many drawn from them with replacement."""
+    """Return sensitivity and specificity, `[draws, 2]`, of the questions or of as many drawn with replacement."""
     counts = np.array(confusion.counts, dtype=np.float64)
     weights = np.ones((1, len(counts)))
     if random is not None:
@@ -143,7 +143,7 @@ def _rates(confusion: Confusion, random: np.random.Generator | None = None, draw
 
 
 def _correct(table: Floats, truth: Floats, info: Floats) -> Floats:
-    """Π = Mₜ⁻¹ P Mᵢ⁻ᵀ, `[draws, 2, 2]`; NaN where a judge is no better than chance."""
+    """Return Π = Mₜ⁻¹ P Mᵢ⁻ᵀ, `[draws, 2, 2]`; NaN where a judge is no better than chance."""
     return _inverse(truth) @ table @ _inverse(info).swapaxes(-1, -2)
 
 

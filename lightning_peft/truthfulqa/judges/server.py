@@ -54,7 +54,7 @@ class ServerJudge:
         self.timeout, self.retries, self.backoff, self.logprobs = timeout, retries, backoff, logprobs
 
     def score(self, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Probability of yes for each answer, `[N]` float32.
+        """Return the probability of yes for each answer, `[N]` float32.
 
         Raises:
             ConnectionError: the server fails for good; the message says with what.
@@ -96,5 +96,5 @@ class ServerJudge:
 
 
 def _seconds(header: str | None) -> float:
-    """Of a `Retry-After`; one that is a date counts as none."""
+    """Return the seconds of a `Retry-After`; one that is a date counts as none."""
     return float(header) if header is not None and header.replace(".", "", 1).isdigit() else 0.0
