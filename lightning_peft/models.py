@@ -106,8 +106,8 @@ class _LanguageModel(_Pretrained, ABC):
         return self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
-        found = self.evaluation.finish()
-        self.log_dict({"test_loss" if name == "loss" else name: found[name] for name in found}, sync_dist=True)
+        results = self.evaluation.finish()
+        self.log_dict({"test_loss" if name == "loss" else name: results[name] for name in results}, sync_dist=True)
 
     def _begin(self) -> None:
         off: Off | None = None
@@ -122,10 +122,10 @@ class _LanguageModel(_Pretrained, ABC):
         self.evaluation.begin(self.backbone, self._scorer, off if base else None, base)
 
     def _evaluate(self, batch: Batch) -> Tensor | None:
-        found = self.evaluation.step(batch)
-        if found is None:
+        result = self.evaluation.step(batch)
+        if result is None:
             self.evaluation.add_loss(*self._loss(batch))
-        return found
+        return result
 
     def _scorer(self) -> Callable[[Batch], Tensor]:
         """Return the function that scores choices."""

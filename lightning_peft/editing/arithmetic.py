@@ -62,18 +62,17 @@ def combine(
     """
     weights = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
     _check_arguments(folders, weights, method, density, rank)
-    read = [_read(Path(folder)) for folder in folders]
-    _check_same(folders, read)
-    config, notes = read[0][0], [one[2] for one in read]
+    loaded = [_read(Path(path)) for path in folders]
+    _check_same(folders, loaded)
+    config, notes = loaded[0][0], [entry[2] for entry in loaded]
     record: dict[str, Any] = {"method": f"task arithmetic, {method}", "weights": weights}
     if method != "sum":
         record |= {"density": density} | ({"seed": seed} if method.startswith("dare") else {})
     record["adapters"] = [
-        {"folder": Path(folder).name, "record": note.get("record", {})}
-        for folder, note in zip(folders, notes, strict=True)
+        {"folder": Path(path).name, "record": note.get("record", {})} for path, note in zip(folders, notes, strict=True)
     ]
     if peft_kind(config) == "LORA":
-        adapters = [read_factors(c, t, str(folder)) for folder, (c, t, _) in zip(folders, read, strict=True)]
+        adapters = [read_factors(c, t, str(path)) for path, (c, t, _) in zip(folders, loaded, strict=True)]
         factors = concatenated(adapters, weights)
         if method != "sum" or rank is not None:
             products = [
@@ -82,16 +81,16 @@ def combine(
             ]
             rank = rank or max(value.A.shape[0] for adapter in adapters for value in adapter.values())
             factors, record["kept_squared_norm"] = _cut(merge(products, method, density, seed), factors, rank)
-        made = lora_written(config, factors)
+        combined = lora_written(config, factors)
     else:
         if rank is not None:
             raise ValueError(f"rank is LoRA's, and {folders[0]} is a {type(config).__name__}.")
-        form, entries = align([task_vector(c, t, str(folder)) for folder, (c, t, _) in zip(folders, read, strict=True)])
-        weighted = [{key: w * value for key, value in one.items()} for one, w in zip(entries, weights, strict=True)]
-        made = written(form, merge(weighted, method, density, seed))
+        form, entries = align([task_vector(c, t, str(path)) for path, (c, t, _) in zip(folders, loaded, strict=True)])
+        weighted = [{key: w * value for key, value in entry.items()} for entry, w in zip(entries, weights, strict=True)]
+        combined = written(form, merge(weighted, method, density, seed))
     about: dict[str, Any] = {"fingerprint": next(filter(None, (note.get("fingerprint") for note in notes)), {})}
     about |= {"computed": any(note.get("computed", False) for note in notes), "record": record}
-    write_folders(Path(output), {"default": (*made, about)})
+    write_folders(Path(output), {"default": (*combined, about)})
     return Path(output)
 
 
@@ -131,24 +130,24 @@ def _thinned(vector: Mapping[str, Tensor], method: Method, density: float) -> di
     from peft.utils.merge_utils import magnitude_based_pruning, random_pruning
 
     flat = torch.cat([value.flatten() for value in vector.values()])
-    kept = magnitude_based_pruning(flat, density) if method == "ties" else random_pruning(flat, density, rescale=True)
-    parts = kept.split([value.numel() for value in vector.values()])
+    pruned = magnitude_based_pruning(flat, density) if method == "ties" else random_pruning(flat, density, rescale=True)
+    parts = pruned.split([value.numel() for value in vector.values()])
     return {key: part.reshape(value.shape) for (key, value), part in zip(vector.items(), parts, strict=True)}
 
 
 def _cut(products: Mapping[str, Tensor], like: Mapping[str, Factors], rank: int) -> tuple[dict[str, Factors], float]:
     """Return factors of a rank for every product, and the share of the squared norm that they have."""
     parts = {key: factorised(product, like[key], rank) for key, product in products.items()}
-    whole, kept = sum(part[1] for part in parts.values()), sum(part[2] for part in parts.values())
-    return {key: part[0] for key, part in parts.items()}, kept / whole if whole else 1.0
+    whole, retained = sum(part[1] for part in parts.values()), sum(part[2] for part in parts.values())
+    return {key: part[0] for key, part in parts.items()}, retained / whole if whole else 1.0
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
-    found = adapter_folders(folder)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+    subfolders = adapter_folders(folder)
+    if len(subfolders) > 1:
+        names = ", ".join(path.name for path in subfolders)
         raise AdapterError(f"{folder} holds a stack of adapters: name one of its subfolders ({names}).")
-    config, tensors, notes = read_folder(found[0])
+    config, tensors, notes = read_folder(subfolders[0])
     check_finite(tensors, str(folder))
     return config, tensors, notes
 
@@ -168,11 +167,11 @@ def _check_arguments(
         raise ValueError(f"rank must be at least 1, got {rank}.")
 
 
-def _check_same(folders: Sequence[Any], read: Sequence[tuple[Any, Any, dict[str, Any]]]) -> None:
+def _check_same(folders: Sequence[Any], loaded: Sequence[tuple[Any, Any, dict[str, Any]]]) -> None:
     """Raise `AdapterError` unless all are of one kind and for one base."""
-    first, _, _ = read[0]
+    first, _, _ = loaded[0]
     known: tuple[Any, dict[str, Any]] | None = None
-    for folder, (config, _, notes) in zip(folders, read, strict=True):
+    for folder, (config, _, notes) in zip(folders, loaded, strict=True):
         if config.peft_type != first.peft_type:
             kinds = f"{folders[0]} is a {type(first).__name__} and {folder} a {type(config).__name__}"
             raise AdapterError(f"Only adapters of one kind have a sum: {kinds}.")

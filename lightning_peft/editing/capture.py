@@ -103,8 +103,8 @@ class Capture:
         self._index, self._count = {}, {}
         decoder = inputs.get("decoder_input_ids")
         if decoder is not None and False in encoders:
-            told = inputs.get("decoder_attention_mask")
-            self._choose(False, torch.ones_like(decoder) if told is None else told, start, mask)
+            decoder_mask = inputs.get("decoder_attention_mask")
+            self._choose(False, torch.ones_like(decoder) if decoder_mask is None else decoder_mask, start, mask)
         if real is not None and (decoder is None or True in encoders):
             for encoder in encoders if decoder is None else {True}:
                 self._choose(encoder, real, start, mask)
@@ -131,7 +131,7 @@ class Capture:
         if missed := [site.name for i, site in enumerate(self.sites) if i not in self._read]:
             kind = "head sites" if isinstance(self.sites[0], HeadSite) else "sites"
             raise RuntimeError(f"{len(missed)} {kind} were not reached by the forward pass, the first is {missed[0]}.")
-        if len({len(read) for read in self._read.values()}) > 1:
+        if len({len(values) for values in self._read.values()}) > 1:
             raise ValueError("An encoder and its decoder have different tokens: read the sites of one part at a time.")
         return torch.stack([self._read[i] for i in range(len(self.sites))], dim=1)
 

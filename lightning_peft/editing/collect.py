@@ -89,10 +89,10 @@ def capture_texts(
         >>> read.values.shape, read.text.tolist(), read.place.tolist()
         (torch.Size([5, 2, 4, 8]), [0, 0, 0, 1, 1], [0, 1, 2, 0, 1])
     """
-    wanted = _wanted(sequences, positions, prompt_lengths)
-    first = torch.tensor([0, *(len(places) for places in wanted)]).cumsum(0)
-    text = torch.tensor([i for i, places in enumerate(wanted) for _ in places])
-    place = torch.tensor([p for places in wanted for p in places])
+    chosen = _tokens_to_read(sequences, positions, prompt_lengths)
+    first = torch.tensor([0, *(len(places) for places in chosen)]).cumsum(0)
+    text = torch.tensor([i for i, places in enumerate(chosen) for _ in places])
+    place = torch.tensor([p for places in chosen for p in places])
     shape = (len(text), len(sites), *sites[0].shape) if sites else (len(text), 0)
     rank, ranks = rank_and_count()
     way = Way(autocast, share, batch_size, row_tokens, rank, ranks)
@@ -106,23 +106,23 @@ def capture_texts(
             torch.from_file(str(part), shared=True, size=_numel(shape), dtype=dtype)
         _barrier()
         values = torch.from_file(str(part), shared=True, size=_numel(shape), dtype=dtype).reshape(shape)
-    done = torch.zeros(len(text), dtype=torch.bool)
-    for texts, read in read_texts(backbone, sites, sequences, wanted, way):
+    is_read = torch.zeros(len(text), dtype=torch.bool)
+    for texts, activations in read_texts(backbone, sites, sequences, chosen, way):
         rows = torch.cat([torch.arange(int(first[i]), int(first[i + 1])) for i in texts])
-        values[rows] = read.to(dtype)
-        done[rows] = True
+        values[rows] = activations.to(dtype)
+        is_read[rows] = True
     if part is not None:
         _barrier()
         if rank == 0:
             os.replace(part, Path(str(file)))
         _barrier()
     elif ranks > 1:
-        for rows, read in of_all_ranks((done, values[done])):
-            values[rows] = read
+        for rows, activations in of_all_ranks((is_read, values[is_read])):
+            values[rows] = activations
     return Captured(values, text, place)
 
 
-def _wanted(
+def _tokens_to_read(
     sequences: Sequence[Sequence[int]], positions: str, prompt_lengths: Sequence[int] | None
 ) -> list[list[int]]:
     """Return the numbers of the tokens to read in each text."""
@@ -133,14 +133,14 @@ def _wanted(
         raise ValueError(f"{len(sequences)} texts need as many prompt lengths, but there are {len(prompt_lengths)}.")
     if chosen.needs_start and prompt_lengths is None:
         raise ValueError(f"Positions {positions!r} need prompt_lengths, to know where each prompt ends.")
-    wanted = []
+    numbers = []
     for i, tokens in enumerate(sequences):
         start = None if prompt_lengths is None else torch.tensor([prompt_lengths[i] - 1])
         mask = chosen.mask(torch.arange(len(tokens))[None], start, torch.tensor([len(tokens)]))
-        wanted.append(mask[0].nonzero()[:, 0].tolist())
-        if not wanted[-1]:
+        numbers.append(mask[0].nonzero()[:, 0].tolist())
+        if not numbers[-1]:
             raise ValueError(f"Text {i}, of {len(tokens)} tokens, has none at {positions!r} to read.")
-    return wanted
+    return numbers
 
 
 def _barrier() -> None:

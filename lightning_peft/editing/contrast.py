@@ -116,8 +116,8 @@ def check_statements(activations: Tensor, truth: Tensor) -> None:
     finite = torch.isfinite(activations).all(-1).all(0)
     if not finite.all():
         raise ValueError(f"The activations of site {int((~finite).nonzero()[0])} contain NaN or infinite values.")
-    if (found := set(truth.unique().tolist())) != {0, 1}:
-        raise ValueError(f"Statements of both classes are needed, truth 0 and 1; the values given are {sorted(found)}.")
+    if (kinds := set(truth.unique().tolist())) != {0, 1}:
+        raise ValueError(f"Statements of both classes are needed, truth 0 and 1; the values given are {sorted(kinds)}.")
 
 
 def data_hash(*tensors: Tensor) -> str:

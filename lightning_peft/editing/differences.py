@@ -42,9 +42,9 @@ def checkpoint_difference(tuned: str | Path, base: str | Path, output: str | Pat
         ) from error
     cls: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
     before, after = (cls.from_pretrained(str(path), dtype="auto") for path in (base, tuned))
-    identity, other = fingerprint(before), fingerprint(after)
-    if identity["names"] != other["names"]:
-        raise AdapterError(f"{tuned} was not tuned from {base}: {mismatch(identity, other)}.")
+    identity, tuned_identity = fingerprint(before), fingerprint(after)
+    if identity["names"] != tuned_identity["names"]:
+        raise AdapterError(f"{tuned} was not tuned from {base}: {mismatch(identity, tuned_identity)}.")
     values = {}
     for (old, *_), (new, *_) in zip(places(before), places(after), strict=True):
         assert old.parameter is not None and new.parameter is not None
@@ -57,8 +57,8 @@ def checkpoint_difference(tuned: str | Path, base: str | Path, output: str | Pat
         raise AdapterError(f"{tuned} and {base} have the same weights: there is nothing to write.")
     owners = {name: name.rpartition(".") for name in values}
     tensors = {
-        f"base_model.model.{owner}{dot}weight_deltas.values.{own}": values[name]
-        for name, (owner, dot, own) in owners.items()
+        f"base_model.model.{owner}{dot}weight_deltas.values.{parameter}": values[name]
+        for name, (owner, dot, parameter) in owners.items()
     }
     part = {
         "name": "default",

@@ -38,9 +38,9 @@ def principal(x: Tensor, y: Tensor, pairs: Tensor | None = None) -> Tensor:
         pairs: `[P, 2]` rows of `x` to take differences of; default the examples themselves, about their mean.
     """
     z = (x[pairs[:, 0]] - x[pairs[:, 1]] if pairs is not None else x - x.mean(0)).transpose(0, 1).double()
-    found = torch.linalg.eigh(z.mT @ z).eigenvectors[..., -1]
-    along = (found * mass_mean(x.double(), y)).sum(-1, keepdim=True)
-    return unit(torch.where(along < 0, -found, found)).to(x.dtype)
+    component = torch.linalg.eigh(z.mT @ z).eigenvectors[..., -1]
+    along = (component * mass_mean(x.double(), y)).sum(-1, keepdim=True)
+    return unit(torch.where(along < 0, -component, component)).to(x.dtype)
 
 
 def contrast_pairs(truth: Tensor, question_id: Tensor, seed: int = 0) -> Tensor:

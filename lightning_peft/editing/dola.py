@@ -97,11 +97,11 @@ class DoLa:
     def _contrast(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not isinstance(getattr(output, "logits", None), Tensor):
             raise ValueError("DoLa needs the model's output by name: leave return_dict as it is.")
-        kept = kwargs.get("logits_to_keep", 0)
-        kept = slice(-kept, None) if isinstance(kept, int) else kept  # -0 keeps all
+        columns = kwargs.get("logits_to_keep", 0)
+        columns = slice(-columns, None) if isinstance(columns, int) else columns  # -0 keeps all
         output.logits, _ = contrast(
             output.logits,
-            (self._early(layer, kept) for layer in self.layers),
+            (self._early(layer, columns) for layer in self.layers),
             self.relative_top,
             implausible=self.implausible,
             normalise=self.normalise,
@@ -110,8 +110,8 @@ class DoLa:
         self._states.clear()
         return output
 
-    def _early(self, layer: int, kept: Any) -> Tensor:
-        state = self._states[layer][:, kept]
+    def _early(self, layer: int, columns: Any) -> Tensor:
+        state = self._states[layer][:, columns]
         # the authors' last hidden state is normed, the others are not
         bare = self.reference and layer < len(self._exit.blocks)
         return self._exit.head(state if bare else self._exit.state(state))

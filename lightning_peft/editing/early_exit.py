@@ -60,13 +60,13 @@ def find_early_exit(backbone: nn.Module) -> EarlyExit:
     """
     outer: Any = uncompiled(backbone)
     model: Any = uncompiled(getattr(outer, "get_base_model", lambda: outer)())  # looks into a PeftModel
-    found = blocks(model)
-    if len({block.stack for block in found}) != 1 or not hasattr(model, "get_input_embeddings"):
+    all_blocks = blocks(model)
+    if len({block.stack for block in all_blocks}) != 1 or not hasattr(model, "get_input_embeddings"):
         raise ValueError(
             f"{type(model).__name__} is no causal language model of transformers with one stack of blocks, so its "
             "layers have no common way to logits."
         )
-    modules = [block.module for block in found]
+    modules = [block.module for block in all_blocks]
     embedding = model.get_input_embeddings()
     last: Tensor | None = None
     called: list[nn.Module] = []

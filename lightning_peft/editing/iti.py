@@ -248,13 +248,13 @@ def _check(activations: Tensor, truth: Tensor, question_id: Tensor, others: Tens
             f"sigma_activations are of heads {tuple(others.shape[1:])}, but those of the statements are "
             f"{tuple(activations.shape[1:])}."
         )
-    for given in (activations,) if others is None else (activations, others):
-        finite = torch.isfinite(given).all(-1).all(0)
+    for values in (activations,) if others is None else (activations, others):
+        finite = torch.isfinite(values).all(-1).all(0)
         if not finite.all():
             layer, head = (int(i) for i in (~finite).nonzero()[0])
             raise ValueError(f"The activations of layer {layer}, head {head} contain NaN or infinite values.")
-    if (found := set(truth.unique().tolist())) != {0, 1}:
-        raise ValueError(f"Statements of both classes are needed, truth 0 and 1; the values given are {sorted(found)}.")
+    if (kinds := set(truth.unique().tolist())) != {0, 1}:
+        raise ValueError(f"Statements of both classes are needed, truth 0 and 1; the values given are {sorted(kinds)}.")
 
 
 def _hash(activations: Tensor, truth: Tensor, question_id: Tensor) -> str:

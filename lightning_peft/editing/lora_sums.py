@@ -53,32 +53,32 @@ def read_factors(config: Any, tensors: Mapping[str, Tensor], source: str) -> dic
         raise AdapterError(f"{source} does more than add a product to each matrix ({', '.join(strange)}): merge it.")
     if changes_base(config):
         raise AdapterError(f"{source} was made by changing the base ({config.init_lora_weights}), so it has no sum.")
-    found: dict[str, Factors] = {}
+    factors: dict[str, Factors] = {}
     used: set[str] = set()
     for key, a in tensors.items():
         for first, second in _FACTORS.items():
-            if key.endswith(first) and (other := key.removesuffix(first) + second) in tensors:
+            if key.endswith(first) and (partner := key.removesuffix(first) + second) in tensors:
                 name = key.removeprefix(_MODEL).removesuffix(first)
                 rank = a.shape[0]
                 pattern = get_pattern_key(config.alpha_pattern.keys(), name)
                 alpha = config.alpha_pattern.get(pattern, config.lora_alpha)
                 scaling = alpha / (rank**0.5 if config.use_rslora else rank)
-                found[name + first], used = Factors(a, tensors[other] * scaling), used | {key, other}
+                factors[name + first], used = Factors(a, tensors[partner] * scaling), used | {key, partner}
     if left := sorted(tensors.keys() - used):
         raise AdapterError(f"{source} holds {left[0]}, which is no factor of a product: its sum is not known.")
-    return found
+    return factors
 
 
 def concatenated(adapters: Sequence[Mapping[str, Factors]], weights: Sequence[float]) -> dict[str, Factors]:
     """Return the exact weighted sum of the products, whose ranks add up: peft's `combination_type="cat"`."""
     keys = dict.fromkeys(key for adapter in adapters for key in adapter)
-    made = {}
+    joined = {}
     for key in keys:
         having = [(adapter[key], weight) for adapter, weight in zip(adapters, weights, strict=True) if key in adapter]
         if len({(f.A.shape[1:], f.B.shape[0]) for f, _ in having}) > 1:
             raise AdapterError(f"{key} has different shapes in these adapters: they are of different models.")
-        made[key] = Factors(torch.cat([f.A for f, _ in having]), torch.cat([w * f.B for f, w in having], dim=1))
-    return made
+        joined[key] = Factors(torch.cat([f.A for f, _ in having]), torch.cat([w * f.B for f, w in having], dim=1))
+    return joined
 
 
 def factorised(product: Tensor, like: Factors, rank: int) -> tuple[Factors, float, float]:

@@ -94,7 +94,7 @@ def _plain(
     backbone: nn.Module,
     reader: Capture,
     sequences: Sequence[Sequence[int]],
-    wanted: list[list[int]],
+    chosen: list[list[int]],
     device: torch.device,
     way: Way,
 ) -> Iterator[tuple[list[int], Tensor]]:
@@ -106,7 +106,7 @@ def _plain(
         width = max(len(sequences[i]) for i in texts)
         ids = torch.tensor([[*sequences[i], *[0] * (width - len(sequences[i]))] for i in texts], device=device)
         mask = torch.tensor([[1] * len(sequences[i]) + [0] * (width - len(sequences[i])) for i in texts], device=device)
-        index = torch.tensor([row * width + place for row, i in enumerate(texts) for place in wanted[i]])
+        index = torch.tensor([row * width + place for row, i in enumerate(texts) for place in chosen[i]])
 
         def forward(ids: Tensor = ids, mask: Tensor = mask) -> Any:
             return run_trunk(backbone, ids, mask, encoder_only=encoder_only)
@@ -118,7 +118,7 @@ def _packed(
     backbone: nn.Module,
     reader: Capture,
     sequences: Sequence[Sequence[int]],
-    wanted: list[list[int]],
+    chosen: list[list[int]],
     device: torch.device,
     way: Way,
 ) -> Iterator[tuple[list[int], Tensor]]:
@@ -132,32 +132,32 @@ def _packed(
         from transformers import DynamicCache
 
         cache = DynamicCache(config=getattr(backbone, "config", None))
-        early = sorted({place for places in wanted for place in places if place < skip})
+        early = sorted({place for places in chosen for place in places if place < skip})
         ids = torch.tensor([sequences[0][:skip]], device=device)
         index = torch.tensor(early, dtype=torch.long)
-        read = reader.run(
+        activations = reader.run(
             lambda: run_trunk(backbone, ids, torch.ones_like(ids), use_cache=True, past_key_values=cache), index
         )
-        beginning = dict(zip(early, read, strict=True))
+        beginning = dict(zip(early, activations, strict=True))
     dtype = _dtype(backbone)
     for number, row in enumerate(pack(sequences, skip, way.row_tokens)):
         if number % way.ranks != way.rank:
             continue
         sees = torch.cat([torch.ones(len(row.tokens), skip, dtype=torch.bool), row.sees], dim=1)
         mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None].to(device)
-        nodes = [path[p - skip] for i, path in zip(row.texts, row.nodes, strict=True) for p in wanted[i] if p >= skip]
+        nodes = [path[p - skip] for i, path in zip(row.texts, row.nodes, strict=True) for p in chosen[i] if p >= skip]
         index, back = torch.tensor(nodes, dtype=torch.long).unique(return_inverse=True)
 
         def forward(tokens: Tensor = row.tokens, places: Tensor = row.places, mask: Tensor = mask) -> Any:
             more = {} if cache is None else {"use_cache": True, "past_key_values": cache}
             return run_trunk(backbone, tokens[None].to(device), mask, places[None].to(device), **more)
 
-        read = reader.run(forward, index)[back]
+        activations = reader.run(forward, index)[back]
         if skip:
             cache.crop(-(cache.get_seq_length() - skip))
-            late = iter(read)
-            read = torch.stack([beginning[p] if p < skip else next(late) for i in row.texts for p in wanted[i]])
-        yield row.texts, read
+            late = iter(activations)
+            activations = torch.stack([beginning[p] if p < skip else next(late) for i in row.texts for p in chosen[i]])
+        yield row.texts, activations
 
 
 def _cannot_share(
@@ -177,11 +177,11 @@ def _cannot_share(
     whole = replace(way, batch_size=len(bare), row_tokens=10**6, rank=0, ranks=1)
 
     def apart(texts: Sequence[Sequence[int]]) -> Tensor:
-        wanted = [[len(tokens) - 1] for tokens in texts]
-        expected, found = (
-            _in_order(list(read(backbone, reader, texts, wanted, device, whole))) for read in (_plain, _packed)
+        chosen = [[len(tokens) - 1] for tokens in texts]
+        expected, actual = (
+            _in_order(list(method(backbone, reader, texts, chosen, device, whole))) for method in (_plain, _packed)
         )
-        return (found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+        return (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
 
     coarse = way.autocast or _dtype(backbone).itemsize < 4
     allowed = 0.05 if coarse else _TOLERANCE
@@ -189,10 +189,10 @@ def _cannot_share(
     return objection(backbone, "packed", lambda: float(torch.stack([apart(bare), apart(behind)]).max()), allowed, unit)
 
 
-def _in_order(found: list[tuple[list[int], Tensor]]) -> Tensor:
+def _in_order(batches: list[tuple[list[int], Tensor]]) -> Tensor:
     """Put the values of one token of each text in the order of the texts."""
-    order = torch.tensor([i for texts, _ in found for i in texts]).argsort()
-    return torch.cat([values for _, values in found])[order]
+    order = torch.tensor([i for texts, _ in batches for i in texts]).argsort()
+    return torch.cat([values for _, values in batches])[order]
 
 
 def _dtype(backbone: nn.Module) -> torch.dtype:

@@ -82,12 +82,12 @@ def displacements(sites: Sequence[HeadSite], edits: Sequence[tuple[HeadEdit, flo
     Returns:
         By the projection's name, `[P, H * head_dim]`, zero where an edit does not move it.
     """
-    found: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
     for row, (edit, alpha) in enumerate(edits):
         offsets = edit.offsets(sites)
         for layer in {layer for layer, _ in edit.heads}:
             site = sites[layer]
-            heads = sorted(head for of, head in edit.heads if of == layer)  # as the offsets are
-            at = found.setdefault(site.name, torch.zeros(len(edits), site.num_heads, site.head_dim))
+            heads = sorted(head for edited_layer, head in edit.heads if edited_layer == layer)  # as the offsets are
+            at = added.setdefault(site.name, torch.zeros(len(edits), site.num_heads, site.head_dim))
             at[row, heads] = alpha * offsets[site.name]
-    return {site.name: found[site.name].flatten(1) for site in sites if site.name in found}
+    return {site.name: added[site.name].flatten(1) for site in sites if site.name in added}

@@ -75,25 +75,25 @@ num_heads=None)
         Raises:
             ValueError: there is none, or a layer is named that the model does not have.
         """
-        found: list[Site] = []
+        candidates: list[Site] = []
         if self.sites == "heads":
-            found += head_sites(model, self.pattern, self.num_heads, self.part, self.within)
+            candidates += head_sites(model, self.pattern, self.num_heads, self.part, self.within)
         else:
-            found += [
+            candidates += [
                 site
                 for site in layer_sites(model, self.sites, self.part)  # type: ignore[arg-type]
                 if self.within is None or site.name.startswith(f"{self.within}.")
             ]
         if isinstance(self.layers, str):
-            chosen = found[_window(self.layers)]
+            chosen = candidates[_window(self.layers)]
         elif self.layers is not None:
-            if wrong := [number for number in self.layers if not -len(found) <= number < len(found)]:
-                raise ValueError(f"Layer {wrong[0]} was asked for, but there are {len(found)}, from 0.")
-            chosen = [found[number] for number in self.layers]
+            if wrong := [number for number in self.layers if not -len(candidates) <= number < len(candidates)]:
+                raise ValueError(f"Layer {wrong[0]} was asked for, but there are {len(candidates)}, from 0.")
+            chosen = [candidates[number] for number in self.layers]
         else:
-            chosen = found
+            chosen = candidates
         if not chosen:
-            raise ValueError(f"No site is left of the model's {len(found)}: {self}.")
+            raise ValueError(f"No site is left of the model's {len(candidates)}: {self}.")
         return [replace(site, layer=i) for i, site in enumerate(chosen)]
 
     def capture(self, model: nn.Module) -> Capture:

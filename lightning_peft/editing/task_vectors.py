@@ -72,8 +72,8 @@ def align(vectors: Sequence[TaskVector]) -> tuple[TaskVector, list[dict[str, Ten
     """
     first = vectors[0]
     if len({vector.settings for vector in vectors}) > 1:
-        found = " and ".join(sorted({str(vector.settings) for vector in vectors}))
-        raise AdapterError(f"These adapters act in different ways and have no sum: {found}.")
+        settings = " and ".join(sorted({str(vector.settings) for vector in vectors}))
+        raise AdapterError(f"These adapters act in different ways and have no sum: {settings}.")
     places = list(dict.fromkeys(place for vector in vectors for place in vector.entries))
     aligned: list[dict[str, Tensor]] = [{} for _ in vectors]
     sparse = {}
@@ -83,13 +83,13 @@ def align(vectors: Sequence[TaskVector]) -> tuple[TaskVector, list[dict[str, Ten
         if len({value.shape for value in dense}) > 1:
             raise AdapterError(f"{place} has different shapes in these adapters: they are of different models.")
         if dense:
-            shape, kept = dense[0].shape, None
+            shape, indices = dense[0].shape, None
         else:
-            kept = sparse[place] = torch.cat([vector.sparse[place] for vector in having]).unique()
-            shape = kept.shape
+            indices = sparse[place] = torch.cat([vector.sparse[place] for vector in having]).unique()
+            shape = indices.shape
         for vector, entries in zip(vectors, aligned, strict=True):
             if place in vector.entries:
-                entries[place] = _spread(vector, place, shape, kept)
+                entries[place] = _spread(vector, place, shape, indices)
     return TaskVector(_united(vectors), first.entries, sparse, first.settings), aligned
 
 
@@ -110,13 +110,13 @@ def _united(vectors: Sequence[TaskVector]) -> PeftConfig:
     return config
 
 
-def _spread(vector: TaskVector, place: str, shape: torch.Size, kept: Tensor | None) -> Tensor:
+def _spread(vector: TaskVector, place: str, shape: torch.Size, indices: Tensor | None) -> Tensor:
     """Return one vector's entries at a place: of this shape, or at the stored indices."""
     value = vector.entries[place]
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     if place not in vector.sparse:
         return value
-    where = vector.sparse[place] if kept is None else torch.searchsorted(kept, vector.sparse[place])
+    where = vector.sparse[place] if indices is None else torch.searchsorted(indices, vector.sparse[place])
     return value.new_zeros(shape.numel()).index_copy(0, where, value).reshape(shape)
 
 
@@ -143,11 +143,11 @@ def _write_heads(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[PeftC
     for place in entries:
         name, _, head = place.rpartition(":")
         heads.setdefault(name, []).append(int(head))
-    config.heads = {name: sorted(found) for name, found in sorted(heads.items())}
+    config.heads = {name: sorted(numbers) for name, numbers in sorted(heads.items())}
     config.target_modules, config.alpha, config.parameters = list(config.heads), 1.0, "offsets"
     return config, {
-        f"{_MODEL}{name}.head_offsets": torch.stack([entries[f"{name}:{head}"] for head in found])
-        for name, found in config.heads.items()
+        f"{_MODEL}{name}.head_offsets": torch.stack([entries[f"{name}:{head}"] for head in numbers])
+        for name, numbers in config.heads.items()
     }
 
 
@@ -187,14 +187,14 @@ def _read_deltas(config: Any, tensors: Mapping[str, Tensor], source: str) -> Tas
 def _write_deltas(form: TaskVector, entries: Mapping[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
     config: Any = form.config
     config.target_parameters, config.alpha, config.masked, config.packed = sorted(entries), 1.0, None, None
-    config.kept = {name: len(kept) for name, kept in form.sparse.items()} or None
+    config.kept = {name: len(indices) for name, indices in form.sparse.items()} or None
     tensors = {}
     for name, value in entries.items():
-        owner, _, own = name.rpartition(".")
+        owner, _, parameter = name.rpartition(".")
         before = f"{_MODEL}{owner}." if owner else _MODEL
-        tensors[f"{before}{_VALUES}{own}"] = value
+        tensors[f"{before}{_VALUES}{parameter}"] = value
         if name in form.sparse:
-            tensors[f"{before}{_INDICES}{own}"] = form.sparse[name].int()
+            tensors[f"{before}{_INDICES}{parameter}"] = form.sparse[name].int()
     return config, tensors
 
 

@@ -26,15 +26,15 @@ class Statements:
     """
 
     def __init__(self, backbone: nn.Module, sites: Sequence[HeadSite], folds: Sequence[TruthfulQADataModule]) -> None:
-        found: dict[tuple[int, tuple[int, ...]], int] = {}
+        truths: dict[tuple[int, tuple[int, ...]], int] = {}
         for data in folds:
             for batch in data.train_dataloader():
                 columns = batch["input_ids"], batch["attention_mask"].bool(), batch["truth"], batch["question_id"]
                 for ids, real, truth, question in zip(*columns, strict=True):
-                    found[int(question), tuple(ids[real].tolist())] = int(truth)
-        self.activations = capture_tokens(backbone, sites, [tokens for _, tokens in found])
-        self.truth = torch.tensor(list(found.values()))
-        self.question_id = torch.tensor([question for question, _ in found])
+                    truths[int(question), tuple(ids[real].tolist())] = int(truth)
+        self.activations = capture_tokens(backbone, sites, [tokens for _, tokens in truths])
+        self.truth = torch.tensor(list(truths.values()))
+        self.question_id = torch.tensor([question for question, _ in truths])
 
     def of(self, questions: Sequence[Question]) -> tuple[Tensor, Tensor, Tensor]:
         """Return activations `[N, layers, heads, head_dim]`, truth `[N]` and question ids `[N]` of some questions."""

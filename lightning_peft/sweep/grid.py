@@ -67,9 +67,9 @@ class Grid:
             calls.extend(self._together if one_row else self._alone)
             return map(self._edit, calls)
 
-        base, found = self._scorer.score_edited(ids, mask, labels, edits)
+        base, edited = self._scorer.score_edited(ids, mask, labels, edits)
         scores = base.repeat(1 + len(self.points), 1)
-        for call, rows in zip(calls, found, strict=True):
+        for call, rows in zip(calls, edited, strict=True):
             scores[[1 + i for i in call]] = rows
         return scores
 
@@ -81,14 +81,14 @@ class Grid:
         """
         tokens = tokens[None].to(self._device)
         base = self.backbone(input_ids=tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        found = torch.zeros(len(self.points), dtype=torch.float64)
+        divergences = torch.zeros(len(self.points), dtype=torch.float64)
         for call in self._together:
             with self._edit(call):
                 logits = self.backbone(input_ids=tokens, use_cache=False).logits[:, :-1]
             for point, row in zip(call, logits, strict=True):
                 edited = row.float().log_softmax(-1)
-                found[point] = nn.functional.kl_div(edited, base, reduction="sum", log_target=True).double().cpu()
-        return found
+                divergences[point] = nn.functional.kl_div(edited, base, reduction="sum", log_target=True).double().cpu()
+        return divergences
 
     def _edit(self, call: Sequence[int]) -> RowOffsets:
         if (key := tuple(call)) not in self._made:

@@ -101,7 +101,7 @@ def collect(
     return {
         "name": plan.name,
         "model": plan.model,
-        "measured": _said(plan, len(measured.scores), sum(measured.tokens)),
+        "measured": _measured_on(plan, len(measured.scores), sum(measured.tokens)),
         "data": {"source": plan.data.source, "questions": questions, "hash": hashed, "folds": plan.data.num_folds},
         "split": plan.split,
         "choose": plan.choose,
@@ -114,7 +114,7 @@ def collect(
     }
 
 
-def _said(plan: Sweep, questions: int, tokens: int) -> str:
+def _measured_on(plan: Sweep, questions: int, tokens: int) -> str:
     if plan.split == "validation":
         how = "validation questions, each by interventions computed from the other training questions of its fold"
     else:
@@ -131,10 +131,10 @@ def _entry(measured: Measured, point: int) -> dict[str, Any]:
         if len(values) < 2:
             continue
         mean = mean_interval(values, resamples=_RESAMPLES)
-        entry["metrics"][name] = {of: getattr(mean, of) for of in _COLUMNS}
+        entry["metrics"][name] = {column: getattr(mean, column) for column in _COLUMNS}
         if point:
-            found = paired_difference(values, base, resamples=_RESAMPLES)
-            entry["difference"][name] = {of: getattr(found, of) for of in (*_COLUMNS, "p")}
+            difference = paired_difference(values, base, resamples=_RESAMPLES)
+            entry["difference"][name] = {column: getattr(difference, column) for column in (*_COLUMNS, "p")}
     entry["kl"] = _divergence(measured, point)
     return entry
 
@@ -146,24 +146,24 @@ def _divergence(measured: Measured, point: int) -> dict[str, float] | None:
     by_text = [row[point] / tokens for row, tokens in zip(measured.divergences, measured.tokens, strict=True)]
     if len(by_text) < 2:
         return {"mean": mean}
-    found = mean_interval(by_text, resamples=_RESAMPLES)
-    return {"mean": mean, "low": found.low, "high": found.high}
+    interval = mean_interval(by_text, resamples=_RESAMPLES)
+    return {"mean": mean, "low": interval.low, "high": interval.high}
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> None:
     """Write `results.json` and `table.csv`."""
     write_atomically(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     text = io.StringIO()
-    names = [f"{metric}_{of}" for metric in (*_METRICS, "kl") for of in _COLUMNS]
-    differences = [f"{metric}_difference_{of}" for metric in _METRICS for of in (*_COLUMNS, "p")]
+    names = [f"{metric}_{column}" for metric in (*_METRICS, "kl") for column in _COLUMNS]
+    differences = [f"{metric}_difference_{column}" for metric in _METRICS for column in (*_COLUMNS, "p")]
     writer = csv.DictWriter(text, ["num_heads", "alpha", *names, *differences], lineterminator="\n")
     writer.writeheader()
     for entry in results["points"]:
         row = {"num_heads": entry["num_heads"], "alpha": entry["alpha"]}
         for metric, values in (*entry["metrics"].items(), ("kl", entry["kl"] or {})):
-            row |= {f"{metric}_{of}": value for of, value in values.items()}
+            row |= {f"{metric}_{column}": value for column, value in values.items()}
         for metric, values in entry["difference"].items():
-            row |= {f"{metric}_difference_{of}": value for of, value in values.items()}
+            row |= {f"{metric}_difference_{column}": value for column, value in values.items()}
         writer.writerow(row)
     write_atomically(folder / "table.csv", text.getvalue())
 
@@ -171,13 +171,13 @@ def write_results(results: Mapping[str, Any], folder: Path) -> None:
 def table(results: Mapping[str, Any]) -> Table:
     """Make a table of the points for the terminal, below it what was measured."""
     metrics = [name for name in _METRICS if name in results["points"][0]["metrics"]]
-    made = Table(title=f"{results['name']}: {results['model']}", caption=results["measured"], box=box.SIMPLE_HEAD)
+    rich_table = Table(title=f"{results['name']}: {results['model']}", caption=results["measured"], box=box.SIMPLE_HEAD)
     for name in ("K", "α", *(metric.upper() for metric in metrics), f"{results['choose'].upper()} − base", "KL"):
-        made.add_column(name, justify="right")
+        rich_table.add_column(name, justify="right")
     for entry in results["points"]:
         place = ["base", ""] if entry["num_heads"] == 0 else [str(entry["num_heads"]), f"{entry['alpha']:g}"]
-        made.add_row(*place, *_cells(entry, metrics, results["choose"]))
-    return made
+        rich_table.add_row(*place, *_cells(entry, metrics, results["choose"]))
+    return rich_table
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
@@ -188,11 +188,11 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         for choice in results["chosen"]
     ]
     if confirmed := results["confirmed"]:
-        for metric, found in confirmed["chosen"]["difference"].items():
+        for metric, change in confirmed["chosen"]["difference"].items():
             base, mean = confirmed["base"]["metrics"][metric], confirmed["chosen"]["metrics"][metric]
             lines.append(
                 f"{metric.upper()} on the {confirmed['questions']} test questions: {mean['mean']:.3f} with the choice, "
-                f"{base['mean']:.3f} without; {found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]."
+                f"{base['mean']:.3f} without; {change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]."
             )
     return lines
 

@@ -83,27 +83,27 @@ class _Run:
         for fold, data in enumerate(self.folds):
             name, learnt = f"{plan.split}-fold{fold}", data.train_questions if inner else data.fold_questions
             here = Measured(measured.points)
-            asked = data.val_questions if inner else data.test_questions
-            here.add(*self._measure(name, edits[name], plan.points, data, learnt, asked))
+            questions = data.val_questions if inner else data.test_questions
+            here.add(*self._measure(name, edits[name], plan.points, data, learnt, questions))
             measured.add(here.scores, here.divergences, here.tokens)
             if inner:
                 best = best_point(here, plan.choose)
                 chosen.append({"fold": fold, "num_heads": best[0], "alpha": best[1]})
-                edit, learnt, asked = edits[f"chosen-fold{fold}"], data.fold_questions, data.test_questions
-                confirmed.add(*self._measure(f"chosen-fold{fold}", edit, [best], data, learnt, asked))
+                edit, learnt, questions = edits[f"chosen-fold{fold}"], data.fold_questions, data.test_questions
+                confirmed.add(*self._measure(f"chosen-fold{fold}", edit, [best], data, learnt, questions))
                 self._save(edit, best, fold)
         results = collect(plan, settings, measured, chosen, confirmed if chosen else None, self.questions, self.hashed)
         if self.demonstrations:
             results["demonstrations"] = self.demonstrations
-            kept, shots = min(self.demonstrations)
-            if kept < shots:
-                results["measured"] += f" {kept} of {shots} demonstrations fit the context window."
+            fitted, shots = min(self.demonstrations)
+            if fitted < shots:
+                results["measured"] += f" {fitted} of {shots} demonstrations fit the context window."
         write_results(results, self.output)
         return results
 
     def _fit(self) -> dict[str, HeadEdit]:
         """Fit the interventions of every fold: to its inner training questions and to all its training questions."""
-        found: dict[str, HeadEdit] = {}
+        edits: dict[str, HeadEdit] = {}
         statements: list[Statements] = []  # read when something is left to fit
 
         def fitted(questions: Sequence[Question]) -> dict[str, Any]:
@@ -115,16 +115,16 @@ class _Run:
             return {"record": edit.record} | {name: tensor.tolist() for name, tensor in tensors.items()}
 
         for fold, data in enumerate(self.folds):
-            of = {"test": data.fold_questions}
+            questions_by_split = {"test": data.fold_questions}
             if self.plan.split == "validation":
-                of = {"validation": data.train_questions, "chosen": data.fold_questions}
-            for name, questions in of.items():
-                said = f"{name}-fold{fold}: probes of {len(questions)} questions"
-                part = self._part(f"{name}-fold{fold}-edit", said, {}, partial(fitted, questions), _is_edit)
-                directions, sigma, accuracy = (torch.tensor(part[of]) for of in ("directions", "sigma", "accuracy"))
+                questions_by_split = {"validation": data.train_questions, "chosen": data.fold_questions}
+            for name, questions in questions_by_split.items():
+                progress = f"{name}-fold{fold}: probes of {len(questions)} questions"
+                part = self._part(f"{name}-fold{fold}-edit", progress, {}, partial(fitted, questions), _is_edit)
+                directions, sigma, accuracy = (torch.tensor(part[key]) for key in ("directions", "sigma", "accuracy"))
                 heads = [(layer, head) for layer, head in part["record"]["heads"]]
-                found[f"{name}-fold{fold}"] = HeadEdit(heads, directions, sigma, accuracy, part["record"])
-        return found
+                edits[f"{name}-fold{fold}"] = HeadEdit(heads, directions, sigma, accuracy, part["record"])
+        return edits
 
     def _measure(
         self,
@@ -133,32 +133,32 @@ class _Run:
         points: Sequence[tuple[int, float]],
         data: TruthfulQADataModule,
         learnt: Sequence[Question],
-        asked: Sequence[Question],
+        questions: Sequence[Question],
     ) -> tuple[dict[int, list[dict[str, float]]], list[list[float]], list[int]]:
         """Measure each row on each question and each text: metrics and summed divergence; count each text's tokens."""
-        view = self._view(data, learnt, asked)
+        view = self._view(data, learnt, questions)
         edits = [(best_heads(edit, k), alpha) for k, alpha in points]
         grid = Grid(self.backbone, self.sites, edits, self.plan.positions, self.plan.rows)
         of_point = {"points": [list(point) for point in points]}
         scores: dict[int, list[dict[str, float]]] = {}
-        for first in range(0, len(asked), self.plan.chunk):
-            some = asked[first : first + self.plan.chunk]
-            said = f"{name}: questions {first + 1} to {first + len(some)} of {len(asked)}"
+        for first in range(0, len(questions), self.plan.chunk):
+            some = questions[first : first + self.plan.chunk]
+            progress = f"{name}: questions {first + 1} to {first + len(some)} of {len(questions)}"
             make = partial(self._scored, grid, view, some)
-            found = self._part(
-                f"{name}-{first:04d}", said, of_point, make, partial(_are_rows, len(some), 1 + len(points))
+            metrics = self._part(
+                f"{name}-{first:04d}", progress, of_point, make, partial(_are_rows, len(some), 1 + len(points))
             )
-            scores |= {question.id: row for question, row in zip(some, found, strict=True)}
-        said, fits = f"{name}: neutral text", partial(_are_sums, 1 + len(points))
-        found = self._part(f"{name}-text", said, of_point, partial(self._diverged, grid), fits)
-        return scores, found["sums"], found["tokens"]
+            scores |= {question.id: row for question, row in zip(some, metrics, strict=True)}
+        progress, fits = f"{name}: neutral text", partial(_are_sums, 1 + len(points))
+        divergence = self._part(f"{name}-text", progress, of_point, partial(self._diverged, grid), fits)
+        return scores, divergence["sums"], divergence["tokens"]
 
     def _view(
-        self, data: TruthfulQADataModule, learnt: Sequence[Question], asked: Sequence[Question]
+        self, data: TruthfulQADataModule, learnt: Sequence[Question], questions: Sequence[Question]
     ) -> TruthfulQADataModule:
         """Return a view of the data: these questions, behind demonstrations drawn from the questions learnt from."""
         view = copy.copy(data)
-        view.train_questions, view.val_questions, view.test_questions = list(learnt), [], list(asked)
+        view.train_questions, view.val_questions, view.test_questions = list(learnt), [], list(questions)
         view.questions_per_batch = 1
         view.fix_demonstrations()
         return view
@@ -181,10 +181,10 @@ class _Run:
         return shown
 
     def _scored(
-        self, grid: Grid, fold: TruthfulQADataModule, asked: Sequence[Question]
+        self, grid: Grid, fold: TruthfulQADataModule, questions: Sequence[Question]
     ) -> list[list[dict[str, float]]]:
         view = copy.copy(fold)
-        view.test_questions = list(asked)
+        view.test_questions = list(questions)
         batches = list(view.test_dataloader())
         scores = zip(grid.scores(batches), batches, strict=True)
         return [[metrics_of(row, batch) for row in rows] for rows, batch in scores]
@@ -201,17 +201,17 @@ class _Run:
         }
 
     def _part(
-        self, name: str, said: str, depends: dict[str, Any], make: Callable[[], Any], fits: Callable[[Any], bool]
+        self, name: str, progress: str, depends: dict[str, Any], make: Callable[[], Any], fits: Callable[[Any], bool]
     ) -> Any:
         """Return the result of `make()`, of an earlier run or made now."""
         say = partial(self.console.print, highlight=False, markup=False, soft_wrap=True)
 
-        def made() -> Any:
-            say(said)
+        def make_aloud() -> Any:
+            say(progress)
             return make()
 
         path = self.output / "parts" / f"{name}.json"
-        return kept(path, {"key": self.key, **depends}, made, fits, say, names=("of", "found"))
+        return kept(path, {"key": self.key, **depends}, make_aloud, fits, say, names=("of", "found"))
 
     def _fit_window(self) -> int:
         """Return the number of tokens that a text may have, where demonstrations are to fit; else 0."""
@@ -243,34 +243,34 @@ class _Run:
         return data
 
 
-def _is_edit(found: Any) -> bool:
+def _is_edit(content: Any) -> bool:
     """Return whether a part's content can be an intervention."""
     names = {"record", "directions", "sigma", "accuracy"}
     return (
-        isinstance(found, dict)
-        and found.keys() == names
-        and isinstance(found["record"], dict)
-        and all(isinstance(found[name], list) for name in names - {"record"})
-        and len(found["record"].get("heads", ())) == len(found["directions"]) == len(found["sigma"])
+        isinstance(content, dict)
+        and content.keys() == names
+        and isinstance(content["record"], dict)
+        and all(isinstance(content[name], list) for name in names - {"record"})
+        and len(content["record"].get("heads", ())) == len(content["directions"]) == len(content["sigma"])
     )
 
 
-def _are_rows(questions: int, points: int, found: Any) -> bool:
+def _are_rows(questions: int, points: int, content: Any) -> bool:
     """Return whether a part's content can be every point's metrics of that many questions."""
     return (
-        isinstance(found, list)
-        and len(found) == questions
-        and all(isinstance(rows, list) and len(rows) == points for rows in found)
-        and all(isinstance(row, dict) for rows in found for row in rows)
+        isinstance(content, list)
+        and len(content) == questions
+        and all(isinstance(rows, list) and len(rows) == points for rows in content)
+        and all(isinstance(row, dict) for rows in content for row in rows)
     )
 
 
-def _are_sums(points: int, found: Any) -> bool:
+def _are_sums(points: int, content: Any) -> bool:
     """Return whether a part's content can be every point's divergence on some texts."""
     return (
-        isinstance(found, dict)
-        and found.keys() == {"sums", "tokens"}
-        and all(isinstance(column, list) for column in found.values())
-        and len(found["sums"]) == len(found["tokens"])
-        and all(isinstance(row, list) and len(row) == points for row in found["sums"])
+        isinstance(content, dict)
+        and content.keys() == {"sums", "tokens"}
+        and all(isinstance(column, list) for column in content.values())
+        and len(content["sums"]) == len(content["tokens"])
+        and all(isinstance(row, list) and len(row) == points for row in content["sums"])
     )

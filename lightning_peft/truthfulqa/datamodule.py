@@ -191,7 +191,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         questions, draw = self.fold_questions, random.Random(seed)
         texts = []
         for question in questions:
-            following = draw.choice([other for other in questions if other is not question])
+            following = draw.choice([candidate for candidate in questions if candidate is not question])
             for answer in (*question.correct, *question.incorrect):
                 texts.append(f"{statement(question.text, answer)} Q: {following.text}")
         return [list(self._tokenizer(text)["input_ids"]) for text in texts]
@@ -228,8 +228,8 @@ class TruthfulQADataModule(L.LightningDataModule):
         """Return the context of the answers to each test question, by its id."""
         primer = self._primer()
         if self.fit_window:
-            primer, kept, asked = self._fitting(primer, self.test_questions)
-            self.demonstrations = kept, asked
+            primer, fitted, shots = self._fitting(primer, self.test_questions)
+            self.demonstrations = fitted, shots
         return {question.id: self.protocol.context(question.text, primer) for question in self.test_questions}
 
     def val_contexts(self) -> dict[int, str]:
@@ -254,8 +254,8 @@ class TruthfulQADataModule(L.LightningDataModule):
         """Make what now stands before the test questions the primer, whichever part of them is asked for later."""
         primer = self._primer()
         if self.fit_window:
-            primer, kept, asked = self._fitting(primer, self.test_questions)
-            self.demonstrations = kept, asked
+            primer, fitted, shots = self._fitting(primer, self.test_questions)
+            self.demonstrations = fitted, shots
         self.primer, self.few_shot, self.fit_window = primer, None, False
 
     def _fitting(self, primer: str | None, questions: Sequence[Question]) -> tuple[str, int, int]:
@@ -266,10 +266,10 @@ class TruthfulQADataModule(L.LightningDataModule):
             pairs = [(question.text, choice.text) for question in questions for choice in question.choices]
 
             def length(shown: str, question: str, answer: str) -> int:
-                context, given = self.protocol.context(question, shown), self.protocol.answer(answer)
+                context, continuation = self.protocol.context(question, shown), self.protocol.answer(answer)
                 if self._apart:
-                    return len(encode_answer(self._tokenizer, context, given)[0])
-                return len(encode_pair(self._tokenizer, context, given)[0])
+                    return len(encode_answer(self._tokenizer, context, continuation)[0])
+                return len(encode_pair(self._tokenizer, context, continuation)[0])
 
             self._fitted[key] = fewer_demonstrations(text, pairs, length, self._window())
         return self._fitted[key]
@@ -283,8 +283,8 @@ class TruthfulQADataModule(L.LightningDataModule):
 
         primer = QA_PRIMER if prompting.primer is None else prompting.primer
         pairs = [(question.text, "") for question in self.test_questions]
-        fitting, kept, asked = fewer_demonstrations(primer, pairs, length, self._window())
-        self.demonstrations = kept, asked
+        fitting, fitted, shots = fewer_demonstrations(primer, pairs, length, self._window())
+        self.demonstrations = fitted, shots
         return fitting
 
     def _window(self) -> float:
@@ -369,15 +369,15 @@ class TruthfulQADataModule(L.LightningDataModule):
         batch["strict"] = torch.full((len(pairs),), self.protocol.ties == "strict")
         return batch
 
-    def _side_effects(self, asked: SideEffects) -> tuple[list[Batch], list[Batch]]:
+    def _side_effects(self, settings: SideEffects) -> tuple[list[Batch], list[Batch]]:
         batches = []
-        for question in asked.questions():
+        for question in settings.questions():
             contexts = {question.id: question_prompt(question.text, CAPABILITY_PRIMER)}
             batch = self._choices([question], contexts, " {}".format)
             batch["capability"] = batch["mc1"]
             benchmark = ("mc0", "mc1", "mc2", "strict")
             batches.append({name: values for name, values in batch.items() if name not in benchmark})
-        text = asked.text()
+        text = settings.text()
         return batches, [] if text is None else list(text_batches(text, self._tokenizer))
 
     def _example(self, question: Question, context: str, answer: str, truth: int) -> Example:

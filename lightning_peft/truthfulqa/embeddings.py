@@ -47,8 +47,8 @@ class SentenceEmbedder:
         """
         from transformers import AutoModel, AutoTokenizer
 
-        found = str(name or _installed() or HUB)
-        return cls(AutoModel.from_pretrained(found), AutoTokenizer.from_pretrained(found))
+        source = str(name or _installed() or HUB)
+        return cls(AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source))
 
     @torch.no_grad()
     def embed(self, sentences: Sequence[str]) -> Tensor:
@@ -80,6 +80,6 @@ class SentenceEmbedder:
 
 def _installed() -> Path | None:
     """Return the folder of the package's model, without importing the package, which needs sentence-transformers."""
-    found = importlib.util.find_spec(PACKAGE)
-    folder = Path(found.origin).parent / "model" if found is not None and found.origin else None
+    spec = importlib.util.find_spec(PACKAGE)
+    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
     return folder if folder is not None and folder.is_dir() else None

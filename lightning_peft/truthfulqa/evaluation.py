@@ -70,10 +70,10 @@ class Evaluation(nn.Module):
         """
 
         def effects(batch: Batch) -> Tensor:
-            found = batch_effects(backbone, batch, off)
+            values = batch_effects(backbone, batch, off)
             if not base:
-                found[:, [1, 3]] = math.nan
-            return found
+                values[:, [1, 3]] = math.nan
+            return values
 
         self._scoring = (lambda: by_logprob(backbone)) if scoring is None else scoring
         self._scores, self._effects = None, effects
@@ -114,13 +114,13 @@ class Evaluation(nn.Module):
     def finish(self, prefix: str = "") -> dict[str, float]:
         """Return the results over all processes, under names that begin with `prefix`, and begin anew."""
         loss, tokens = self.loss.compute(), self.tokens.compute()
-        found = {"loss": float(loss / tokens)} if tokens else {}
-        found |= {name: float(value) for name, value in self.choices.finish().items()}
-        found |= {name: value for name, value in self.text.compute().items() if not math.isnan(value)}
+        results = {"loss": float(loss / tokens)} if tokens else {}
+        results |= {name: float(value) for name, value in self.choices.finish().items()}
+        results |= {name: value for name, value in self.text.compute().items() if not math.isnan(value)}
         for metric in (self.text, self.loss, self.tokens):
             metric.reset()
         self._scoring = self._scores = self._effects = None
-        return {prefix + name: value for name, value in found.items()}
+        return {prefix + name: value for name, value in results.items()}
 
 
 def by_logprob(backbone: nn.Module) -> Scores:

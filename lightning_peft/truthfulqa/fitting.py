@@ -30,8 +30,8 @@ def fewer_demonstrations(
     shots = primer.split(_BREAK) if primer else []
     longest = sorted(texts, key=lambda text: -length("", *text))[:_LONGEST]
 
-    def fits(kept: int) -> bool:
-        shown = _BREAK.join(shots[len(shots) - kept :])
+    def fits(count: int) -> bool:
+        shown = _BREAK.join(shots[len(shots) - count :])
         return all(length(shown, *text) <= window for text in longest)
 
     fewest, most = 0, len(shots)

@@ -116,8 +116,8 @@ class AnswerGenerator:
         Raises:
             ContextWindowError: a prompt and an answer of that length are longer than the model can read.
         """
-        asked = {"input_ids": input_ids, "attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
-        check_lengths(self.backbone, lengths_of(asked), "prompts with their answers")
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
+        check_lengths(self.backbone, lengths_of(batch), "prompts with their answers")
         device = next(self.backbone.parameters()).device
         ids, mask = input_ids.to(device), attention_mask.to(device)
         if self._prefix is None:
@@ -138,7 +138,7 @@ class AnswerGenerator:
         backbone: Any = self.backbone
         prompt, start = ids.shape[1], mask.sum(-1) - 1
         rows = torch.arange(len(ids), device=ids.device)
-        found: list[list[int]] = [[] for _ in rows]
+        tokens_by_row: list[list[int]] = [[] for _ in rows]
         while True:
             options = {} if cache is None else {"past_key_values": cache}
             left = prompt + max_new_tokens - ids.shape[1]
@@ -152,10 +152,10 @@ class AnswerGenerator:
                     )
             ended = stop.ended.clamp(max=prompt + max_new_tokens)
             for row, tokens, end in zip(rows.tolist(), ids.tolist(), ended.tolist(), strict=True):
-                found[row] = tokens[prompt:end]
+                tokens_by_row[row] = tokens[prompt:end]
             going = (ended > ids.shape[1]).nonzero().flatten().to(ids.device)
             if cache is None or not len(going):
-                return found
+                return tokens_by_row
             rows, ids = rows[going], ids[going]
             mask = nn.functional.pad(mask[going], (0, ids.shape[1] - mask.shape[1]), value=1)
             cache.batch_select_indices(going)
@@ -239,8 +239,8 @@ class _AnswerEnds:
         for i in (self.ended == _NEVER).nonzero().flatten().tolist():
             if new[i][-1] in self.ends or is_finished(str(self.tokenizer.decode(new[i])), self.ending):
                 self.ended[i] = input_ids.shape[1]
-        done = self.ended != _NEVER
-        return (done | (int((~done).sum()) <= self.few)).to(input_ids.device)
+        has_ended = self.ended != _NEVER
+        return (has_ended | (int((~has_ended).sum()) <= self.few)).to(input_ids.device)
 
 
 @contextmanager

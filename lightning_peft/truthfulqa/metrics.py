@@ -94,14 +94,14 @@ class _ChoiceMetric(Metric):
             question_id: `[B]`; a question without any choice for this metric is passed over.
             strict: bool `[B]`, whether a tie counts as wrong; by default as the metric was made.
         """
-        found = {}
+        scores = {}
         for question in question_id.unique().tolist():
             rows = question_id == question
             if (truth[rows] >= 0).any():
                 ties = None if strict is None else _ties(bool(strict[rows][0]))
-                found[question] = self._score(logprobs[rows], truth[rows], ties)
-        self.ids.append(torch.tensor(list(found), dtype=torch.long, device=self.device))
-        self.scores.append(torch.tensor(list(found.values()), dtype=torch.float32, device=self.device))
+                scores[question] = self._score(logprobs[rows], truth[rows], ties)
+        self.ids.append(torch.tensor(list(scores), dtype=torch.long, device=self.device))
+        self.scores.append(torch.tensor(list(scores.values()), dtype=torch.float32, device=self.device))
 
     def by_question(self) -> dict[int, float]:
         """Return the score of each question so far, in this process or, within `compute`, in all."""
@@ -173,11 +173,11 @@ class ChoiceMetrics(nn.ModuleDict):
 
     def add(self, logprobs: Tensor, batch: dict[str, Tensor]) -> None:
         """Add the questions of a test batch of `TruthfulQADataModule`, whose choices have these `logprobs [B]`."""
-        given = {name: values.cpu() for name, values in batch.items() if values.dim() == 1}
+        columns = {name: values.cpu() for name, values in batch.items() if values.dim() == 1}
         for name, metric in self._metrics().items():
-            truth = given.get("mc2" if name == "mc3" else name)
+            truth = columns.get("mc2" if name == "mc3" else name)
             if truth is not None:
-                metric.update(logprobs, truth, given["question_id"], given.get("strict"))
+                metric.update(logprobs, truth, columns["question_id"], columns.get("strict"))
 
     def finish(self) -> dict[str, Tensor]:
         """Return the metrics that had any question, over all processes, and begin anew."""

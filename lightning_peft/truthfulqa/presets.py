@@ -95,15 +95,15 @@ class Prompting:
     def text(self, question: str) -> str:
         """Return the prompt as text, for models of text."""
         template = _TEMPLATES[self.preset] if self.primer is None else f"{self.primer}\n\nQ: {{}}".lstrip()
-        asked = question.join(template.rsplit("{}", 1))
-        return f"{_instruction(self.instruction)}\n\n{asked}" if self.instruction else asked
+        prompt = question.join(template.rsplit("{}", 1))
+        return f"{_instruction(self.instruction)}\n\n{prompt}" if self.instruction else prompt
 
     def conversation(self, question: str) -> list[dict[str, str]]:
         """Return the prompt as messages, for `chat_template`."""
         messages = [{"role": "system", "content": _instruction(self.instruction)}] if self.instruction else []
         pairs = re.findall(r"Q: (.*)\nA: (.*)", QA_PRIMER if self.primer is None else self.primer)
-        for asked, answered in pairs if self.preset == "qa" else []:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        for shown_question, shown_answer in pairs if self.preset == "qa" else []:
+            messages += [{"role": "user", "content": shown_question}, {"role": "assistant", "content": shown_answer}]
         return [*messages, {"role": "user", "content": question}]
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:

@@ -53,8 +53,8 @@ class Protocol:
             question: its text.
             primer: in place of the protocol's own, such as demonstrations from training questions.
         """
-        asked = question_prompt(question, self.primer if primer is None else primer)
-        return asked if self.instruction is None else f"{self.instruction}\n\n{asked}"
+        prompt = question_prompt(question, self.primer if primer is None else primer)
+        return prompt if self.instruction is None else f"{self.instruction}\n\n{prompt}"
 
     def answer(self, choice: str) -> str:
         """Return a choice as it is scored, with the space before it."""

@@ -190,7 +190,7 @@ def _lines(text: str) -> Iterator[int]:
     """Yield the line on which each entry of a JSON list begins."""
     place, line, decode = text.index("[") + 1, 1, json.JSONDecoder().raw_decode
     counted = 0
-    while (found := _BETWEEN.match(text, place)) and (begin := found.end()) < len(text) and text[begin] != "]":
+    while (gap := _BETWEEN.match(text, place)) and (begin := gap.end()) < len(text) and text[begin] != "]":
         line, counted = line + text.count("\n", counted, begin), begin
         yield line
         _, place = decode(text, begin)

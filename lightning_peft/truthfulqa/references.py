@@ -68,12 +68,12 @@ def bleu(answer: str) -> Callable[[str], float]:
 
 def _rouge(answer: str) -> Callable[[str], dict[str, float]]:
     """Return a function of the reference that gives an answer's ROUGE F-measures, 0 to 100, by rouge_score's names."""
-    scorer, given = _rouge_scorer(), _sentences(answer)
+    scorer, sentences = _rouge_scorer(), _sentences(answer)
 
     @cache
     def scores(reference: str) -> dict[str, float]:
-        found = scorer.score(_sentences(reference), given)
-        return {name: 100 * score.fmeasure for name, score in found.items()}
+        by_name = scorer.score(_sentences(reference), sentences)
+        return {name: 100 * score.fmeasure for name, score in by_name.items()}
 
     return scores
 

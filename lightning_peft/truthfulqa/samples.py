@@ -56,7 +56,7 @@ def harness_samples(
         task: `"mc1"` or `"mc2"`.
         protocol: by which they were scored.
     """
-    made = []
+    samples = []
     for question in questions:
         # as the harness has them: true ones first, for it takes the first choice of mc1 for the true one
         order = sorted(range(len(question.choices)), key=lambda i: -getattr(question.choices[i], task))
@@ -68,7 +68,7 @@ def harness_samples(
         doc = {"question": question.text, **{f"{name}_targets": _targets(question, name) for name in TASKS}}
         context, responses = contexts[question.id], [[str(score), "None"] for score in scores.tolist()]
         pairs = [{"arg_0": context, "arg_1": protocol.answer(question.choices[i].text)} for i in order]
-        made.append(
+        samples.append(
             {
                 "doc_id": question.id,
                 "doc": doc,
@@ -85,7 +85,7 @@ def harness_samples(
                 "category": question.category,
             }
         )
-    return made
+    return samples
 
 
 def write_samples(path: str | os.PathLike[str], samples: Iterable[Mapping[str, Any]]) -> None:
@@ -186,10 +186,10 @@ class SampleWriter(Callback):
         logprobs: dict[int, list[float]] = defaultdict(list)
         for (question, _), logprob in sorted(gathered(self._found).items()):
             logprobs[question].append(logprob)
-        asked = [question for question in data.test_questions if question.id in logprobs]
+        questions = [question for question in data.test_questions if question.id in logprobs]
         contexts = data.test_contexts()
         for task in TASKS:
-            self.samples[task] = harness_samples(asked, logprobs, contexts, task, data.protocol)
+            self.samples[task] = harness_samples(questions, logprobs, contexts, task, data.protocol)
             if self.folder is not None and trainer.is_global_zero:
                 write_samples(self.folder / FILES[task], self.samples[task])
 

@@ -104,12 +104,12 @@ class ChoiceScorer:
         plain = self.score(input_ids, attention_mask, labels)
         rows, starts = _rows(input_ids, attention_mask, labels)
         packed = self.packs and max(map(len, rows)) <= self._window and len(_questions(rows, starts)) == 1
-        found = []
+        edited_scores = []
         for edit in edits(packed):
             with edit:
                 scores = self._packed(rows, starts, edited=True) if packed else self._plain(rows, starts)
-                found.append(scores if packed else scores[None])
-        return plain, found
+                edited_scores.append(scores if packed else scores[None])
+        return plain, edited_scores
 
     @property
     def packs(self) -> bool:
@@ -147,19 +147,19 @@ class ChoiceScorer:
             begin += len(tree.tokens)
         answered = [(i, place) for i, row in enumerate(rows) for place in range(starts[i] + 1, len(row))]
         # the token at a place is predicted by the one before it
-        kept, index = torch.tensor([paths[i][place - 1 - keep] for i, place in answered]).unique(return_inverse=True)
+        columns, index = torch.tensor([paths[i][place - 1 - keep] for i, place in answered]).unique(return_inverse=True)
         targets = torch.tensor([rows[i][place] for i, place in answered])
         if len(questions) == 1:
             begins = torch.tensor(starts[:1])
         else:
-            of = [torch.full_like(tree.places, starts[q[0]]) for q, tree in zip(questions, trees, strict=True)]
-            begins = torch.cat(of)[None]
+            tree_starts = [torch.full_like(tree.places, starts[q[0]]) for q, tree in zip(questions, trees, strict=True)]
+            begins = torch.cat(tree_starts)[None]
         logits = self._run(
             torch.cat([tree.tokens for tree in trees]),
             torch.cat([tree.places for tree in trees]),
             torch.block_diag(*(tree.sees for tree in trees)).bool(),
             begins,
-            kept,
+            columns,
             _read_only(self._cache) if edited else self._cache,
         )
         logprobs = self._logprobs(logits, index.to(logits.device), targets.to(logits.device)).cpu()
@@ -170,15 +170,15 @@ class ChoiceScorer:
         self._cached = shared
         return scores[0]
 
-    def _run(self, tokens: Tensor, places: Tensor, sees: Tensor, start: Tensor, kept: Tensor, cache: Any) -> Tensor:
-        """Return logits `[R, kept, V]` of one packed row, behind what is in the cache; most often R is 1.
+    def _run(self, tokens: Tensor, places: Tensor, sees: Tensor, start: Tensor, columns: Tensor, cache: Any) -> Tensor:
+        """Return logits `[R, K, V]` of one packed row, behind what is in the cache; most often R is 1.
 
         Args:
             tokens: `[T]`.
             places: `[T]`, each token's number in its text.
             sees: bool `[T, T]`, which of the row's tokens a token sees; it sees all that is in the cache.
             start: see `answering`.
-            kept: the numbers of the tokens whose logits are wanted.
+            columns: `[K]`, the numbers of the tokens whose logits are computed.
             cache: what stands before the row.
         """
         device = next(self.backbone.parameters()).device
@@ -193,9 +193,9 @@ class ChoiceScorer:
                 position_ids=places[None].to(device),
                 past_key_values=cache,
                 use_cache=True,
-                **({"logits_to_keep": kept.to(device)} if skips else {}),
+                **({"logits_to_keep": columns.to(device)} if skips else {}),
             ).logits
-        return logits if skips else logits[:, kept.to(device)]
+        return logits if skips else logits[:, columns.to(device)]
 
     def _crop(self, length: int) -> None:
         """Keep the first `length` tokens of the cache."""
@@ -221,7 +221,7 @@ class ChoiceScorer:
         return torch.stack(scores)
 
     def _logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """Score each target at its row of `logits [R, kept, V]`, `[R, N]`, over the vocabulary a few rows at a time."""
+        """Score each target at its row of `logits [R, K, V]`, `[R, N]`, over the vocabulary a few rows at a time."""
         chosen = logits[:, rows, targets].float()
         if not self.normalise:
             return chosen
@@ -286,13 +286,13 @@ class AnswerScorer:
         return score(input_ids, attention_mask, labels).cpu()
 
     def _shared(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        prompts, of = torch.cat([input_ids, attention_mask], 1).unique(dim=0, return_inverse=True)
+        prompts, prompt_of_row = torch.cat([input_ids, attention_mask], 1).unique(dim=0, return_inverse=True)
         ids, mask = prompts.chunk(2, dim=1)
         # by way of the model's own call, as edits of tokens need it; a token is enough for its decoder
         first = torch.full_like(ids[:, :1], int(labels[0, 0]))
-        read = self.backbone(input_ids=ids, attention_mask=mask, labels=first).encoder_last_hidden_state
-        given = {"input_ids": ids[of], "attention_mask": mask[of], "labels": labels}
-        return _summed(self.backbone(encoder_outputs=(read[of],), **given).logits, labels)
+        encoded = self.backbone(input_ids=ids, attention_mask=mask, labels=first).encoder_last_hidden_state
+        inputs = {"input_ids": ids[prompt_of_row], "attention_mask": mask[prompt_of_row], "labels": labels}
+        return _summed(self.backbone(encoder_outputs=(encoded[prompt_of_row],), **inputs).logits, labels)
 
     def _plain(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """Score every answer with its prompt: the definition that sharing must agree with."""
@@ -339,7 +339,7 @@ def _read_only(cache: Any) -> Any:
         ) -> tuple[Tensor, Tensor]:
             layer: Any = cache.layers[layer_idx]
             rows = len(key_states)
-            keys, values = (kept.expand(rows, *kept.shape[1:]) for kept in (layer.keys, layer.values))
+            keys, values = (tensor.expand(rows, *tensor.shape[1:]) for tensor in (layer.keys, layer.values))
             return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     view = ReadOnly()
@@ -361,10 +361,10 @@ def _rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[li
 
 def _questions(rows: list[list[int]], starts: list[int]) -> list[list[int]]:
     """Return the numbers of the rows of each prompt."""
-    of: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    rows_by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        of[tuple(row[: start + 1])].append(i)
-    return list(of.values())
+        rows_by_prompt[tuple(row[: start + 1])].append(i)
+    return list(rows_by_prompt.values())
 
 
 def _parts(questions: list[list[int]], rows: list[list[int]]) -> Iterator[list[int]]:
@@ -372,9 +372,9 @@ def _parts(questions: list[list[int]], rows: list[list[int]]) -> Iterator[list[i
     part: list[int] = []
     shared, size = common_prefix(rows), 0
     for question in questions:
-        own = packed_length([rows[i][:-1] for i in question], shared)
-        if part and size + own > _TOGETHER:
+        length = packed_length([rows[i][:-1] for i in question], shared)
+        if part and size + length > _TOGETHER:
             yield part
             part, size = [], 0
-        part, size = part + question, size + own
+        part, size = part + question, size + length
     yield part

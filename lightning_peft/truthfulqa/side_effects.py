@@ -157,8 +157,8 @@ def batch_effects(backbone: nn.Module, batch: Mapping[str, Tensor], off: Off | N
         raise ValueError(f"Side effects on text need a causal language model, and {type(backbone).__name__} is none.")
     check_lengths(backbone, lengths_of(batch), "neutral texts", cut=True)
     window = context_window(backbone)
-    read = None if window is None else window.tokens
-    ids, mask = batch["input_ids"][:, :read], batch["attention_mask"][:, :read]
+    limit = None if window is None else window.tokens
+    ids, mask = batch["input_ids"][:, :limit], batch["attention_mask"][:, :limit]
     rows, columns = (mask[:, :-1] * mask[:, 1:]).nonzero(as_tuple=True)
     adapted = _Run(backbone, ids, mask)
     base = adapted
@@ -209,31 +209,31 @@ class _Run:
         head = getattr(backbone, "get_output_embeddings", lambda: None)()
         hidden = None if head is None else _hidden(backbone, head, inputs)
         self.head: nn.Module | None = None if hidden is None else head
-        kept = backbone(**inputs).logits if hidden is None else hidden
-        self.kept = kept[:, -ids.shape[1] :]  # behind a prompt's virtual tokens
+        states = backbone(**inputs).logits if hidden is None else hidden
+        self.kept = states[:, -ids.shape[1] :]  # behind a prompt's virtual tokens
 
     def logprobs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return log-probabilities `[N, vocabulary]` after the tokens at these places."""
-        kept = self.kept[rows, columns]
-        logits = kept if self.head is None else self.head(kept[None])[0]
+        states = self.kept[rows, columns]
+        logits = states if self.head is None else self.head(states[None])[0]
         return logits.log_softmax(-1, dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
 
 
 def _hidden(backbone: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """Return the head's input, `[B, T, width]`; None where its output alone is not the logits."""
-    given: list[Tensor] = []
+    head_inputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        given.append(args[0])
+        head_inputs.append(args[0])
         return (args[0][:, -1:], *args[1:])
 
     handle = head.register_forward_pre_hook(keep)
     try:
         logits = backbone(**inputs).logits
         handle.remove()
-        alone = len(given) == 1 and torch.equal(head(given[0][:, -1:]).float(), logits.float())
+        alone = len(head_inputs) == 1 and torch.equal(head(head_inputs[0][:, -1:]).float(), logits.float())
     except RuntimeError:  # an edit of the head that must see all its positions
         alone = False
     finally:
         handle.remove()
-    return given[0] if alone else None
+    return head_inputs[0] if alone else None

@@ -41,15 +41,15 @@ def memory_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[
     generates = getattr(model, "can_generate", None)
     if callable(generates) and not generates():
         raise ValueError(f"{type(model).__name__} does not predict next tokens: facts are edited in language models.")
-    found = blocks(model)
-    if len({block.stack for block in found}) != 1:
+    all_blocks = blocks(model)
+    if len({block.stack for block in all_blocks}) != 1:
         raise ValueError(f"Facts are edited in a model with one list of blocks; {type(model).__name__} has not one.")
-    wanted = range(len(found)) if layers is None else layers
-    if outside := [layer for layer in wanted if not 0 <= layer < len(found)]:
-        raise ValueError(f"The model has layers 0 to {len(found) - 1}, but layer {outside[0]} was asked for.")
+    numbers = range(len(all_blocks)) if layers is None else layers
+    if outside := [layer for layer in numbers if not 0 <= layer < len(all_blocks)]:
+        raise ValueError(f"The model has layers 0 to {len(all_blocks) - 1}, but layer {outside[0]} was asked for.")
     stream, sites = width(model), []
-    for layer in wanted:
-        block = found[layer]
+    for layer in numbers:
+        block = all_blocks[layer]
         if block.mlp is None or len(block.mlp.matrices) > 3:
             raise ValueError(f"{block.name} has not one feed-forward part with one last matrix, so no fact to edit.")
         module: Any = model.get_submodule(block.mlp.last)
@@ -166,7 +166,7 @@ def key_moments(
     sequences = [ids for ids in sequences if ids]
     if not sequences:
         raise ValueError("A key covariance needs texts to be read from, and there is none.")
-    wanted = [list(range(len(ids))) for ids in sequences]
-    for _, keys in read_texts(model, moments.sites, sequences, wanted, Way(share=False, batch_size=8)):
+    token_numbers = [list(range(len(ids))) for ids in sequences]
+    for _, keys in read_texts(model, moments.sites, sequences, token_numbers, Way(share=False, batch_size=8)):
         moments.update(keys)
     return moments

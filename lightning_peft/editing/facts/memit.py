@@ -63,13 +63,13 @@ def compute_memit(
     if values is None:
         values = find_values(model, tokenizer, facts, sites[-1], prefixes, search, reference=stream)
     before = read_at_subject(model, tokenizer, facts, stream, ("",))[1]
-    wanted = before + torch.stack([value.delta for value in values])
+    targets = before + torch.stack([value.delta for value in values])
     factors: dict[str, Factors] = {}
     for i, site in enumerate(sites):
         with acting(model, factors):
             keys, _ = read_at_subject(model, tokenizer, facts, site.name, prefixes)
             _, states = read_at_subject(model, tokenizer, facts, stream, ("",))
-        missing = (wanted - states) / (len(sites) - i)
+        missing = (targets - states) / (len(sites) - i)
         factors[site.name] = least_squares(missing, keys, covariances[i], weight)
     settings = {
         "layers": layers,

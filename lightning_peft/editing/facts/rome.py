@@ -44,14 +44,14 @@ def compute_rome(
         ValueError: no facts, more layers than one, a singular covariance; or as `find_values`.
     """
     site, search, moment = _prepare(tokenizer, facts, moments, search, shrinkage)
-    done: list[Factors] = []
+    updates: list[Factors] = []
     values: list[Value] = []
     for fact in facts:
-        with acting(model, {site.name: stacked(done)} if done else {}):
+        with acting(model, {site.name: stacked(updates)} if updates else {}):
             values += find_values(model, tokenizer, [fact], site, prefixes, search)
-        done.append(rank_one(values[-1].delta, values[-1].key, moment))
+        updates.append(rank_one(values[-1].delta, values[-1].key, moment))
     record = _record(moments, shrinkage, search, facts, values)
-    return KnowledgeEdit({site.name: stacked(done)}, record)
+    return KnowledgeEdit({site.name: stacked(updates)}, record)
 
 
 def compute_rome_each(

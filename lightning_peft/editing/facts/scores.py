@@ -95,19 +95,19 @@ def score_facts(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact], b
         facts: with paraphrases and neighbours.
         batch_size: prompts a batch.
     """
-    asked: list[tuple[int, int, Prompt, Prompt]] = []
+    pairs: list[tuple[int, int, Prompt, Prompt]] = []
     for number, fact in enumerate(facts):
         named = [(0, fact.relation, fact.subject)]
         named += [(1, template, fact.subject) for template in fact.paraphrases]
         named += [(2, fact.relation, neighbour) for neighbour in fact.neighbours]
         for kind, template, subject in named:
-            asked.append((kind, number, Prompt(template, subject, fact.true), Prompt(template, subject, fact.new)))
-    prompts = [prompt for *_, true, new in asked for prompt in (true, new)]
-    found, order = torch.zeros(len(prompts)), sorted(range(len(prompts)), key=lambda i: len(prompts[i].text))
+            pairs.append((kind, number, Prompt(template, subject, fact.true), Prompt(template, subject, fact.new)))
+    prompts = [prompt for *_, true, new in pairs for prompt in (true, new)]
+    log_probs, order = torch.zeros(len(prompts)), sorted(range(len(prompts)), key=lambda i: len(prompts[i].text))
     with frozen(model):
         for begin in range(0, len(prompts), batch_size):
             rows = order[begin : begin + batch_size]
             encoded = encode(tokenizer, [prompts[i] for i in rows], next(model.parameters()).device)
-            found[rows] = object_log_probs(model, encoded).cpu()
-    kinds, numbers = torch.tensor([kind for kind, *_ in asked]), torch.tensor([number for _, number, *_ in asked])
-    return FactScores(kinds, numbers, found[0::2], found[1::2])
+            log_probs[rows] = object_log_probs(model, encoded).cpu()
+    kinds, numbers = torch.tensor([kind for kind, *_ in pairs]), torch.tensor([number for _, number, *_ in pairs])
+    return FactScores(kinds, numbers, log_probs[0::2], log_probs[1::2])

@@ -98,12 +98,12 @@ def find_values(
     Raises:
         ValueError: as `encode`; a loss that is not finite.
     """
-    found: list[Value] = []
+    values: list[Value] = []
     with frozen(model):
         for begin in range(0, len(facts), batch_size):
             batch = facts[begin : begin + batch_size]
-            found += _find(model, tokenizer, batch, site, prefixes, search, reference or site.name)
-    return found
+            values += _find(model, tokenizer, batch, site, prefixes, search, reference or site.name)
+    return values
 
 
 def _find(
@@ -148,16 +148,16 @@ def _find(
                 x[index, 1 - keep :].unflatten(0, (-1, group))[:, :-1] for x in (rows.input_ids, rows.objects)
             )
             chosen = expected[:, :-1, :-1].gather(-1, targets[..., None])[..., 0]
-            said = ((chosen * mask).sum(-1) / mask.sum(-1)).mean(-1)
+            new_log_prob = ((chosen * mask).sum(-1) / mask.sum(-1)).mean(-1)
             now = expected[:, -1, -1]
             essence = now.detach() if essence is None else essence  # δ is still 0, and all facts are here
             drift = F.kl_div(essence[live], now, log_target=True, reduction="none").sum(-1)  # KL(now ‖ before)
             pull = delta[live].norm(dim=-1) / norm[live].square()
-            loss = -said + search.kl_factor * drift + search.v_weight_decay * pull
+            loss = -new_log_prob + search.kl_factor * drift + search.v_weight_decay * pull
             if not torch.isfinite(loss).all():
                 wrong = facts[int(live[~torch.isfinite(loss)][0])]
                 raise ValueError(f"The loss for {wrong.prompt!r} is not finite after {step} steps: lower v_lr.")
-            log_prob[live], steps[live] = said.detach(), step
+            log_prob[live], steps[live] = new_log_prob.detach(), step
             going = loss.detach() >= search.stop
             if not going.any():
                 break
@@ -184,33 +184,33 @@ def read_at_subject(
     batch_size: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """Return a module's mean input and output at each fact's subject's last token, over the prefixes, `[n, width]`."""
-    read: list[tuple[Tensor, Tensor]] = []
+    means: list[tuple[Tensor, Tensor]] = []
     with frozen(model):
         for begin in range(0, len(facts), batch_size):
             batch = facts[begin : begin + batch_size]
             prompts = [prompt for fact in batch for prompt in with_object(fact, "", prefixes)]
             rows = encode(tokenizer, prompts, next(model.parameters()).device)
-            given, gave = (x.unflatten(0, (len(batch), -1)).mean(1).cpu() for x in _at_subject(model, rows, module))
-            read.append((given, gave))
-    inputs, outputs = zip(*read, strict=True)
+            key, output = (x.unflatten(0, (len(batch), -1)).mean(1).cpu() for x in _at_subject(model, rows, module))
+            means.append((key, output))
+    inputs, outputs = zip(*means, strict=True)
     return torch.cat(inputs), torch.cat(outputs)
 
 
 @torch.no_grad()
 def _at_subject(model: nn.Module, rows: Rows, module: str) -> tuple[Tensor, Tensor]:
     """Return a module's input and output at the subject's last token of each row, in float32; no further is run."""
-    read: list[Tensor] = []
+    states: list[Tensor] = []
 
     def look(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         output = output[0] if isinstance(output, tuple | list) else output
         place = rows.subject.to(output.device)
         each = torch.arange(len(place), device=output.device)
-        read.extend(x.reshape(*rows.input_ids.shape, -1)[each, place].float() for x in (args[0], output))
+        states.extend(x.reshape(*rows.input_ids.shape, -1)[each, place].float() for x in (args[0], output))
         raise _Reached
 
     with hooked(model, {module: look}), suppress(_Reached):
         next_logits(model, rows.input_ids, rows.attention_mask, 1)
-    return read[0], read[1]
+    return states[0], states[1]
 
 
 class _Reached(Exception):

@@ -87,8 +87,8 @@ def check_examples(x: Tensor, y: Tensor | None = None) -> None:
     if y is not None and y.shape != x.shape[:1]:
         raise ValueError(f"{len(x)} examples need {len(x)} labels, but the labels have shape {tuple(y.shape)}.")
     if y is not None and (labels := set(y.unique().tolist())) != {0, 1}:
-        given = ", ".join(str(v) for v in sorted(labels))
-        raise ValueError(f"A probe needs examples of both classes, 0 and 1; the labels given are: {given}.")
+        listed = ", ".join(str(v) for v in sorted(labels))
+        raise ValueError(f"A probe needs examples of both classes, 0 and 1; the labels given are: {listed}.")
     if not torch.isfinite(x.sum()):  # a sum is finite only where all are, or nearly all are huge
         finite = torch.isfinite(x).all(-1).all(0)
         if not finite.all():

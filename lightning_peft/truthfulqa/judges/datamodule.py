@@ -105,5 +105,5 @@ def draw(rows: Sequence[Judgement], limit: int | None, seed: int) -> list[Judgem
         return list(rows)
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
-    kept = sorted(random.Random(seed).sample(range(len(rows)), limit))
-    return [rows[i] for i in kept]
+    drawn = sorted(random.Random(seed).sample(range(len(rows)), limit))
+    return [rows[i] for i in drawn]

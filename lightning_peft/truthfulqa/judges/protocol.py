@@ -72,14 +72,14 @@ def load_judgements(path: str | Path) -> list[Judgement]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} is not a file: name finetune_truth.jsonl or finetune_info.jsonl.")
-    found: dict[Judgement, None] = {}  # a fifth of the lines stand there more than once
+    judgements: dict[Judgement, None] = {}  # a fifth of the lines stand there more than once
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                found[_judgement(line, f"{path}, line {number}")] = None
-    if not found:
+                judgements[_judgement(line, f"{path}, line {number}")] = None
+    if not judgements:
         raise DataError(f"{path} holds no judgement.")
-    return list(found)
+    return list(judgements)
 
 
 def split_by_question(

@@ -92,14 +92,14 @@ def judge_quality(judge: Judge, judgements: Sequence[Judgement]) -> JudgeQuality
 def _quality(kind: str, questions: Sequence[str], scores: Tensor, verdicts: Tensor) -> JudgeQuality:
     from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
-    said = scores >= THRESHOLD
+    predicted = scores >= THRESHOLD
     yes = float(verdicts.float().mean())
-    confusion = _confusion(questions, said, verdicts)
+    confusion = _confusion(questions, predicted, verdicts)
     return JudgeQuality(
         kind=kind,
         judgements=len(verdicts),
         questions=len(confusion.counts),
-        accuracy=float((said == verdicts).float().mean()),
+        accuracy=float((predicted == verdicts).float().mean()),
         majority=max(yes, 1 - yes),
         auroc=float(binary_auroc(scores, verdicts.long())),
         ece=float(binary_calibration_error(scores, verdicts.long(), n_bins=15)),
@@ -108,9 +108,9 @@ def _quality(kind: str, questions: Sequence[str], scores: Tensor, verdicts: Tens
     )
 
 
-def _confusion(questions: Sequence[str], said: Tensor, verdicts: Tensor) -> Confusion:
+def _confusion(questions: Sequence[str], predicted: Tensor, verdicts: Tensor) -> Confusion:
     counts: dict[str, list[int]] = {}
-    for question, judged, true in zip(questions, said.tolist(), verdicts.tolist(), strict=True):
+    for question, judged, true in zip(questions, predicted.tolist(), verdicts.tolist(), strict=True):
         row = counts.setdefault(question, [0, 0, 0, 0])
         row[(0 if true else 1) if judged else (3 if true else 2)] += 1
     return Confusion(tuple((a, b, c, d) for a, b, c, d in counts.values()))
@@ -131,9 +131,9 @@ def load_quality(folder: str | Path) -> JudgeQuality:
     """
     path = Path(folder) / FILE
     try:
-        found = read_record(path, _KINDS)
-        counts = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in found.pop("confusion")["counts"])
-        return JudgeQuality(**found, confusion=Confusion(counts))
+        record = read_record(path, _KINDS)
+        counts = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in record.pop("confusion")["counts"])
+        return JudgeQuality(**record, confusion=Confusion(counts))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: `lightning-peft judge` writes it.") from None
     except DamagedError as error:

@@ -118,7 +118,7 @@ def true_info(
         true = _correct(judged, _rates(truth_confusion), _rates(info_confusion))
         corrected = _correct(again, *(_rates(c, random, draws) for c in (truth_confusion, info_confusion)))
     tail = (1 - level) / 2
-    found = {}
+    rates = {}
     for name, measure in _MEASURES.items():
         low, high = np.quantile(measure(again), [tail, 1 - tail])
         rate = [float(measure(judged)[0]), float(low), float(high)]
@@ -127,8 +127,8 @@ def true_info(
             rate.append(float(np.clip(np.nan_to_num(measure(true), nan=0.0), 0, 1)[0]))
             for empty, share in ((0.0, tail), (1.0, 1 - tail)):
                 rate.append(float(np.quantile(np.clip(np.nan_to_num(values, nan=empty), 0, 1), share)))
-        found[name] = Rate(*rate)
-    return TrueInfo(**found, level=level)
+        rates[name] = Rate(*rate)
+    return TrueInfo(**rates, level=level)
 
 
 def _rates(confusion: Confusion, random: np.random.Generator | None = None, draws: int = 1) -> Floats:

@@ -59,11 +59,11 @@ class ServerJudge:
         Raises:
             ConnectionError: the server fails for good; the message says with what.
         """
-        return torch.tensor([self._one(judge_prompt(q, a, self.kind)) for q, a in zip(questions, answers, strict=True)])
+        return torch.tensor([self._ask(judge_prompt(q, a, self.kind)) for q, a in zip(questions, answers, strict=True)])
 
-    def _one(self, prompt: str) -> float:
-        asked = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": self.logprobs}
-        answer = self._post({**asked})
+    def _ask(self, prompt: str) -> float:
+        request = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": self.logprobs}
+        answer = self._post({**request})
         try:
             likeliest = answer["choices"][0]["logprobs"]["top_logprobs"][0]
             verdicts = [logprob for token, logprob in likeliest.items() if token.strip().lower() == "yes"]
