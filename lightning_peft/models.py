@@ -207,7 +207,7 @@ class CausalLM(_LanguageModel):
 
 
 def _by_logprob(module: CausalLM) -> Callable[[Batch], Tensor]:
-    """Score answers by their exact log-probabilities behind their prompts."""
+    """Return a function that scores answers by their exact log-probabilities behind their prompts."""
     return by_logprob(module.backbone)
 
 

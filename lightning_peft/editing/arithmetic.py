@@ -40,9 +40,9 @@ def combine(
     have it. `"dare"` (Yu et al. 2023, arXiv:2311.03099) drops entries at random, `1 - density` of them, divides the
     rest by `density`, and sums; `"dare_ties"` elects and averages what DARE leaves.
 
-    LoRA's change is `scaling * B A`. Its sum is exact, and ranks add up. What TIES and DARE make, or a sum with `rank`,
-    is cut to a rank by singular values; the record in the folder says how much of its squared norm was kept.
-    Head and layer offsets and weight deltas come out exactly. Of sparse deltas, `density` counts among stored entries.
+    LoRA's change is `scaling * B A`. Its sum is exact, and ranks add up. Singular values cut the results of TIES and
+    DARE, and a sum with `rank`, to a rank; the record in the folder says how much of its squared norm was kept. Head
+    and layer offsets and weight deltas come out exactly. Of sparse deltas, `density` counts among stored entries.
 
     Args:
         folders: peft folders of LoRA, head offsets (gains too), layer offsets or weight deltas.

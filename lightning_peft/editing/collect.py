@@ -58,10 +58,9 @@ def capture_texts(
 ) -> Captured:
     """Read sites at chosen tokens of many texts.
 
-    Texts that begin alike are packed into one row in which the shared beginning stands once, and what all of them
-    share stays in a cache; whether a model can be packed is tried once against the plain way, which takes batches of
-    texts of like length. Where `torch.distributed` runs, every rank reads a part and gets all: the same numbers as one
-    process, bit for bit.
+    Texts that begin alike are packed into one row in which the shared beginning stands once, and what all of them share
+    stays in a cache; packing is tried once against the plain way, which takes batches of texts of like length. Where
+    `torch.distributed` runs, every rank reads a part and gets all: the same numbers as one process, bit for bit.
 
     Args:
         backbone: as `Capture`; the head is not run.

@@ -46,8 +46,8 @@ def principal(x: Tensor, y: Tensor, pairs: Tensor | None = None) -> Tensor:
 def contrast_pairs(truth: Tensor, question_id: Tensor, seed: int = 0) -> Tensor:
     """Draw one true and one false statement of each question: the pairs that CCS and reading vectors compare.
 
-    Which of the two comes first is drawn too: a side that is always the true one would tell CCS the truth, and
-    centring the sides would take it away again.
+    The order of the two is drawn too: a side that is always the true one would tell CCS the truth, and centring the
+    sides would take it away again.
 
     Args:
         truth: `[N]`, 0 or 1.

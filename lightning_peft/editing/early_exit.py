@@ -20,7 +20,7 @@ class EarlyExit:
     """A causal language model's way out, which every layer's state can take.
 
     Args:
-        model: what gives logits, wrappers left out.
+        model: the module that gives logits, wrappers left out.
         blocks: its blocks, in order.
         tail: what the last block's output goes through before the head: the final norm, a projection.
         head: the language-model head.

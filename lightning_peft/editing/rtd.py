@@ -17,7 +17,7 @@ _ROWS = 256  # queries whose distances are held at once
 class RTD:
     """A nearest-neighbour classifier of hidden states (Shi et al. 2024, arXiv:2409.20181), in scikit-learn's manner.
 
-    Of a state's `k` nearest stored ones, by Euclidean distance d, each votes for its label with weight
+    The `k` stored states nearest to a state, by Euclidean distance d, each vote for their label with weight
     `softmax(-d / temperature)`, the softmax over these k. With several heads the state is cut into as many pieces of
     equal width, each of which finds its own neighbours; their distances count `heads` times, and the votes are averaged
     (the authors sum them, which is the same up to the factor).

@@ -21,9 +21,9 @@ _TOLERANCE = 1e-3  # of the largest logit: rows together and alone must agree to
 class Grid:
     """Scores questions and text under many interventions on one model.
 
-    The tokens before a question's last prompt token, the same under all of them, are computed once. Of the rest,
-    interventions whose first edited layer is the same run as rows of one call, which is one row up to that layer.
-    Whether a model can make several rows of one is tried; where it cannot, each intervention has a call of its own.
+    The tokens before a question's last prompt token, the same under all of them, are computed once. For the rest,
+    interventions with the same first edited layer run as rows of one call, which is one row up to that layer. A trial
+    shows whether the model can make several rows of one; where it cannot, each intervention has a call of its own.
 
     Args:
         backbone: a causal language model of transformers in evaluation mode.

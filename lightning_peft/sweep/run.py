@@ -167,7 +167,7 @@ class _Run:
         """Raise, or warn, where what will be asked is longer than the model can read.
 
         Returns:
-            Where demonstrations are to fit, for each part of the questions how many stand before it, and of how many.
+            For each part of the questions how many demonstrations stand before it, and of how many, if they are to fit.
         """
         shown = []
         for data in self.folds:

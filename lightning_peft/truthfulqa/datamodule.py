@@ -182,8 +182,8 @@ class TruthfulQADataModule(L.LightningDataModule):
     def question_ends(self, seed: int = 0) -> list[list[int]]:
         """Return token ids of texts that end where a question does: `Q: question A: answer Q: another question`.
 
-        What a model is like before it begins an answer, on which Li et al. 2023 measure spreads. There is one text for
-        each true and each false answer to each question outside the test fold; the other question is one of these too.
+        Li et al. 2023 measure spreads there, before a model begins an answer. There is one text for each true and each
+        false answer to each question outside the test fold; the other question is one of these too.
 
         Args:
             seed: of which question follows; it is the same after all answers to a question.

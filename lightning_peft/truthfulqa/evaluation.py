@@ -124,7 +124,7 @@ class Evaluation(nn.Module):
 
 
 def by_logprob(backbone: nn.Module) -> Scores:
-    """Score choices by the exact log-probabilities of the answers behind their prompts."""
+    """Return a function that scores choices by the exact log-probabilities of their answers behind their prompts."""
     apart = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
     scorer = AnswerScorer(backbone) if apart else ChoiceScorer(backbone)
     return lambda batch: scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])

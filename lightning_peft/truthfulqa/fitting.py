@@ -20,7 +20,7 @@ def fewer_demonstrations(
         window: how many tokens the model can read.
 
     Returns:
-        What is left of the primer, how many demonstrations that are, and how many there were. Where a question is too
+        The rest of the primer, the number of its demonstrations, and the number there were. Where a question is too
         long by itself, none is left.
 
     Example:

@@ -74,9 +74,9 @@ def encode_prompts(
 class AnswerGenerator:
     """Answers batches of prompts greedily, for one state of a model.
 
-    The prompts' common beginning, the primer, is computed once and its keys and values are kept for all batches.
-    Whether a model lets that be is tried on the first batch; where not, each prompt is computed whole. A row stops as
-    soon as its answer has ended, and where the primer is shared it leaves the batch soon after. Sampling, penalties and
+    The prompts' common beginning, the primer, is computed once and its keys and values are kept for all batches. The
+    first batch shows whether the model allows it; where it does not, each prompt is computed whole. A row stops as soon
+    as its answer has ended, and where the primer is shared it leaves the batch soon after. Sampling, penalties and
     other settings of the model's own `generation_config` do not count.
 
     Make a new generator whenever the model or its adapters change.

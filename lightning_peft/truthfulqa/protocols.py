@@ -27,7 +27,7 @@ class Protocol:
     r"""One way of scoring choices.
 
     Args:
-        name: what it is asked for by.
+        name: its name in arguments.
         ties: what a tie of the best true answer with a false one counts as in MC1 and MC0; see `metrics.mc1`.
         full_stop: whether choices that end in none get a full stop. Those of the multiple-choice files have theirs.
         instruction: stands before the primer.

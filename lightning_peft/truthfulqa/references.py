@@ -27,7 +27,7 @@ def references(question: Question) -> tuple[list[str], list[str]]:
 def reference_scores(answer: str, question: Question) -> dict[str, float]:
     """Compute BLEU, ROUGE-1, ROUGE-2 and ROUGE-L of one answer, from 0 to 100, by sacrebleu and rouge_score.
 
-    Of each the likeness to the likest true reference (`_max`), that less the likeness to the likest false one
+    Each gives the likeness to the likest true reference (`_max`), that minus the likeness to the likest false one
     (`_diff`), and whether that is positive (`_acc`, 0 or 1). The definitions are the original's (T5's BLEU with
     international tokens and exponential smoothing; F-measures of ROUGE), as lm-evaluation-harness's `truthfulqa_gen`
     has them.

@@ -26,12 +26,12 @@ _TOGETHER = 768  # tokens of one call, where it holds several questions
 class ChoiceScorer:
     """Scores the choices of questions, for one state of a model.
 
-    The choices of a question share their prompt, and questions share the few-shot primer. So the keys and values of
-    the common beginning stay cached from call to call, and a question's remaining prompt and all its answers run as
-    one packed tree, in which each token sees what comes before it in its own answer, and what answers share at their
+    The choices of a question share their prompt, and questions share the few-shot primer. So the keys and values of the
+    common beginning stay cached from call to call, and a question's remaining prompt and all its answers run as one
+    packed tree, in which each token sees what comes before it in its own answer, and what answers share at their
     beginnings stands once; several questions run side by side. The last prompt token is always run again: its output
-    predicts the first answer token, and an edit may touch it. Whether a model can be packed is tried once against the
-    plain way; where the two differ the plain way is used.
+    predicts the first answer token, and an edit may touch it. Packing is tried once against the plain way; where the
+    two differ the plain way is used.
 
     Make a new scorer whenever the model or its adapters change.
 
@@ -250,9 +250,8 @@ class AnswerScorer:
     """Scores answers under an encoder-decoder: each distinct prompt is read by the encoder once, and all answers run
     through the decoder as one batch.
 
-    Whether a model lets its encoder's output be used again is tried once against the plain way; where that differs, as
-    under a prompt's virtual tokens, each answer is scored together with its prompt. Make a new scorer whenever the
-    model or its adapters change.
+    Reuse of the encoder's output is tried once against the plain way; where that differs, as under a prompt's virtual
+    tokens, each answer is scored together with its prompt. Make a new scorer whenever the model or its adapters change.
 
     Args:
         backbone: an encoder-decoder language model of transformers. Whatever adapters are active count.

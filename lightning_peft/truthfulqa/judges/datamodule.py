@@ -23,8 +23,8 @@ class JudgeDataModule(L.LightningDataModule):
     """Judgements with their verdict as the answer: `Q: …`, `A: …`, `True:`, and then ` yes` or ` no`.
 
     Batches are dicts of tensors, padded on the right: `input_ids [B, T]`, `attention_mask [B, T]`, `labels [B, T]`
-    (-100 outside the verdict). Training, validation and test questions are apart; see `split_by_question`. What is
-    held out for tests stands in `test_rows`, for `judge_quality`; `lightning-peft judge` makes the same split.
+    (-100 outside the verdict). Training, validation and test questions are apart; see `split_by_question`. `test_rows`
+    holds the rows held out for tests, for `judge_quality`; `lightning-peft judge` makes the same split.
 
     Args:
         path: `finetune_truth.jsonl` or `finetune_info.jsonl` of the TruthfulQA repository.
