@@ -16,7 +16,7 @@ from torch import Tensor
 from tuning import QUIET, Classifier, data_of, fit, one_sentence, trainer
 
 from lightning_peft import adapters, callbacks, load_adapter, save_adapter
-from lightning_peft.callbacks import PEFT, LoRA
+from lightning_peft.callbacks import PEFT, AdapterCallback, LoRA
 from lightning_peft.fitting.finite import FiniteLoss
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
@@ -92,7 +92,7 @@ def test_the_first_bad_step_is_kept() -> None:
 NUMBERS = [  # every number that a method of this package can be given
     (name, argument)
     for name in callbacks.__all__
-    if isinstance(cls := getattr(callbacks, name), type) and issubclass(cls, PEFT)
+    if isinstance(cls := getattr(callbacks, name), type) and issubclass(cls, AdapterCallback)
     for argument, parameter in inspect.signature(cls).parameters.items()
     if isinstance(parameter.default, float) or argument in ("alpha", "scaling")
 ]
