@@ -63,7 +63,7 @@ def _turn_on(module: nn.Module) -> list[Handle]:
 
 
 class _Mode(Handle):
-    """Gives a block the mode of what is in it: it was in training mode only to be checkpointed."""
+    """Give a block the mode of what is in it: it was in training mode only to be checkpointed."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -73,7 +73,7 @@ class _Mode(Handle):
 
 
 def _innermost(module: nn.Module) -> nn.Module:
-    """The block itself, where an adapter wraps it: what keeps a cache of keys must be known to transformers."""
+    """Return the block inside the adapters that wrap it: transformers must know what keeps a cache of keys."""
     while callable(inner := getattr(module, "get_base_layer", None)):
         module = inner()
     return module

@@ -1,4 +1,4 @@
-"""Whether a training batch holds what a callback learns from: the batch is looked at, never the data module."""
+"""A check that a training batch holds the keys a callback learns from, made on the batch itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HOW = {
 
 
 def check_keys(method: str, keys: Sequence[str], batch: Any) -> None:
-    """Raise `ValueError` in one sentence, which shows how to make it, where a batch lacks a key.
+    """Raise `ValueError` where a batch lacks a key, in one sentence that shows how to make it.
 
     Args:
         method: what needs the keys.

@@ -39,7 +39,7 @@ def hook_checkpoints(module: L.LightningModule, stack: AdapterStack, finite: boo
 
 
 class CheckpointHooks(Handle):
-    """Acts around a module's `on_save_checkpoint` and `on_load_checkpoint`; copied and pickled with the module."""
+    """Wrap a module's `on_save_checkpoint` and `on_load_checkpoint`; copied and pickled with the module."""
 
     def __init__(self, module: L.LightningModule) -> None:
         self.module, self.finite = module, True

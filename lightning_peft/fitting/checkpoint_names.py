@@ -1,4 +1,4 @@
-"""What belongs in a checkpoint, and the name that each tensor is saved under."""
+"""The tensors that belong in a checkpoint, and the name that each is saved under."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ META = "lightning_peft"  # under which a checkpoint describes its adapters
 def checkpoint_names(
     module: nn.Module, stacks: Mapping[str, AdapterStack], state: Iterable[str] | None = None
 ) -> dict[str, str]:
-    """What belongs in the checkpoint: the name it is saved under (as if adapters stood alone) -> its live name.
+    """Return the tensors of a checkpoint: saved name (as if adapters stood alone) -> live name.
 
     Args:
         module: the LightningModule.
@@ -43,7 +43,7 @@ def checkpoint_names(
 
 
 def saved_name(root: nn.Module, live: str) -> str:
-    """The name of a tensor or module, as if its adapter stood alone on a model that is not compiled."""
+    """Return the name of a tensor or module, as if its adapter stood alone on a model that is not compiled."""
     return eager_key(standalone_name(root, live))
 
 

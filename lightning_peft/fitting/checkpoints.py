@@ -249,7 +249,7 @@ def load_from_checkpoint(
 
 
 class AdapterCheckpointMixin:
-    """Gives a LightningModule a `load_from_checkpoint` that brings the adapters back: `class M(AdapterCheckpointMixin, L.LightningModule)`."""  # noqa: E501
+    """Give a LightningModule a `load_from_checkpoint` that brings the adapters back: `class M(AdapterCheckpointMixin, L.LightningModule)`."""  # noqa: E501
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if META in checkpoint:
@@ -259,7 +259,7 @@ class AdapterCheckpointMixin:
 
 
 def _with_saved_names(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """A checkpoint's state under saved names, of which `names` gives the live ones."""
+    """Return a checkpoint's state under saved names, of which `names` gives the live ones."""
     # a module with AdapterCheckpointMixin comes here twice, the second time with live names
     saved = {live: name for name, live in names.items()}
     if not set(state) <= set(names) and set(state) <= set(saved):
@@ -268,7 +268,7 @@ def _with_saved_names(state: Mapping[str, Tensor], names: Mapping[str, str]) -> 
 
 
 def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> None:
-    """Make the stack's parts those described; a part that is there already must have been asked for alike."""
+    """Make the stack's parts those described; a part already present must have the same settings."""
     saved = {part["name"]: read_config(part["config"], source) for part in parts}
     for part in stack.parts:
         if part.name not in saved:
@@ -299,7 +299,7 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
 
 
 def _whole_state(module: nn.Module) -> dict[str, Any]:
-    """All that a strict load asks for."""
+    """Return all that a strict load asks for."""
     parts = module.named_modules(remove_duplicate=False)
     extra = {name: part for name, part in parts if type(part).get_extra_state is not nn.Module.get_extra_state}
     return state_tensors(module) | {join(name, "_extra_state"): part.get_extra_state() for name, part in extra.items()}

@@ -1,4 +1,4 @@
-"""Whether every tensor that is trained has a key of its own, in checkpoints and in saved folders."""
+"""A check that every trained tensor has a key of its own, in checkpoints and in saved folders."""
 
 from __future__ import annotations
 

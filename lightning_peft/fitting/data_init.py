@@ -53,7 +53,7 @@ def look(trainer: L.Trainer, module: L.LightningModule, inputs: Inputs, batches:
 
 
 def _counted(batch: Any) -> Tensor | None:
-    """Which tokens count `[B, T]`: those with a label, else those that are no padding."""
+    """Return the mask `[B, T]` of tokens that count: those with a label, else those that are no padding."""
     if not isinstance(batch, Mapping):
         return None
     labels, mask = batch.get("labels"), batch.get("attention_mask")
@@ -64,7 +64,7 @@ def _counted(batch: Any) -> Tensor | None:
 
 @contextmanager
 def _silent(module: L.LightningModule) -> Iterator[None]:
-    """In evaluation mode, so that nothing moves; there is nowhere to log to before the loop runs."""
+    """Put the module in evaluation mode and log nothing: before the loop runs there is nowhere to log to."""
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:

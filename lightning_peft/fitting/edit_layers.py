@@ -1,4 +1,4 @@
-"""What the callbacks share that compute layer offsets: where they read, what they install."""
+"""The base of callbacks that compute layer offsets: where they read, what they install."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _BUILDING = ("setup", "configure_model")
 
 
 def building_hooks(module: L.LightningModule) -> list[str]:
-    """The hooks, in the order Lightning calls them, in which this module may yet build its backbone."""
+    """Return the hooks, in Lightning's order, in which this module may yet build its backbone."""
     return [hook for hook in _BUILDING if is_overridden(hook, module)]
 
 
@@ -45,7 +45,7 @@ def forget(module: L.LightningModule) -> None:
 
 
 class _Then:
-    """Does something after a call."""
+    """A method that calls a function after the original."""
 
     def __init__(self, then: Callable[[], object]) -> None:
         self.then = then

@@ -15,7 +15,7 @@ from lightning_peft.backbone.sharded import local_part
 
 
 class FiniteLoss:
-    """Remembers the first step whose loss was not finite, on the loss's own device, which nothing waits for."""
+    """The first step whose loss was not finite, on the loss's own device, which nothing waits for."""
 
     def __init__(self) -> None:
         self._first: Tensor | None = None
@@ -70,7 +70,7 @@ def finite_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in an argument, with the name of the innermost argument or key that holds each."""
+    """Yield the numbers in an argument, with the name of the innermost argument or key that holds each."""
     if isinstance(values, float):
         yield name, values
     elif isinstance(values, Mapping):

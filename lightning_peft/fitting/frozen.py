@@ -1,4 +1,4 @@
-"""See that nothing of a frozen backbone is trained beside its adapter."""
+"""A check that nothing of a frozen backbone is trained beside its adapter."""
 
 from __future__ import annotations
 

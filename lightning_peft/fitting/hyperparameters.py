@@ -106,7 +106,7 @@ class _Nowhere(io.RawIOBase):
 
 
 class _Looking(pickle.Pickler):
-    """Pickles to nowhere, to see what a value would bring along."""
+    """A pickler that writes nowhere, and notes what a value would bring along."""
 
     def __init__(self) -> None:
         super().__init__(_Nowhere())
@@ -125,7 +125,7 @@ class _Looking(pickle.Pickler):
 
 
 def _is_heavy(value: object, own: set[int]) -> bool:
-    """Whether a value holds a module, a tensor of this memory, or tensors in objects that are not read back either."""
+    """Return whether a value holds a module, a tensor of this memory, or tensors in objects not read back."""
     looking = _Looking()
     try:
         looking.dump(value)

@@ -1,4 +1,4 @@
-"""How the laws of adaptation are run on a method."""
+"""The example on which the laws of adaptation are run for a method."""
 
 from __future__ import annotations
 

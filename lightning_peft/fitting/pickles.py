@@ -13,7 +13,7 @@ from lightning_peft.stack.adapter_files.typed_values import AdapterError
 
 
 class Unread:
-    """Stands for an object, or a class, that a file names: nothing of it was imported, made or run."""
+    """A stand-in for an object or class that a file names: nothing of it was imported, made or run."""
 
     was = ""  # the name
 
@@ -28,7 +28,7 @@ class Unread:
 
 
 class _UnreadMapping(Unread):
-    """In place of a class whose objects are filled as dicts are; they remember its name."""
+    """A stand-in for a class whose objects are filled as dicts are; they remember its name."""
 
     def __new__(cls, *_: object) -> Any:
         made: OrderedDict[Any, Any] = OrderedDict()
@@ -37,7 +37,7 @@ class _UnreadMapping(Unread):
 
 
 def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any:
-    """The content of a file that `torch.save` wrote.
+    """Return the content of a file that `torch.save` wrote.
 
     Args:
         path: the file.
@@ -81,7 +81,7 @@ def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any
 
 
 def unread(value: object) -> dict[str, str]:
-    """What was left unread in dicts, lists, tuples and sets: its place, as `a.b.0`, and the name of its type."""
+    """Return what was left unread in dicts, lists, tuples and sets: place, as `a.b.0`, -> name of the type."""
     found: dict[str, str] = {}
     waiting: list[tuple[str, Any]] = [("", value)]
     seen: set[int] = set()
@@ -99,24 +99,24 @@ def unread(value: object) -> dict[str, str]:
 
 
 def _shown(name: object) -> str:
-    """A name from a file, on one line and not endless."""
+    """Return a name from a file, on one line and not endless."""
     return " ".join(str(name)[:120].split())
 
 
 def type_name(kind: type) -> str:
-    """A type's full name, as a file would have it."""
+    """Return a type's full name, as a file would have it."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _read(path: Path, map_location: Any, unknown: list[str], kind: type) -> Any:
-    """The content of a file, with objects of a kind in place of those that PyTorch would not make by itself."""
+    """Read a file, with objects of `kind` in place of those that PyTorch would not make by itself."""
     stand_ins: list[Any] = [(type(f"Unread[{name}]", (kind,), {"was": name}), name) for name in unknown]
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _unknown(path: Path) -> list[str]:
-    """The names in a file that `torch.load(weights_only=True)` does not know; they are looked for, not looked up."""
+    """Return the names in a file that `torch.load(weights_only=True)` does not know, importing none of them."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except ValueError as error:

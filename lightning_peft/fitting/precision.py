@@ -61,7 +61,7 @@ def forget_precise(trainer: L.Trainer) -> None:
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that peft keeps in float32: what tuner layers hold under an adapter's name."""
+    """Yield the parameters that peft keeps in float32: those of tuner layers under an adapter's name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for stack in find_stacks(module).values():

@@ -37,7 +37,7 @@ def stop(trainer: L.Trainer) -> None:
 
 
 class _ReadBack:
-    """Acts around a Trainer's `save_checkpoint` until one has been read back."""
+    """Wrap a Trainer's `save_checkpoint` until one has been read back."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.trainer, self.module = trainer, module

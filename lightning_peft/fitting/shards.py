@@ -46,7 +46,7 @@ _VALUES: dict[tuple[str, str], Any] = {
 
 
 def read_shards(folder: Path, trust: bool = False) -> dict[str, Tensor]:
-    """The weights of a checkpoint that is a folder of shards, whole, in this process alone.
+    """Return the weights of a checkpoint that is a folder of shards, whole, in this process alone.
 
     Args:
         folder: the folder.
@@ -74,7 +74,7 @@ def read_shards(folder: Path, trust: bool = False) -> dict[str, Tensor]:
 
 
 def read_index(folder: Path) -> Any:
-    """The index of a folder of shards, as records that hold what PyTorch's objects would.
+    """Read the index of a folder of shards, as records that hold what PyTorch's objects would.
 
     Raises:
         AdapterError: it names what PyTorch does not write there, or is damaged.
@@ -94,11 +94,11 @@ def read_index(folder: Path) -> Any:
 
 
 class _Foreign(Exception):
-    """Something in an index that PyTorch does not write there."""
+    """An object in an index that PyTorch does not write there."""
 
 
 class _Record:
-    """What a pickle says of an object: its class's name, the arguments, and its state as attributes."""
+    """A pickle's record of an object: its class's name, the arguments, and its state as attributes."""
 
     was = ""
 

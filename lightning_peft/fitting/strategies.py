@@ -1,4 +1,4 @@
-"""What running on several devices asks of an adapter: what cannot work is said at the start, the rest is arranged."""
+"""Adapters on several devices: what cannot work is refused at the start, the rest is arranged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """The names of what is trained."""
+    """Return the names of what is trained."""
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 

@@ -18,7 +18,7 @@ class NotHashable(TypeError):
 
 
 def row_keys(arguments: Mapping[str, Any], rows: int, real: Tensor | None, context: bytes = b"") -> list[bytes]:
-    """One hash for each row.
+    """Return one hash for each row.
 
     Args:
         arguments: what the call was given, by name: tensors, plain values, and lists or dicts of them.
@@ -67,7 +67,7 @@ def row_keys(arguments: Mapping[str, Any], rows: int, real: Tensor | None, conte
 
 
 def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors and plain values, by a name of their own, in a fixed order; what is None is not there."""
+    """Yield tensors and plain values by a name of their own, in a fixed order; None is left out."""
     for name in sorted(arguments, key=str):
         value = arguments[name]
         if name in _READ_ABOVE or value is None:

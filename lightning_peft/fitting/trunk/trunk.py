@@ -167,7 +167,7 @@ class Trunk:
     # -- what is kept ------------------------------------------------------------------------------------------------
 
     def _key(self, call: _Call) -> bool:
-        """Find the keys of a call's rows; False where they cannot be known."""
+        """Set the keys of a call's rows; return False where they cannot be known."""
         rows = next((v.shape[0] for v in call.arguments.values() if isinstance(v, Tensor) and v.dim()), 0)
         try:
             call.keys = row_keys(call.arguments, rows, self._real(call), self._context(call))
@@ -176,7 +176,7 @@ class Trunk:
         return bool(call.keys)
 
     def _context(self, call: _Call) -> bytes:
-        """What besides the row determines the trunk's result: its weights, the adapters in it, the precision."""
+        """Return what besides the row determines the trunk's result: its weights, adapters and precision."""
         adapters = [(m.active_adapters, m.merged, sorted(getattr(m, "scaling", {}).items())) for m in self._layers]
         device = self._frozen[0].device.type if self._frozen else "cpu"
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -202,7 +202,7 @@ class Trunk:
 
     @torch.no_grad()
     def _read(self, call: _Call) -> Tensor:
-        """The states of a call's rows, zero where they are padded."""
+        """Return the states of a call's rows, zero where they are padded."""
         rows, real = [self.store.get(key) for key in call.keys], self._real(call)
         device = next((t.device for t in call.arguments.values() if isinstance(t, Tensor)), None)
         if real is None or bool(real.all()):
@@ -275,7 +275,7 @@ class Trunk:
 
 
 def _asks_for_blocks(entry: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call wants what the blocks compute inside, or to be continued."""
+    """Return whether a call wants what the blocks compute inside, or to be continued."""
     config = getattr(entry, "config", None)
     wanted = ("output_hidden_states", "output_attentions")
     if any(arguments.get(name, getattr(config, name, None)) for name in wanted):
@@ -285,7 +285,7 @@ def _asks_for_blocks(entry: nn.Module, arguments: Mapping[str, Any]) -> bool:
 
 
 def _modules_above(root: nn.Module, block: nn.Module) -> list[nn.Module]:
-    """The modules between `root` and the list of a block, both but the root, that can be called, outermost first."""
+    """Return callable modules from `root` (left out) to the list of a block (included), outermost first."""
     (name,) = [name for name, module in root.named_modules() if module is block][:1]
     path = name.split(".")[:-1]
     above = [root.get_submodule(".".join(path[: i + 1])) for i in range(len(path))]
@@ -293,7 +293,7 @@ def _modules_above(root: nn.Module, block: nn.Module) -> list[nn.Module]:
 
 
 def _named(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a call was given, by name."""
+    """Return a call's arguments by name."""
     names = _parameters(type(entry).forward)
     return {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(args)} | kwargs
 
@@ -305,7 +305,7 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _mask(call: _Call) -> Tensor | None:
-    """The call's padding mask `[B, T]`, where it has one that is as long as its tokens."""
+    """Return the call's padding mask `[B, T]`, where it has one that is as long as its tokens."""
     mask = call.arguments.get("attention_mask")
     tokens = call.arguments.get("input_ids")
     tokens = call.arguments.get("inputs_embeds") if tokens is None else tokens
@@ -315,7 +315,7 @@ def _mask(call: _Call) -> Tensor | None:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states a block is given, or gives: the first tensor."""
+    """Return the hidden states a block takes or returns: the first tensor."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
