@@ -38,5 +38,5 @@ class Adapter:
 
     @property
     def tuner(self) -> Any:
-        """peft's tuner object, holding `add_weighted_adapter` and the like; of a prompt, its `PeftModel`."""
+        """The tuner object of peft, holding `add_weighted_adapter` and the like; of a prompt, its `PeftModel`."""
         return self.injection.tuner

@@ -52,7 +52,7 @@ Scope = Literal["adapter", "tensor"]
 
 @dataclass(frozen=True)
 class Compression:
-    """What a compression did, in numbers.
+    """The numbers of one compression.
 
     Args:
         parameters: how many numbers were compressed.
@@ -80,7 +80,7 @@ class Compression:
 
 
 def keep_largest(change: Tensor, density: float) -> Tensor:
-    """The signs `[N]`, int8, of exactly `round(density * N)` largest magnitudes, 0 elsewhere; of equal ones the first.
+    """Return the signs `[N]`, int8, of the `round(density * N)` largest magnitudes (of equals the first), else 0.
 
     Example:
         >>> import torch
@@ -181,7 +181,7 @@ def decompress_adapter(folder: str | Path, output: str | Path, verify: bool = Tr
 
 
 def restore(packed: Mapping[str, Tensor], folder: Path, scale: float = 1.0) -> dict[str, Tensor]:
-    """The adapter's tensors from a compressed file.
+    """Restore the adapter's tensors from a compressed file.
 
     Args:
         packed: the file's tensors.
@@ -219,7 +219,7 @@ def _compress(
     target: Path,
     scope: Scope,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One adapter's packed tensors, and the numbers of its `Compression` that are known before it is written."""
+    """Return one adapter's packed tensors, and the numbers of its `Compression` known before it is written."""
     own = _own_keys(config, tensors)
     if not own:
         raise AdapterError(f"The adapter has no tensors of {config.peft_type} to compress.")
@@ -259,14 +259,14 @@ def _compress(
 
 
 def _code(change: Tensor, density: float, alpha: float, deviation: Deviation) -> tuple[Tensor, float]:
-    """Signs `[N]` and their scale `α σ`, of one vector of changes."""
+    """Return signs `[N]` and their scale `α σ`, of one vector of changes."""
     signs = keep_largest(change, density)
     sigma = change.std(correction=0) if deviation == "all" else (change * signs.abs()).std(correction=0)
     return signs, alpha * float(sigma)
 
 
 def _own_keys(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The floating-point tensors that the method itself made."""
+    """Return the keys of the floating-point tensors that the method itself made."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     kind: Any = config.peft_type
@@ -276,7 +276,7 @@ def _own_keys(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _starts_elsewhere(key: str, config: PeftConfig) -> bool:
-    """Whether a tensor starts at something that is not written anywhere: at random, or computed from the base."""
+    """Return whether a tensor's start is written nowhere: at random, or computed from the base."""
     if injection_for(config).start is not None:
         return False
     return not ("lora_B" in key.split(".") and getattr(config, "init_lora_weights", True) is True)
@@ -292,7 +292,7 @@ def _checked_start(folder: Path, trained: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _initial(index: Mapping[str, Any], folder: Path) -> dict[str, Tensor] | None:
-    """The tensors the adapter started from, where they were recorded, after checking that they are the same file."""
+    """Return the tensors the adapter started from, if recorded; check that their file is the same still."""
     if "initial" not in index:
         return None
     place = Path(os.path.normpath(folder / index["initial"]["folder"]))

@@ -33,7 +33,7 @@ from lightning_peft.stack.stack import stack_of
 
 @dataclass(frozen=True)
 class ControlVector:
-    """What was exported.
+    """The exported vectors, and how far they are from the edit.
 
     Args:
         vectors: block -> vector `[width]`, float32.
@@ -94,7 +94,7 @@ def export_control_vector(
 
 @contextmanager
 def adding(model: nn.Module, vectors: Mapping[int, Tensor]) -> Iterator[None]:
-    """Within, each vector is added to what its block gives, at every token, as llama.cpp does."""
+    """Add each vector to its block's output for a while, at every token, as llama.cpp does."""
 
     def shift(vector: Tensor) -> Any:
         def after(module: nn.Module, args: Any, output: Any) -> Any:
@@ -115,7 +115,7 @@ def adding(model: nn.Module, vectors: Mapping[int, Tensor]) -> Iterator[None]:
 def _by_block(
     model: nn.Module, changed: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> tuple[dict[int, Tensor], bool]:
-    """The shift of the residual stream that changed biases make, by block."""
+    """Return the shift of the residual stream that changed biases make, by block."""
     found = blocks(model)
     if len({block.stack for block in found}) != 1 or len(found) < 2:
         raise ValueError(f"{type(model).__name__} is not one stack of blocks, which alone llama.cpp's vectors are for.")

@@ -1,4 +1,4 @@
-"""How far apart what a model says is under two settings of it."""
+"""The divergence of a model's predictions under two settings of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def divergence(
     one: Callable[[], AbstractContextManager[Any]],
     other: Callable[[], AbstractContextManager[Any]],
 ) -> Divergence | None:
-    """KL(one ‖ other) of what a causal language model expects at each answer token.
+    """Compute KL(one ‖ other) of a causal language model's predictions at each answer token.
 
     Args:
         model: gives `logits [B, T, V]`.

@@ -69,7 +69,7 @@ def write_folders(
 
 
 def adapter_folders(root: Path) -> list[Path]:
-    """The folders that a saved adapter or stack consists of, innermost first.
+    """Return the folders that a saved adapter or stack consists of, innermost first.
 
     Raises:
         AdapterError: the stack's order cannot be read.
@@ -126,6 +126,6 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_kind(saved: Tensor, live: Tensor, what: str) -> None:
-    """Raise `AdapterError` unless both hold numbers of a kind: those with a fraction, or those without."""
+    """Raise `AdapterError` unless both hold floating-point numbers, or neither does."""
     if saved.is_floating_point() != live.is_floating_point():
         raise AdapterError(f"{what} holds {saved.dtype} where the model has {live.dtype}.")

@@ -31,7 +31,7 @@ from lightning_peft.stack.stack import stack_of
 
 @dataclass(frozen=True)
 class Merged:
-    """Tell what merging wrote.
+    """The result of merging.
 
     Args:
         cls: the name of the model's class.
@@ -81,7 +81,7 @@ def merge_pretrained(
 
 
 def _check(adapter: Path, base: str) -> Any:
-    """The class that the adapter was made for, after every check that needs no values."""
+    """Make every check that needs no values, and return the class that the adapter was made for."""
     config = base_config(adapter, base)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised, and adapters cannot be written into packed weights: name its original.")
@@ -108,7 +108,7 @@ def _check(adapter: Path, base: str) -> Any:
 
 
 def _write(cls: Any, adapter: Path, base: str, dtype: str, folder: Path) -> PlainModel:
-    """Merge and save; the model is let go."""
+    """Merge and save, then release the model."""
     backbone = cls.from_pretrained(base, dtype="auto")
     target = backbone.dtype if dtype == "auto" else getattr(torch, dtype)
     if backbone.dtype not in (target, torch.float32):  # rounded once, after merging
@@ -138,12 +138,12 @@ def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, folder: Path)
 
 
 def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two weights are the same but for rounding."""
+    """Return whether two weights are the same but for rounding."""
     return a.shape == b.shape and float((a - b).abs().max()) <= 2 * torch.finfo(dtype).eps * float(a.abs().max())
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype, backbone: Any) -> Tensor:
-    """A weight in the precision in which transformers would load it."""
+    """Return a weight in the precision in which transformers would load it."""
     kept = {*(backbone._keep_in_fp32_modules_strict or ())}
     if dtype == torch.float16:
         kept |= {*(backbone._keep_in_fp32_modules or ())}
@@ -153,7 +153,7 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype, backbone: Any) -> Ten
 
 
 def plain_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """Return the state under the names it has without adapters; the adapters' own tensors are among it."""
+    """Return the state under its names without adapters; the adapters' own tensors are among it."""
     from peft.utils.other import ModulesToSaveWrapper
 
     state = {standalone_name(backbone, name): value for name, value in backbone.state_dict(keep_vars=True).items()}

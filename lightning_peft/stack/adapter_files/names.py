@@ -11,7 +11,7 @@ _LONGEST = 100  # bytes; file systems allow 255, and names get endings
 
 
 def is_folder_name(name: object) -> bool:
-    """Whether a name can be a folder's, and leads nowhere else.
+    """Return whether a name can be a folder's, and leads nowhere else.
 
     Example:
         >>> is_folder_name("lora"), is_folder_name("../lora"), is_folder_name("")

@@ -35,7 +35,7 @@ class PlainModel:
         self.dtype, self.dtypes = torch.float32, dict[str, torch.dtype]()
 
     def save(self, weights: Mapping[str, Tensor], source: Any, dtype: torch.dtype, folder: Path) -> None:
-        """Write these weights as this model, with the generation settings of `source`; afterwards it is let go."""
+        """Write these weights as this model, with the generation settings of `source`, and release the skeleton."""
         model, seen = self.skeleton, set()
         own = {}
         for name, value in weights.items():
@@ -87,7 +87,7 @@ def _build(adapted: Any, config: Any) -> Any:
 
 
 def _apart(skeleton: Any, alike: Alike) -> list[tuple[str, str]]:
-    """Pairs of names that the model shares, of weights that are not the same."""
+    """Return pairs of names that the model shares, of weights that are not the same."""
     first: dict[int, str] = {}
     pairs = []
     for name, value in skeleton.state_dict(keep_vars=True).items():

@@ -24,7 +24,7 @@ _PART = (CONFIG, WEIGHTS, COMPRESSED, NOTES)  # of a part, the one that says it 
 
 @contextmanager
 def replacing(root: Path, files: Sequence[str]) -> Iterator[Path]:
-    """Within, write files into the folder that is given; left without an error, they are the adapter of `root`.
+    """Yield a folder to write files into; left without an error, they become the adapter of `root`.
 
     What else is in `root` stays, but for files of an adapter that are not among them. A second process waits.
 
@@ -87,7 +87,7 @@ def finish(root: Path) -> None:
 
 
 def _finish(root: Path) -> None:
-    """Put the files that are listed in their places, whatever a process before this one has done of it."""
+    """Move the listed files to their places, however many of them an earlier process has moved."""
     staged = root / STAGED
     if not (staged / _LIST).is_file():
         return
@@ -109,7 +109,7 @@ def _finish(root: Path) -> None:
 
 
 def _folders(files: Sequence[str]) -> list[str]:
-    """The folders that files are in, `""` first, which is their root."""
+    """Return the folders that files are in, `""` first, which is their root."""
     return ["", *dict.fromkeys(file.rpartition("/")[0] for file in files if "/" in file)]
 
 

@@ -45,7 +45,7 @@ def save_adapter(module: nn.Module, folder: str | Path) -> Path:
 def write_described(
     described: Mapping[str, Any], weights: list[dict[str, Tensor]], folder: Path, base: str | None
 ) -> Path:
-    """Write what `AdapterStack.describe` gave, with each part's tensors, as `save_adapter` does."""
+    """Write a stack by its description (`AdapterStack.describe`) and each part's tensors, as `save_adapter` does."""
     made = {}
     for part, tensors in zip(described["parts"], weights, strict=True):
         config = with_scale(config_from_json(part["config"]), part["strength"])
@@ -112,7 +112,7 @@ def _stack_in(module: nn.Module) -> AdapterStack:
 
 
 def read_config(values: Mapping[str, Any], source: str) -> PeftConfig:
-    """The configuration in a checkpoint.
+    """Return the configuration in a checkpoint.
 
     Raises:
         AdapterError: it is none.
@@ -144,7 +144,7 @@ def add_read(
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own: safetensors writes no two views of the same."""
+    """Return the tensors, each with memory of its own: safetensors writes no two views of the same."""
     seen: set[int] = set()
     made = {}
     for key, value in tensors.items():

@@ -1,4 +1,4 @@
-"""See that a written model computes what it was made from, while nothing of it stands under its name yet.
+"""A check that a written model computes the same as its origin, before it is moved to its name.
 
 No two models are in memory together: of one its outputs for a probe and a digest of each weight are kept, then it is
 let go and the next is loaded.
@@ -28,7 +28,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Verification:
-    """Tell how a written model was compared with what it was made from.
+    """The comparison of a written model with its origin.
 
     Args:
         error: the largest difference of outputs, as a share of the largest output; None: only weights were compared.
@@ -51,7 +51,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Reference:
-    """Hold what a written model is compared with.
+    """The values that a written model is compared with.
 
     Args:
         probe: the input; None where none is known.
@@ -169,7 +169,7 @@ def digest(value: Tensor) -> str:
 
 @contextmanager
 def _reached(model: nn.Module) -> Iterator[list[str]]:
-    """Within, note which adapted modules run; afterwards the list holds the names of those that did not."""
+    """Watch which adapted modules run for a while; yield a list, in the end of the names of those that did not."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted: dict[str, Any] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Inputs:
-    """Second moments of what LoRA's layers are given, `sum x x'` over tokens, one matrix for layers given the same.
+    """Second moments of the inputs of LoRA's layers, `sum x x'` over tokens, one matrix for layers of equal input.
 
     Args:
         layers: peft's LoRA layers with a linear base; each moment is `[inputs, inputs]` in float32.

@@ -104,13 +104,13 @@ def _inside(name: str, heads: Collection[str]) -> bool:
 
 
 def _trainable(backbone: nn.Module, head: str) -> bool:
-    """Whether all of a module's weights can be trained: quantised ones cannot."""
+    """Return whether all of a module's weights can be trained: quantised ones cannot."""
     parameters = list(backbone.get_submodule(head).parameters())
     return bool(parameters) and all(parameter.is_floating_point() for parameter in parameters)
 
 
 def _only_target(head: str, named: list[str] | str | None, backbone: nn.Module) -> bool:
-    """Whether the user named the head, or a part of it and nothing else, as a target."""
+    """Return whether the user named the head, or a part of it and nothing else, as a target."""
     if named is None or (isinstance(named, str) and named.lower() == "all-linear"):
         return False
     found = (matching(backbone, target)[1] for target in ([named] if isinstance(named, str) else [[n] for n in named]))

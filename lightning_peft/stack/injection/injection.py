@@ -1,4 +1,4 @@
-"""How one peft method sits on a backbone: put on, named, switched and taken off, the backbone staying the same object.
+"""One peft method on a backbone: put on, named, switched and taken off, the backbone staying the same object.
 
 Most methods wrap modules in place. Those that share weights between layers keep them in their tuner, which is not
 part of the backbone: here such weights become a child of the backbone, so that optimizers, devices and checkpoints
@@ -97,7 +97,7 @@ class Injection:
 
     @classmethod
     def clean_up(cls, backbone: nn.Module, config: Any, name: str) -> None:
-        """Take out what a failed attempt left behind."""
+        """Remove the remains of a failed attempt."""
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         take_out(backbone, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls, name)
@@ -135,7 +135,7 @@ class Injection:
         return tuner
 
     def _state(self) -> dict[str, nn.Module]:
-        """What the tuner holds outside the backbone."""
+        """Return the modules that the tuner holds outside the backbone."""
         return {name: child for name, child in self.tuner.named_children() if child is not self.backbone}
 
     def _own_forward(self) -> OwnForward | None:
@@ -147,13 +147,13 @@ class Injection:
         return copy.copy(self.config)
 
     def layers(self) -> Iterator[Any]:
-        """The tuner layers (`BaseTunerLayer`) that carry the adapter."""
+        """Yield the tuner layers (`BaseTunerLayer`) that carry the adapter."""
         for module in self.backbone.modules():
             if isinstance(module, self.tuner.tuner_layer_cls) and self.name in adapters_on(module):
                 yield module
 
     def keys(self) -> dict[str, str]:
-        """The adapter's tensors: peft's key in a saved folder -> the name in the backbone's state.
+        """Return the adapter's tensors: peft's key in a saved folder -> the name in the backbone's state.
 
         Raises:
             AdapterError: two tensors would have one key.
@@ -178,7 +178,7 @@ class Injection:
         return keys
 
     def places(self) -> list[str]:
-        """The modules the adapter is on, by the names they have without adapters."""
+        """Return the modules the adapter is on, by the names they have without adapters."""
         live = (n for n in self.keys().values() if not n.startswith(f"{STATE}.") and ".modules_to_save." not in n)
         mark = getattr(self.tuner, "child", self.tuner.prefix)
         return list(dict.fromkeys(standalone_name(self.backbone, name.split(f".{mark}")[0]) for name in live))
@@ -196,12 +196,12 @@ class Injection:
         return ValueError(f"{type(self.config).__name__} cannot be merged: no weights compute what it does.")
 
     def switch(self, on: bool) -> None:
-        """Let what is not in tuner layers act or not."""
+        """Switch on or off what is outside tuner layers."""
         if self.own_forward is not None:
             self.own_forward.switch(on)
 
     def spread(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Saved tensors under the keys that `keys` has now."""
+        """Return saved tensors under the keys that `keys` has now."""
         return tensors
 
     def take_out(self) -> None:
@@ -213,12 +213,12 @@ class Injection:
         forget_state(self.backbone, self.name)
 
     def _alone(self, key: str) -> str:
-        """Peft's key in a saved folder, as it is where no other adapter is on the backbone."""
+        """Return peft's key in a saved folder, as it is where no other adapter is on the backbone."""
         inside = key.startswith(_PREFIX)
         return _PREFIX + standalone_name(self.backbone, key.removeprefix(_PREFIX), self.name) if inside else key
 
     def _live(self, name: str) -> str:
-        """The name in the backbone's state of what `PeftModel` would call `name`."""
+        """Return the name in the backbone's state of what `PeftModel` would call `name`."""
         if name.startswith(_PREFIX):
             return name.removeprefix(_PREFIX)
         return f"{STATE}.{self.name}.{name.removeprefix(_TUNER)}"
@@ -232,7 +232,7 @@ class Injection:
 
 
 class _PeftNames(nn.Module):
-    """What peft's own functions for saving need of a `PeftModel` around the tuner, and nothing else of it."""
+    """The part of a `PeftModel` around the tuner that peft's own functions for saving need."""
 
     def __init__(self, tuner: Any, configs: dict[str, Any]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How a prompt gets into a model's calls, and how what comes out is that of the real tokens."""
+"""A prompt in a model's calls, and out of their output again, which is that of the real tokens."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class PromptForward(OwnForward):
                 handle.remove()
 
     def inner(self, **kwargs: Any) -> Any:
-        """What `PeftModel` calls: the backbone, after completing what it left out of the arguments."""
+        """Call the backbone for `PeftModel`, after completing the arguments that it left out."""
         count = self.config.num_virtual_tokens
         if (positions := self._call.get("position_ids")) is not None:
             prompt = torch.arange(count, device=positions.device).expand(len(positions), -1)
@@ -92,11 +92,11 @@ class PromptForward(OwnForward):
         return self._replaced["forward"].original(**{k: v for k, v in self._packed(kwargs).items() if v is not None})
 
     def inner_generate(self, **kwargs: Any) -> Any:
-        """What `PeftModel` generates with."""
+        """Generate for `PeftModel`."""
         return self._replaced["generate"].original(**self._packed(kwargs))
 
     def _packed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """An encoder's arguments with pads on the left put before the prompt.
+        """Return an encoder's arguments with pads on the left put before the prompt.
 
         Such models count positions themselves, pads too, and the prompt must not be further from the tokens for them.
         """
@@ -110,7 +110,7 @@ class PromptForward(OwnForward):
         return {**kwargs, "inputs_embeds": embeds.gather(1, whole), "attention_mask": mask.gather(1, order)}
 
     def _shifted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call that continues from a past with the prompt in it."""
+        """Return the arguments of a call that continues from a past with the prompt in it."""
         count, made = self.config.num_virtual_tokens, dict(kwargs)
         if (mask := kwargs.get("attention_mask")) is not None and mask.dim() == 2:
             made["attention_mask"] = nn.functional.pad(mask, (count, 0), value=1)
@@ -119,7 +119,7 @@ class PromptForward(OwnForward):
         return made
 
     def _prepared(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of a step of generation, with the positions that peft leaves out: pads have none.
+        """Return the arguments of a step of generation, with the positions that peft leaves out: pads have none.
 
         They are right before the call, for hooks on the backbone see them.
         """
@@ -133,7 +133,7 @@ class PromptForward(OwnForward):
         return {**given, "position_ids": positions[:, -tokens.shape[1] :]}
 
     def _real(self, output: Any, length: int) -> Any:
-        """The output without the virtual tokens."""
+        """Return the output without the virtual tokens."""
         count = self.config.num_virtual_tokens
 
         def cut(value: Any) -> Any:
@@ -153,7 +153,7 @@ class PromptForward(OwnForward):
         return output
 
     def _check_checkpointing(self) -> None:
-        """transformers drops a past, and so the prompt in it, where it checkpoints activations."""
+        """Refuse checkpointing of activations, in which transformers drops a past, and so the prompt in it."""
         if not self.past or not torch.is_grad_enabled():
             return
         if any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.backbone.modules()):

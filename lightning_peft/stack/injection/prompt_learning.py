@@ -92,7 +92,7 @@ class PromptInjection(Injection):
         return found
 
     def spread(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What peft saves is the prompt alone; the encoders below follow from it."""
+        """Complete saved tensors by those of the encoders, which follow from the prompt that peft saves."""
         encoder, prompt = self.tuner.prompt_encoder[self.name], tensors.get(_SAVED)
         if prompt is None or any(key.startswith(_ENCODER) for key in tensors):
             return tensors
@@ -177,6 +177,6 @@ class _Prompt(nn.Module):
 
 
 def _key(name: str, simple: bool) -> str:
-    """The key in a folder of a tensor of `_Prompt`, whose embedding is simply the prompt or is not."""
+    """Return the key in a folder of a tensor of `_Prompt`, whose embedding may simply be the prompt."""
     inner = name.removeprefix("encoder.")
     return name if name == _SAVED else _NAMES[inner] if simple else _ENCODER + inner

@@ -155,7 +155,7 @@ def _copy(layer: nn.Module) -> nn.Module:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield those in dictionaries, and in dictionaries in them."""
+    """Yield tensors in dictionaries, and in dictionaries in them."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -174,7 +174,7 @@ def _refusal(backbone: nn.Module, layer: Any, config: Any, reason: str) -> Value
 
 @contextmanager
 def one_sentence(backbone: nn.Module, config: Any) -> Iterator[None]:
-    """Within, make one `ValueError` that names the layer of what peft says where it does not know a kind of layer."""
+    """Turn peft's error for a kind of layer that it does not know into one `ValueError` that names the layer."""
     try:
         yield
     except (TypeError, NotImplementedError, ValueError) as error:

@@ -49,7 +49,7 @@ def write(backbone: nn.Module, injections: Sequence[Injection], made: list[Own])
 
 @contextmanager
 def _in_float32(layer: nn.Module) -> Iterator[None]:
-    """Within, the half-precision weights in and under a tuner layer are float32; afterwards rounded to what they were.
+    """Hold half-precision weights in and under a tuner layer in float32 for a while; round them back afterwards.
 
     Raises:
         ValueError: a weight is larger than its precision holds.
