@@ -219,8 +219,8 @@ class AdapterCallback(Callback):
         if self.computed:
             return
         assert self.stack is not None
-        own = [self.stack.parameters(self.stack[name]) for name in self.names]
-        self._parameters = {n: p for parameters in own for n, p in parameters.items() if p.requires_grad}
+        by_adapter = [self.stack.parameters(self.stack[name]) for name in self.names]
+        self._parameters = {n: p for parameters in by_adapter for n, p in parameters.items() if p.requires_grad}
         if not self._parameters:
             raise ValueError(f"Nothing of adapter {self.name!r} is trainable any more: something froze it before fit.")
         self._loss = FiniteLoss()
@@ -307,8 +307,8 @@ class AdapterCallback(Callback):
         """Freeze and inject, once; a later call finds the adapters in place."""
         backbone = uncompiled(module.get_submodule(backbone_name))
         # the hook that ran in between may have wrapped the backbone, in a way of the user's own
-        there = [stack for stack in find_stacks(backbone).values() if any(name in stack for name in self.names)]
-        stack = self.stack = there[0] if there else stack_of(backbone)
+        existing = [stack for stack in find_stacks(backbone).values() if any(name in stack for name in self.names)]
+        stack = self.stack = existing[0] if existing else stack_of(backbone)
         stack.strict_base = self.strict_base
         if not all(name in stack for name in self.names):
             strategies.check_whole(module, stack.backbone, type(self).__name__)

@@ -53,14 +53,14 @@ class Reached:
         unreached, self._waiting = self.unreached(), {}
         if not unreached:
             return
-        what = f"of the {len(unreached)} parameters of {adapter} that backward has not reached in {self._steps} steps"
+        phrase = f"of the {len(unreached)} parameters of {adapter} that backward has not reached in {self._steps} steps"
         advice = "the layers that hold them are not called, or the loss does not depend on them"
         if not self._reached:
-            raise ValueError(f"Adapter {adapter} trains to nothing: the first {what} is {unreached[0]}; {advice}.")
-        rank_zero_warn(f"The first {what} is {unreached[0]}; {advice}: leave them out of the target modules.")
+            raise ValueError(f"Adapter {adapter} trains to nothing: the first {phrase} is {unreached[0]}; {advice}.")
+        rank_zero_warn(f"The first {phrase} is {unreached[0]}; {advice}: leave them out of the target modules.")
 
 
 def _alike(name: str) -> Iterable[str]:
     """Return copies of a name, with each number but the first, the block's, left open in turn."""
     numbers = list(re.finditer(r"(?<=\.)\d+(?=\.)", name))[1:]
-    return [f"{name[: found.start()]}*{name[found.end() :]}" for found in numbers]
+    return [f"{name[: number.start()]}*{name[number.end() :]}" for number in numbers]

@@ -26,7 +26,7 @@ def checkpoint_names(
     Raises:
         AdapterError: two of them would be saved under one name.
     """
-    kept: dict[str, str] = {}
+    live_names: dict[str, str] = {}
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     adapter = {
         join(name, live) for name, stack in stacks.items() for p in stack.parts for live in stack.keys(p).values()
@@ -34,12 +34,12 @@ def checkpoint_names(
     for live in state_tensors(module) if state is None else state:
         if live in adapter or live in trainable or not is_inside(live, stacks):
             saved = saved_name(module, live)
-            if saved in kept:
+            if saved in live_names:
                 raise AdapterError(
-                    f"{kept[saved]} and {live} would both be saved as {saved}, and one of them lost: rename one."
+                    f"{live_names[saved]} and {live} would both be saved as {saved}, and one of them lost: rename one."
                 )
-            kept[saved] = live
-    return kept
+            live_names[saved] = live
+    return live_names
 
 
 def saved_name(root: nn.Module, live: str) -> str:

@@ -62,14 +62,14 @@ def fill_in(module: nn.Module, checkpoint: dict[str, Any]) -> States:
     trained = [live for live in checkpoint_names(module, stacks, tensors).values() if is_inside(live, stacks)]
     # of an average there is no other source, and of a sharded tensor none that one process could read alone
     ours = {name: tensors[name].detach() for name in trained if not is_sharded(tensors[name])}
-    found = {}
+    filled = {}
     for entry in _STATES:
         if entry in checkpoint:
             elsewhere = not checkpoint[entry] and has_shards(module)  # gathered by another process
             if not elsewhere and (entry == _STATES[-1] or _STATES[-1] not in checkpoint):
                 checkpoint[entry] = {**ours, **checkpoint[entry]}
-            found[entry] = {name: checkpoint[entry][name] for name in trained if name in checkpoint[entry]}
-    return found
+            filled[entry] = {name: checkpoint[entry][name] for name in trained if name in checkpoint[entry]}
+    return filled
 
 
 def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States | None = None) -> None:
@@ -94,21 +94,21 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
     outside: dict[str, list[str]] = {}
     renamed: dict[str, str] = {}
     for entry in filled:
-        own = checkpoint.get(entry) or {}
-        state = {**filled[entry], **own}
+        own_state = checkpoint.get(entry) or {}
+        state = {**filled[entry], **own_state}
         # a sharded tensor is asked for by the name it has in the module
         sharded = {live: saved for saved, live in names.items() if live in state and is_sharded(state[live])}
-        kept = {live if live in sharded else saved: state[live] for saved, live in names.items() if live in state}
+        to_save = {live if live in sharded else saved: state[live] for saved, live in names.items() if live in state}
         renamed |= sharded
         missing = [live for live in names.values() if live not in state and is_inside(live, stacks)]
-        if missing and own:  # where it is gathered in one process, the others have nothing
+        if missing and own_state:  # where it is gathered in one process, the others have nothing
             raise AdapterError(
                 f"The checkpoint would lack {len(missing)} trained tensors, the first is {missing[0]}: let "
                 f"{type(module).__name__}.state_dict() hold them."
             )
         lives = set(names.values())
-        added = {name: value for name, value in own.items() if name not in lives and not is_inside(name, stacks)}
-        checkpoint[entry] = kept | added
+        added = {name: value for name, value in own_state.items() if name not in lives and not is_inside(name, stacks)}
+        checkpoint[entry] = to_save | added
         left_out = [saved for saved, live in names.items() if live not in state]
         outside = outside or {"added": list(added), "left_out": left_out}
     described = {}
@@ -161,21 +161,21 @@ def restore_adapters(
         if entry not in checkpoint:
             continue
         added = {key: value for key, value in checkpoint[entry].items() if key in noted.get("added", ())}
-        given = {key: value for key, value in checkpoint[entry].items() if key not in added}
-        state = _with_saved_names(given, names)
+        stored = {key: value for key, value in checkpoint[entry].items() if key not in added}
+        state = _with_saved_names(stored, names)
         if not noted:  # an earlier release kept what is outside, whatever it was
             added = {key: state.pop(key) for key in state.keys() - names if not is_inside(key, stacks)}
         expected = names.keys() - set(noted.get("left_out", ()))
         check_same_keys(expected, set(state), f"{source} and {type(module).__name__}")
-        own = {saved: names[saved] for saved in state}
-        for saved, live in own.items():
+        live_names = {saved: names[saved] for saved in state}
+        for saved, live in live_names.items():
             if state[saved].shape != tensors[live].shape:
                 shapes = f"{tuple(state[saved].shape)} in {source}, {tuple(tensors[live].shape)} in the module"
                 raise AdapterError(f"{saved} has different shapes: {shapes}.")
             check_kind(state[saved], tensors[live], f"{source}: {saved}")
         check_finite(state, source)
         if entry == _STATES[0]:  # the module's own `load_state_dict` may leave out or rename what it does not know
-            for saved, live in own.items():
+            for saved, live in live_names.items():
                 if is_inside(live, stacks):
                     write(tensors[live], state[saved])
         whole_state = _whole_state(module) if complete else {}
@@ -273,10 +273,10 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
     for part in stack.parts:
         if part.name not in saved:
             raise AdapterError(f"{source} has no adapter {part.name!r}; it has {', '.join(map(repr, saved))}.")
-        asked, kept = part.config, saved[part.name]
-        if not saved_heads([kept]):  # as before heads were trained with the adapter: it is continued as it was made
-            asked, kept = (without_heads(config, saved_heads([asked])) for config in (asked, kept))
-        if differences := different_fields(kept, asked, part.computed):
+        present, expected = part.config, saved[part.name]
+        if not saved_heads([expected]):  # as before heads were trained with the adapter: it is continued as it was made
+            present, expected = (without_heads(config, saved_heads([present])) for config in (present, expected))
+        if differences := different_fields(expected, present, part.computed):
             raise AdapterError(f"{source} and adapter {part.name!r} have other settings: {'; '.join(differences)}.")
     same = [p.name for p in stack.parts] == list(saved) and all(
         not different_fields(saved[p.name], p.config) for p in stack.parts

@@ -25,7 +25,7 @@ def check_complete(module: nn.Module, stacks: Mapping[str, AdapterStack]) -> Non
     for stack in stacks.values():
         tensors = dict(stack.backbone.named_parameters(remove_duplicate=False))
         for part in stack.parts:
-            kept = {id(tensors[live]) for live in stack.keys(part).values() if live in tensors}
+            keyed = {id(tensors[live]) for live in stack.keys(part).values() if live in tensors}
             for name, parameter in tensors.items():
-                if part.name in name.split(".") and parameter.requires_grad and id(parameter) not in kept:
+                if part.name in name.split(".") and parameter.requires_grad and id(parameter) not in keyed:
                     raise AdapterError(f"{name} is trained, but adapter {part.name!r} has no key for it in a folder.")

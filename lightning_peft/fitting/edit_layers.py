@@ -65,8 +65,8 @@ class EditLayers(ReadingEdit[LayerSite]):
         layers = _fixed(self.layers)
         if layers is None:
             layers = self.default_layers(len(Selection(sites=self.sites).find(backbone)))
-        read = Selection(sites=self.sites, layers=layers).find(backbone)
-        self.targets = [site for site in read if isinstance(site, LayerSite)]
+        sites = Selection(sites=self.sites, layers=layers).find(backbone)
+        self.targets = [site for site in sites if isinstance(site, LayerSite)]
         return self.targets
 
     def empty_config(self, sites: Sequence[LayerSite]) -> PeftConfig:

@@ -28,8 +28,8 @@ def when_built(module: L.LightningModule, name: str | None, then: Callable[[str]
     """
 
     def look(final: bool) -> None:
-        if (found := find_backbone(module, name, final)) is not None:
-            then(found)
+        if (backbone_name := find_backbone(module, name, final)) is not None:
+            then(backbone_name)
 
     hooks = building_hooks(module)
     look(final=not hooks)

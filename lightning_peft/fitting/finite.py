@@ -58,10 +58,10 @@ def finite_arguments(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            given = signature.bind(self, *args, **kwargs).arguments
+            arguments = signature.bind(self, *args, **kwargs).arguments
         except TypeError:
-            given = {}  # a wrong call, of which Python itself tells best
-        for name, number in _numbers(given):
+            arguments = {}  # a wrong call, of which Python itself tells best
+        for name, number in _numbers(arguments):
             if not math.isfinite(number):
                 raise ValueError(f"{type(self).__name__} needs a finite {name}, got {number}.")
         init(self, *args, **kwargs)

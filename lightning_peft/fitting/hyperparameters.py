@@ -34,14 +34,14 @@ def leave_out_modules(module: nn.Module, checkpoint: dict[str, Any]) -> dict[str
     Returns:
         The module's arguments that were taken out, and their types.
     """
-    own = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())} - {0}
+    memory = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())} - {0}
     left_out: dict[str, dict[str, str]] = {}
     for entry in _KEYS:
         if isinstance(checkpoint.get(entry), dict):
             values = checkpoint[entry]
-            left_out[entry] = {name: type_name(type(v)) for name, v in values.items() if _is_heavy(v, own)}
+            left_out[entry] = {name: type_name(type(v)) for name, v in values.items() if _is_heavy(v, memory)}
             checkpoint[entry] = {name: value for name, value in values.items() if name not in left_out[entry]}
-    if names := [name for found in left_out.values() for name in found]:
+    if names := [name for kinds in left_out.values() for name in kinds]:
         warnings.warn(
             f"The checkpoint is written without {', '.join(map(repr, names))}, hyperparameters that hold a module or "
             "its weights: load_from_checkpoint takes them as arguments, and save_hyperparameters(ignore=…) leaves them "
@@ -60,8 +60,8 @@ def take_out_unread(checkpoint: dict[str, Any]) -> dict[str, str]:
     missing: dict[str, str] = {}
     values = checkpoint.get(_KEYS[0])
     if isinstance(values, dict):
-        found = {name: next(iter(unread(value).values()), None) for name, value in values.items()}
-        missing = {name: kind for name, kind in found.items() if kind is not None}
+        kinds = {name: next(iter(unread(value).values()), None) for name, value in values.items()}
+        missing = {name: kind for name, kind in kinds.items() if kind is not None}
         checkpoint[_KEYS[0]] = {name: value for name, value in values.items() if name not in missing}
     elif whole := unread(values):
         missing = {str(checkpoint.get(_NAME) or _KEYS[0]): next(iter(whole.values()))}
@@ -92,12 +92,12 @@ def check_arguments(
         argument = holder if isinstance(holder, str) and holder in parameters else name
         if argument in given:
             continue
-        what = f"{source} does not hold {name!r}, which was a {kind}"
+        problem = f"{source} does not hold {name!r}, which was a {kind}"
         if argument != name or (argument in parameters and parameters[argument].default is inspect.Parameter.empty):
             raise AdapterError(
-                f"{what}, and {cls.__name__} needs it: give load_from_checkpoint the argument {argument}."
+                f"{problem}, and {cls.__name__} needs it: give load_from_checkpoint the argument {argument}."
             )
-        warnings.warn(f"{what}: {cls.__name__} is made without it; give it as an argument.", stacklevel=3)
+        warnings.warn(f"{problem}: {cls.__name__} is made without it; give it as an argument.", stacklevel=3)
 
 
 class _Nowhere(io.RawIOBase):
@@ -124,14 +124,14 @@ class _Looking(pickle.Pickler):
         return NotImplemented
 
 
-def _is_heavy(value: object, own: set[int]) -> bool:
+def _is_heavy(value: object, memory: set[int]) -> bool:
     """Return whether a value holds a module, a tensor of this memory, or tensors in objects not read back."""
     looking = _Looking()
     try:
         looking.dump(value)
     except Exception:  # it cannot be saved at all, which whoever saves it says best
         return False
-    return looking.modules or any(looking.objects or _memory(tensor) in own for tensor in looking.tensors)
+    return looking.modules or any(looking.objects or _memory(tensor) in memory for tensor in looking.tensors)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -31,9 +31,9 @@ class _UnreadMapping(Unread):
     """A stand-in for a class whose objects are filled as dicts are; they remember its name."""
 
     def __new__(cls, *_: object) -> Any:
-        made: OrderedDict[Any, Any] = OrderedDict()
-        vars(made)["was"] = cls.was
-        return made
+        mapping: OrderedDict[Any, Any] = OrderedDict()
+        vars(mapping)["was"] = cls.was
+        return mapping
 
 
 def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any:
@@ -72,9 +72,9 @@ def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any
         if trust:
             raise AdapterError(f"{path} is truncated, or cannot be unpickled here: {error!r}.") from error
         if unknown or isinstance(error, pickle.UnpicklingError):
-            what = f"more than tensors and plain values ({_shown(unknown[0])})" if unknown else "what cannot be read"
+            content = f"more than tensors and plain values ({_shown(unknown[0])})" if unknown else "what cannot be read"
             raise AdapterError(
-                f"{path} holds {what}, in a form that only unpickling reads, which runs code: give trust=True "
+                f"{path} holds {content}, in a form that only unpickling reads, which runs code: give trust=True "
                 "(--trust) if you trust its author."
             ) from error
         raise AdapterError(f"{path} is truncated or damaged.") from error
@@ -82,20 +82,20 @@ def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any
 
 def unread(value: object) -> dict[str, str]:
     """Return what was left unread in dicts, lists, tuples and sets: place, as `a.b.0`, -> name of the type."""
-    found: dict[str, str] = {}
+    type_names: dict[str, str] = {}
     waiting: list[tuple[str, Any]] = [("", value)]
     seen: set[int] = set()
     while waiting:
         place, item = waiting.pop()
         kind = item if isinstance(item, type) else type(item)
         if issubclass(kind, Unread) or (kind is OrderedDict and hasattr(item, "was")):
-            found[_shown(place)] = _shown(item.was)
+            type_names[_shown(place)] = _shown(item.was)
         elif isinstance(item, dict | list | tuple | set) and id(item) not in seen:
             seen.add(id(item))
             pairs = list(item.items() if isinstance(item, dict) else enumerate(item))
             waiting += [(f"{place}.{key}".lstrip("."), inner) for key, inner in pairs]
             waiting += [(place, key) for key, _ in pairs if isinstance(item, dict)]
-    return found
+    return type_names
 
 
 def _shown(name: object) -> str:

@@ -30,12 +30,12 @@ def keep_precise(trainer: L.Trainer) -> None:
 
 
 def _without_adapters(convert: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:
-    kept = [(parameter, parameter.data) for parameter in _own_parameters(module)]
-    if any(is_sharded(parameter) for parameter, _ in kept):
+    adapter_values = [(parameter, parameter.data) for parameter in _own_parameters(module)]
+    if any(is_sharded(parameter) for parameter, _ in adapter_values):
         rank_zero_warn("Sharded adapters are trained in half precision too under a Trainer's true half precision.")
-        kept = []
+        adapter_values = []
     module = convert(module)
-    for parameter, data in kept:
+    for parameter, data in adapter_values:
         parameter.data = data
     return module
 

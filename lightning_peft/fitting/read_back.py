@@ -56,15 +56,15 @@ class _ReadBack:
         """Check the file that was written last, on one process for all of them."""
         if self.written is None:
             return
-        done, message = False, None
+        was_read, message = False, None
         names = trained_inside(self.module)  # of shards all processes must ask
         if self.trainer.is_global_zero:
             try:
-                done = check_written(names, self.written)
+                was_read = check_written(names, self.written)
             except AdapterError as error:
                 message = str(error)
-        done, message = self.trainer.strategy.broadcast((done, message))
-        if done or message:
+        was_read, message = self.trainer.strategy.broadcast((was_read, message))
+        if was_read or message:
             self.written = None
             forget(self.trainer)
         if message:

@@ -113,8 +113,8 @@ class ReadingEdit(Edit, Generic[S]):
 
     def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         assert self._capture is not None
-        read = self._capture(batch["input_ids"], batch.get("attention_mask"))
-        return read, batch["truth"].cpu(), batch["question_id"].cpu()
+        activations = self._capture(batch["input_ids"], batch.get("attention_mask"))
+        return activations, batch["truth"].cpu(), batch["question_id"].cpu()
 
     def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
         if self._held:
@@ -127,9 +127,9 @@ class ReadingEdit(Edit, Generic[S]):
         def make() -> tuple[ComputedAdapter, Any]:
             return self.edit(*rows, self._sites), self.edit_
 
-        made, self.edit_ = from_rank_zero(trainer, make)
-        stack.put(self.name, made)
-        trainer.lightning_module.log("edited_parameters", float(self.count(made)), rank_zero_only=True)
+        adapter, self.edit_ = from_rank_zero(trainer, make)
+        stack.put(self.name, adapter)
+        trainer.lightning_module.log("edited_parameters", float(self.count(adapter)), rank_zero_only=True)
 
     def count(self, made: ComputedAdapter) -> int:
         """Return how many numbers were computed."""
@@ -151,14 +151,14 @@ class ReadingEdit(Edit, Generic[S]):
         """Return activations, label and group of texts, without a Trainer."""
         if not texts:
             raise ValueError("There is no text to read: give texts of both labels.")
-        device, read = next(backbone.parameters()).device, []
+        device, activations = next(backbone.parameters()).device, []
         with Capture(backbone, self._sites) as capture:
             for begin in range(0, len(texts), self.batch_size):
                 encoded = tokenizer(list(texts[begin : begin + self.batch_size]))["input_ids"]
                 rows = [torch.tensor(row, dtype=torch.long) for row in encoded]
                 ids, mask = (pad_sequence(x, batch_first=True) for x in (rows, list(map(torch.ones_like, rows))))
-                read.append(capture(ids.to(device), mask.to(device)))
-        return torch.cat(read), label.cpu(), group.cpu()
+                activations.append(capture(ids.to(device), mask.to(device)))
+        return torch.cat(activations), label.cpu(), group.cpu()
 
     def end(self) -> None:
         self._rows, self._held, self._labels = [], [], set()

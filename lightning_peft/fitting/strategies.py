@@ -105,14 +105,14 @@ def same_on_every_rank(module: L.LightningModule, stack: AdapterStack) -> Iterat
     if trainer is None or trainer.state.status != TrainerStatus.RUNNING or trainer.world_size == 1:
         yield
         return
-    own = torch.get_rng_state()
-    shared = trainer.strategy.broadcast(own)
+    rng_state = torch.get_rng_state()
+    shared = trainer.strategy.broadcast(rng_state)
     torch.set_rng_state(shared)
     try:
         yield
     finally:
-        if not torch.equal(own, shared):  # where all were seeded alike, all go on alike
-            torch.set_rng_state(own)
+        if not torch.equal(rng_state, shared):  # where all were seeded alike, all go on alike
+            torch.set_rng_state(rng_state)
     live = {name: value for part in stack.parts for name, value in stack.live(part).items()}
     ours = {name: value for name, value in live.items() if not is_sharded(value) and not value.is_meta}
     sent = trainer.strategy.broadcast({name: value.detach().cpu() for name, value in ours.items()})
@@ -166,6 +166,6 @@ def _filter(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
     """Take out of a module's state, in place, what a checkpoint of its adapters does not hold."""
     stacks = find_stacks(module)
     if stacks and not prefix:
-        kept = set(checkpoint_names(module, stacks, state).values())
-        for name in state.keys() - kept:
+        names = set(checkpoint_names(module, stacks, state).values())
+        for name in state.keys() - names:
             del state[name]

@@ -55,8 +55,8 @@ def check_targets(config: PeftConfig, backbone: nn.Module) -> None:
         check_called((name for name in modules if re.fullmatch(targets, name)), backbone)
         return
     for target in sorted(targets or ()):
-        found = [name for name in modules if name == target or name.endswith(f".{target}")]
-        if not found:
+        matches = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not matches:
             near = nearest_names(target, modules)
             raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
-        check_called(found, backbone)
+        check_called(matches, backbone)

@@ -109,24 +109,24 @@ class AdapterStack:
         flags = self._flags()
         # peft warns of a second configuration on one model; here that is the point, so it is shown a bare model
         configs = self.backbone.__dict__.pop("peft_config", {})
-        own = copy.deepcopy(config)
+        live_config = copy.deepcopy(config)
         try:
             # an initialisation that reads or changes weights must see the base's own
             with self._switched_off():
                 with one_sentence(self.backbone, config):
-                    injection = kind(self.backbone, own, name)
-                check_layers(self.backbone, list(injection.layers()), own)
+                    injection = kind(self.backbone, live_config, name)
+                check_layers(self.backbone, list(injection.layers()), live_config)
             part = Adapter(name, copy.deepcopy(config), injection, computed, dict(record or {}))
             part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         except Exception:
-            kind.clean_up(self.backbone, own, name)
+            kind.clean_up(self.backbone, live_config, name)
             if configs:
                 self.backbone.__dict__["peft_config"] = configs
             _set(flags)
             self._activate()
             raise
         self.base = base
-        self.backbone.__dict__["peft_config"] = {**configs, name: own}
+        self.backbone.__dict__["peft_config"] = {**configs, name: live_config}
         self.backbone.__dict__[_ATTRIBUTE] = self
         self.parts.append(part)
         injection.note_trained()
@@ -165,7 +165,7 @@ class AdapterStack:
         self.unmerge()
         self.parts.remove(part)
         configs = self.backbone.__dict__.pop("peft_config")
-        if remaining := {other: config for other, config in configs.items() if other != name}:
+        if remaining := {key: config for key, config in configs.items() if key != name}:
             self.backbone.__dict__["peft_config"] = remaining
         part.injection.take_out()
         self._activate()
@@ -428,8 +428,8 @@ class AdapterStack:
         """
         if not expected:
             return
-        found = self._base()
-        if difference := mismatch(dict(expected), without(found, heads)):
+        current = self._base()
+        if difference := mismatch(dict(expected), without(current, heads)):
             problem = f"{source} was made for another base model: {difference}"
             if self.strict_base:
                 raise AdapterError(
@@ -469,8 +469,8 @@ def stack_of(backbone: nn.Module) -> AdapterStack:
 
 def find_stacks(module: nn.Module) -> dict[str, AdapterStack]:
     """Return every non-empty stack in `module`, by the name of its backbone (`""` is the module itself)."""
-    found = ((name, m.__dict__.get(_ATTRIBUTE)) for name, m in module.named_modules())
-    return {name: stack for name, stack in found if isinstance(stack, AdapterStack) and stack.parts}
+    stacks = ((name, m.__dict__.get(_ATTRIBUTE)) for name, m in module.named_modules())
+    return {name: stack for name, stack in stacks if isinstance(stack, AdapterStack) and stack.parts}
 
 
 def adapters(module: nn.Module) -> AdapterStack:
@@ -481,8 +481,8 @@ def adapters(module: nn.Module) -> AdapterStack:
     """
     stacks = find_stacks(module)
     if len(stacks) != 1:
-        found = f"adapters on {', '.join(map(repr, stacks))}" if stacks else "no adapter"
-        raise ValueError(f"Expected adapters on one backbone in {type(module).__name__}, found {found}.")
+        present = f"adapters on {', '.join(map(repr, stacks))}" if stacks else "no adapter"
+        raise ValueError(f"Expected adapters on one backbone in {type(module).__name__}, found {present}.")
     return next(iter(stacks.values()))
 
 

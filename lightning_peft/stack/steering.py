@@ -122,8 +122,8 @@ def _with_positions(config: Any, positions: str) -> Any:
 
 def _stack_on(model: nn.Module) -> AdapterStack:
     """Return the stack on the model, or the one inside it where there is one already."""
-    found = list(find_stacks(model).values())
-    return found[0] if len(found) == 1 else stack_of(model)
+    stacks = list(find_stacks(model).values())
+    return stacks[0] if len(stacks) == 1 else stack_of(model)
 
 
 def _free_name(stack: AdapterStack) -> str:

@@ -55,14 +55,14 @@ def row_keys(arguments: Mapping[str, Any], rows: int, real: Tensor | None, conte
             shared.update(f"{name} {value!r}".encode())
     keys = []
     for row in range(rows):
-        own = shared.copy()
+        row_hash = shared.copy()
         for name, tensor in split:
             part = tensor[row]
             if real is not None and tensor.shape[:2] == real.shape:
                 part = part[real[row]]
-            own.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-            own.update(_bytes(part))
-        keys.append(own.digest())
+            row_hash.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+            row_hash.update(_bytes(part))
+        keys.append(row_hash.digest())
     return keys
 
 

@@ -78,7 +78,7 @@ class Trunk:
         self._layers = [m for block in self.blocks for m in block.module.modules() if hasattr(m, "active_adapters")]
         self._forms: dict[nn.Module, int | None] = {}  # the length of a block's tuple, None where it gives a tensor
         self._call: _Call | None = None
-        self._checked = self._checking = self._told_full = False
+        self._checked = self._checking = self._warned_full = False
         self._unpadded: bool | None = None
         self.hits = self.misses = 0  # rows
         self._handles: list[Any] = []
@@ -195,9 +195,9 @@ class Trunk:
         self.misses += len(call.keys)
         for row, key in enumerate(call.keys):
             if key not in self.store:
-                kept = self.store.put(key, states[row] if real is None else states[row][real[row]])
-                if not kept and not self._told_full:
-                    self._told_full = True
+                stored = self.store.put(key, states[row] if real is None else states[row][real[row]])
+                if not stored and not self._warned_full:
+                    self._warned_full = True
                     self._full()
 
     @torch.no_grad()
@@ -277,8 +277,8 @@ class Trunk:
 def _asks_for_blocks(entry: nn.Module, arguments: Mapping[str, Any]) -> bool:
     """Return whether a call wants what the blocks compute inside, or to be continued."""
     config = getattr(entry, "config", None)
-    wanted = ("output_hidden_states", "output_attentions")
-    if any(arguments.get(name, getattr(config, name, None)) for name in wanted):
+    flags = ("output_hidden_states", "output_attentions")
+    if any(arguments.get(name, getattr(config, name, None)) for name in flags):
         return True
     past = arguments.get("past_key_values")
     return not torch.is_grad_enabled() and (past is not None or bool(arguments.get("use_cache")))

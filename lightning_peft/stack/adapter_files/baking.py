@@ -110,16 +110,16 @@ def bake(
         measured = divergence(model, batches, lambda: acting(positions), nullcontext)
     zeros = {name: _zero_bias(model, name) for name in sorted(added - changed.keys())}
     new, quantised = changed | zeros, getattr(model.config, "quantization_config", None) is not None
-    made: Reference | None = None
+    expected: Reference | None = None
     saved: Any = model
     with new_folder(output) as folder:
         with _written(model, new), turned_on(model.config, flags):
             saved.save_pretrained(folder)
             if verify and quantised:
-                made = _merged(model, new)
-        if verify and made is None:
-            made = _edited(model, adapter, changed, zeros)
-        verification = verify_folder(folder, type(model), saved.dtype, made) if made is not None else None
+                expected = _merged(model, new)
+        if verify and expected is None:
+            expected = _edited(model, adapter, changed, zeros)
+        verification = verify_folder(folder, type(model), saved.dtype, expected) if expected is not None else None
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
     were = tuple(dict.fromkeys(positions.values()))
@@ -227,19 +227,19 @@ def _zero_bias(model: nn.Module, name: str) -> Tensor:
 @contextmanager
 def _written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Give the model's parameters these values for a while; add those that do not exist."""
-    own = own_parameters(model)
-    before = {name: own[name].data for name in values if name in own}
+    parameters = own_parameters(model)
+    before = {name: parameters[name].data for name in values if name in parameters}
     try:
         for name, value in values.items():
-            if name in own:
-                own[name].data = value
+            if name in parameters:
+                parameters[name].data = value
             else:
                 _set(model, name, nn.Parameter(value, requires_grad=False))
         yield
     finally:
         for name in values:
-            if name in own:
-                own[name].data = before[name]
+            if name in parameters:
+                parameters[name].data = before[name]
             else:
                 _set(model, name, None)
 
@@ -252,9 +252,9 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
 def _merged(model: Any, added: Mapping[str, Tensor]) -> Reference:
     """Return the reference of a quantised model with the biases in it: its layers would round the edit itself."""
     probe = find_probe(model)
-    found = [] if probe is None else outputs(model, probe)
+    values = [] if probe is None else outputs(model, probe)
     weights = {name: digest(value) for name, value in added.items() if value.is_floating_point()}
-    return Reference(probe, found, weights, torch.finfo(model.dtype).eps ** 0.5)
+    return Reference(probe, values, weights, torch.finfo(model.dtype).eps ** 0.5)
 
 
 def _edited(model: Any, adapter: str | Path, changed: Mapping[str, Tensor], zeros: Mapping[str, Tensor]) -> Reference:
@@ -283,15 +283,15 @@ def _edited(model: Any, adapter: str | Path, changed: Mapping[str, Tensor], zero
 @contextmanager
 def _precision(model: nn.Module) -> Iterator[Callable[[torch.dtype], None]]:
     """Yield a function that turns the model's half-precision tensors to float32 and back, without loss."""
-    own: dict[Tensor, torch.dtype] = {}
+    dtypes: dict[Tensor, torch.dtype] = {}
 
     def change(dtype: torch.dtype) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             if dtype not in HALF and tensor.dtype in HALF:
-                own[tensor] = tensor.dtype
+                dtypes[tensor] = tensor.dtype
                 tensor.data = tensor.data.to(dtype)
-            elif dtype in HALF and tensor in own:
-                tensor.data = tensor.data.to(own[tensor])
+            elif dtype in HALF and tensor in dtypes:
+                tensor.data = tensor.data.to(dtypes[tensor])
 
     try:
         yield change

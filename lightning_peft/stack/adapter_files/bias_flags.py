@@ -59,11 +59,11 @@ def find_flags(model: Any, missing: Collection[str]) -> tuple[tuple[Flag, ...], 
         for flag in _candidates(model.config):
             with turned_on(model.config, [flag]):
                 try:
-                    other = _shapes(model)
+                    flagged = _shapes(model)
                 except (ValueError, TypeError, NotImplementedError):  # the architecture does not go with it
                     continue
-            new = other.keys() - base.keys()
-            only_more = new and all(name.endswith(".bias") for name in new) and base.items() <= other.items()
+            new = flagged.keys() - base.keys()
+            only_more = new and all(name.endswith(".bias") for name in new) and base.items() <= flagged.items()
             if only_more and new & (set(missing) - added):
                 flags.append(flag)
                 added |= new

@@ -136,7 +136,7 @@ def compress_adapter(
         raise AdapterError(f"{folder} has {len(folders)} adapters and {initial}, its start, has {len(starts)}.")
     if output.resolve() in {folder.resolve(), None if initial is None else Path(initial).resolve()}:
         raise ValueError(f"{output} is what is to be compressed: name another folder to write to.")
-    made, done = {}, []
+    adapters, rows = {}, []
     for path, start in zip(folders, starts, strict=True):
         if (path / COMPRESSED).is_file():
             raise AdapterError(f"{path} is compressed already.")
@@ -144,11 +144,11 @@ def compress_adapter(
         check_finite(tensors, str(path))
         target = output / path.name if len(folders) > 1 else output
         packed, numbers = _compress(config, tensors, density, alpha, deviation, start, target, scope)
-        made[path.name if len(folders) > 1 else "default"] = (config, packed, notes)
-        done.append({"before": (path / WEIGHTS).stat().st_size, "target": target, **numbers})
-    write_folders(output, made, COMPRESSED)
+        adapters[path.name if len(folders) > 1 else "default"] = (config, packed, notes)
+        rows.append({"before": (path / WEIGHTS).stat().st_size, "target": target, **numbers})
+    write_folders(output, adapters, COMPRESSED)
     return [
-        Compression(after=(numbers.pop("target") / COMPRESSED).stat().st_size, **numbers) for numbers in map(dict, done)
+        Compression(after=(numbers.pop("target") / COMPRESSED).stat().st_size, **numbers) for numbers in map(dict, rows)
     ]
 
 
@@ -170,9 +170,9 @@ def decompress_adapter(folder: str | Path, output: str | Path, verify: bool = Tr
         raise AdapterError(f"{plain[0]} is not compressed: it has no {COMPRESSED}.")
     sources = {path.name if len(folders) > 1 else "default": path for path in folders}
 
-    def check(made: Path) -> None:
+    def check(written: Path) -> None:
         for name, source in sources.items():
-            check_same(made / name if len(sources) > 1 else made, source)
+            check_same(written / name if len(sources) > 1 else written, source)
 
     write_folders(
         Path(output), {name: read_folder(path) for name, path in sources.items()}, check=check if verify else None
@@ -220,12 +220,12 @@ def _compress(
     scope: Scope,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return one adapter's packed tensors, and the numbers of its `Compression` known before it is written."""
-    own = _own_keys(config, tensors)
-    if not own:
+    method_keys = _own_keys(config, tensors)
+    if not method_keys:
         raise AdapterError(f"The adapter has no tensors of {config.peft_type} to compress.")
     value = injection_for(config).start or 0.0
-    start = None if initial is None else _checked_start(initial, {key: tensors[key] for key in own})
-    changes = [(tensors[k].float() - (start[k].float() if start else value)).flatten() for k in own]
+    start = None if initial is None else _checked_start(initial, {key: tensors[key] for key in method_keys})
+    changes = [(tensors[k].float() - (start[k].float() if start else value)).flatten() for k in method_keys]
     if scope == "tensor":
         coded_parts = [_code(change, density, alpha, deviation) for change in changes]
     else:
@@ -236,7 +236,7 @@ def _compress(
         "version": 1,
         "tensors": [
             [k, list(tensors[k].shape), str(tensors[k].dtype).removeprefix("torch."), value, scale]
-            for k, (_, scale) in zip(own, coded_parts, strict=True)
+            for k, (_, scale) in zip(method_keys, coded_parts, strict=True)
         ],
     }
     if initial is not None:
@@ -244,18 +244,18 @@ def _compress(
     packed = pack_signs(signs)
     coded = sum(tensor.nbytes for tensor in packed.values())
     packed[_INDEX] = torch.frombuffer(bytearray(zlib.compress(json.dumps(index).encode(), 9)), dtype=torch.uint8)
-    kept = int(signs.count_nonzero())
+    nonzero = int(signs.count_nonzero())
     numbers = {
         "parameters": len(signs),
-        "kept": kept,
-        "dense": sum(value.numel() for key, value in tensors.items() if key not in own),
+        "kept": nonzero,
+        "dense": sum(value.numel() for key, value in tensors.items() if key not in method_keys),
         "coded": coded,
-        "bound": entropy_bound(kept / len(signs)) * len(signs) / 8,
+        "bound": entropy_bound(nonzero / len(signs)) * len(signs) / 8,
         "scale": sum(scale for _, scale in coded_parts) / len(coded_parts),
-        "raw": () if start else tuple(key for key in own if _starts_elsewhere(key, config)),
-        "empty": tuple(key for key, (part, _) in zip(own, coded_parts, strict=True) if not part.any()),
+        "raw": () if start else tuple(key for key in method_keys if _starts_elsewhere(key, config)),
+        "empty": tuple(key for key, (part, _) in zip(method_keys, coded_parts, strict=True) if not part.any()),
     }
-    return packed | {_DENSE + key: value for key, value in tensors.items() if key not in own}, numbers
+    return packed | {_DENSE + key: value for key, value in tensors.items() if key not in method_keys}, numbers
 
 
 def _code(change: Tensor, density: float, alpha: float, deviation: Deviation) -> tuple[Tensor, float]:
@@ -271,8 +271,8 @@ def _own_keys(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:
 
     kind: Any = config.peft_type
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind, "")
-    own = (k for k, v in tensors.items() if v.is_floating_point() and (not prefix or f".{prefix}" in k))
-    return sorted(key for key in own if not key.endswith(_FIXED))
+    keys = (k for k, v in tensors.items() if v.is_floating_point() and (not prefix or f".{prefix}" in k))
+    return sorted(key for key in keys if not key.endswith(_FIXED))
 
 
 def _starts_elsewhere(key: str, config: PeftConfig) -> bool:

@@ -116,10 +116,10 @@ def _by_block(
     model: nn.Module, changed: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> tuple[dict[int, Tensor], bool]:
     """Return the shift of the residual stream that changed biases make, by block."""
-    found = blocks(model)
-    if len({block.stack for block in found}) != 1 or len(found) < 2:
+    model_blocks = blocks(model)
+    if len({block.stack for block in model_blocks}) != 1 or len(model_blocks) < 2:
         raise ValueError(f"{type(model).__name__} is not one stack of blocks, which alone llama.cpp's vectors are for.")
-    places = {f"{span.last}.bias": block.number for block in found for span in block.spans()}
+    places = {f"{span.last}.bias": block.number for block in model_blocks for span in block.spans()}
     if strange := sorted(changed.keys() - places.keys()):
         raise ValueError(
             f"The adapter changes {strange[0]}, which is no shift of the residual stream: a control vector cannot hold "

@@ -53,9 +53,9 @@ def write_folders(
 
     places = {name: f"{name}/" if len(adapters) > 1 else "" for name in adapters}
     files = [place + file for place in places.values() for file in (weights, NOTES, CONFIG)]
-    with replacing(root, [*files, ORDER] if len(adapters) > 1 else files) as made:
+    with replacing(root, [*files, ORDER] if len(adapters) > 1 else files) as staged:
         for name, (config, tensors, notes) in adapters.items():
-            folder = made / places[name]
+            folder = staged / places[name]
             contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             save_file(contiguous, folder / weights, metadata={"format": "pt"})
             (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
@@ -63,9 +63,9 @@ def write_folders(
             config.inference_mode = True  # as peft saves it
             config.save_pretrained(str(folder))
         if len(adapters) > 1:
-            (made / ORDER).write_text(json.dumps({"parts": list(adapters)}, indent=2) + "\n")
+            (staged / ORDER).write_text(json.dumps({"parts": list(adapters)}, indent=2) + "\n")
         if check is not None:
-            check(made)
+            check(staged)
 
 
 def adapter_folders(root: Path) -> list[Path]:

@@ -133,8 +133,8 @@ def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, folder: Path)
     def load(dtype: torch.dtype) -> Any:
         return cls.from_pretrained(base, dtype=dtype).eval()
 
-    made = reference(load, lambda model: load_adapter(model, adapter), expected, plain.dtypes, plain.dtype)
-    return verify_folder(folder, plain.cls, plain.dtype, made)
+    origin = reference(load, lambda model: load_adapter(model, adapter), expected, plain.dtypes, plain.dtype)
+    return verify_folder(folder, plain.cls, plain.dtype, origin)
 
 
 def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
@@ -144,10 +144,10 @@ def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype, backbone: Any) -> Tensor:
     """Return a weight in the precision in which transformers would load it."""
-    kept = {*(backbone._keep_in_fp32_modules_strict or ())}
+    in_float32 = {*(backbone._keep_in_fp32_modules_strict or ())}
     if dtype == torch.float16:
-        kept |= {*(backbone._keep_in_fp32_modules or ())}
-    if not value.is_floating_point() or kept & set(name.split(".")):
+        in_float32 |= {*(backbone._keep_in_fp32_modules or ())}
+    if not value.is_floating_point() or in_float32 & set(name.split(".")):
         return value
     return value.to(dtype)
 

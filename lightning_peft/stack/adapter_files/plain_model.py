@@ -37,12 +37,12 @@ class PlainModel:
     def save(self, weights: Mapping[str, Tensor], source: Any, dtype: torch.dtype, folder: Path) -> None:
         """Write these weights as this model, with the generation settings of `source`, and release the skeleton."""
         model, seen = self.skeleton, set()
-        own = {}
+        unshared = {}
         for name, value in weights.items():
             memory = value.untyped_storage().data_ptr()
-            own[name] = value.detach().clone() if memory in seen else value.detach()
+            unshared[name] = value.detach().clone() if memory in seen else value.detach()
             seen.add(memory)
-        model.load_state_dict(own, assign=True)
+        model.load_state_dict(unshared, assign=True)
         model.tie_weights()
         self.dtypes = {name: value.dtype for name, value in state_tensors(model).items()}
         self.dtype = model.config.dtype = dtype
@@ -91,7 +91,7 @@ def _apart(skeleton: Any, alike: Alike) -> list[tuple[str, str]]:
     first: dict[int, str] = {}
     pairs = []
     for name, value in skeleton.state_dict(keep_vars=True).items():
-        other = first.setdefault(id(value), name)
-        if other != name and not alike(other, name):
-            pairs.append((other, name))
+        first_name = first.setdefault(id(value), name)
+        if first_name != name and not alike(first_name, name):
+            pairs.append((first_name, name))
     return pairs

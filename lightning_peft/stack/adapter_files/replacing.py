@@ -35,7 +35,7 @@ def replacing(root: Path, files: Sequence[str]) -> Iterator[Path]:
     Raises:
         AdapterError: a file cannot be put there, since a folder or a link stands in its way.
     """
-    there = root.is_dir()
+    existed = root.is_dir()
     root.mkdir(parents=True, exist_ok=True)
     staged = root / STAGED
     try:
@@ -59,7 +59,7 @@ def replacing(root: Path, files: Sequence[str]) -> Iterator[Path]:
             _finish(root)
             clear(staged)
     except BaseException:
-        if not there:
+        if not existed:
             with suppress(OSError):  # unless something has been put there
                 root.rmdir()
         raise

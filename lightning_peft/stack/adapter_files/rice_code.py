@@ -71,8 +71,8 @@ def unpack_signs(packed: dict[str, Tensor]) -> Tensor:
         ValueError: the streams do not fit each other.
     """
     total, count, bits = (int(v) for v in packed["layout"])
-    wanted = {"remainders": -(-count * bits // 8), "negative": -(-count // 8)}
-    if not (0 <= count <= total and 0 <= bits <= _LONGEST) or any(packed[n].numel() != w for n, w in wanted.items()):
+    sizes = {"remainders": -(-count * bits // 8), "negative": -(-count // 8)}
+    if not (0 <= count <= total and 0 <= bits <= _LONGEST) or any(packed[n].numel() != w for n, w in sizes.items()):
         raise ValueError("its bit streams do not have the lengths they should.")
     unary = np.unpackbits(packed["quotients"].numpy())
     ends = np.flatnonzero(unary == 0)[:count]

@@ -152,7 +152,7 @@ def _problem(value: Any, kind: Any, where: str) -> str | None:
             problem = f"{at} {reprlib.repr(value)}, not {arguments[1].words}"
         return problem
     if origin in (typing.Union, types.UnionType):
-        problems = [_problem(value, one, where) for one in arguments]
+        problems = [_problem(value, option, where) for option in arguments]
         return None if None in problems else problems[0]
     if is_typeddict(kind):
         if type(value) is not dict:
@@ -179,7 +179,7 @@ def _problem(value: Any, kind: Any, where: str) -> str | None:
         expected = type(None) if kind is None else kind
         fits = type(value) in (int, float) if expected is float else type(value) is expected
         return None if fits else f"{at} {reprlib.repr(value)}, not a {expected.__name__}"
-    return next(filter(None, (_problem(*one) for one in inner)), None)
+    return next(filter(None, (_problem(*item) for item in inner)), None)
 
 
 @functools.cache

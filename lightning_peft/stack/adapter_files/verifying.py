@@ -119,11 +119,11 @@ def reference(
     probe = find_probe(model)
     plain = [] if probe is None else outputs(model, probe)
     adapt(model)
-    found: list[Tensor] = []
+    adapted: list[Tensor] = []
     unreached: tuple[str, ...] = ()
     if probe is not None:
         with _reached(model) as left:
-            found = outputs(model, probe)
+            adapted = outputs(model, probe)
         unreached = tuple(left)
     weights = expected(model)
     digests = {name: digest(weights[name].to(kind)) for name, kind in dtypes.items()}
@@ -135,13 +135,13 @@ def reference(
             allowed = ROUNDED * difference(outputs(load(dtype), probe), plain)
         except RuntimeError:  # a kernel that this device lacks
             probe = None
-    return Reference(probe, found, digests, allowed, unreached)
+    return Reference(probe, adapted, digests, allowed, unreached)
 
 
 def check_same(made: Path, source: Path) -> None:
     """Raise `ValueError` unless two adapter folders are read as the same configuration, tensors and notes."""
-    (config, tensors, notes), (own, expected, own_notes) = read_folder(made), read_folder(source)
-    if config_to_json(config) != config_to_json(own) or notes != own_notes:
+    (config, tensors, notes), (source_config, expected, own_notes) = read_folder(made), read_folder(source)
+    if config_to_json(config) != config_to_json(source_config) or notes != own_notes:
         raise _wrong(f"the configuration or notes written for {source} are not its own")
     if tensors.keys() != expected.keys():
         raise _wrong(f"the tensors written for {source} have other names than its own")
@@ -188,5 +188,5 @@ def _reached(model: nn.Module) -> Iterator[list[str]]:
     left += [name for name, module in adapted.items() if module not in ran]
 
 
-def _wrong(what: str) -> ValueError:
-    return ValueError(f"{what[0].upper()}{what[1:]}: nothing was kept, so use the adapter beside its base.")
+def _wrong(problem: str) -> ValueError:
+    return ValueError(f"{problem[0].upper()}{problem[1:]}: nothing was kept, so use the adapter beside its base.")

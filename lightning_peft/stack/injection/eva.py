@@ -68,8 +68,8 @@ class Inputs:
     def _observe(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach()
         known = self.moments.get(layer)
-        for given, moment in self._seen:
-            if given is args[0] and known in (None, moment):
+        for earlier, moment in self._seen:
+            if earlier is args[0] and known in (None, moment):
                 self.moments[layer] = moment
                 return
         if known is None:

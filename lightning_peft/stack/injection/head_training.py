@@ -44,16 +44,16 @@ def with_heads(
         ValueError: a head that was named does not exist, or has weights that cannot be trained; a module to adapt
             ends in the name of a head, by which peft would train it whole.
     """
-    made = {name: copy.copy(config) for name, config in configs.items()}
-    able = [config for config in made.values() if hasattr(config, "modules_to_save")]
+    copies = {name: copy.copy(config) for name, config in configs.items()}
+    able = [config for config in copies.values() if hasattr(config, "modules_to_save")]
     heads = [head for head in _heads(backbone, train_head, able, named) if head not in saved] if able else []
-    for config in made.values() if heads or saved else ():
+    for config in copies.values() if heads or saved else ():
         _leave_out(config, [*heads, *saved])
         _check_apart(config, heads, backbone)
     if heads:
         first: Any = able[0]
         first.modules_to_save = list(dict.fromkeys([*(first.modules_to_save or ()), *heads]))
-    return made
+    return copies
 
 
 def saved_heads(configs: Iterable[PeftConfig]) -> set[str]:
@@ -79,16 +79,16 @@ def _heads(
     if train_head is True:
         tasks = {str(getattr(config.task_type, "value", config.task_type)) for config in configs}
         ends = tuple(end for task in tasks for end in _PEFT_HEADS.get(task, ()))
-        found = task_heads(backbone)
-        found += [name for name in names if name.rpartition(".")[2] in ends and not _inside(name, found)]
-        found = [head for head in found if not _only_target(head, named, backbone)]
-        if packed := [head for head in found if not _trainable(backbone, head)]:
+        candidates = task_heads(backbone)
+        candidates += [name for name in names if name.rpartition(".")[2] in ends and not _inside(name, candidates)]
+        candidates = [head for head in candidates if not _only_target(head, named, backbone)]
+        if packed := [head for head in candidates if not _trainable(backbone, head)]:
             warnings.warn(
                 f"The head {packed[0]} is quantised and stays as it is: leave it out where the backbone is quantised "
                 "(skip_modules, llm_int8_skip_modules) if it is to be trained.",
                 stacklevel=2,
             )
-        return [head for head in found if head not in packed]
+        return [head for head in candidates if head not in packed]
     heads = [train_head] if isinstance(train_head, str) else list(train_head)
     for head in heads:
         if head not in names:
@@ -113,8 +113,8 @@ def _only_target(head: str, named: list[str] | str | None, backbone: nn.Module) 
     """Return whether the user named the head, or a part of it and nothing else, as a target."""
     if named is None or (isinstance(named, str) and named.lower() == "all-linear"):
         return False
-    found = (matching(backbone, target)[1] for target in ([named] if isinstance(named, str) else [[n] for n in named]))
-    return any(names and all(_inside(name, [head]) for name in names) for names in found)
+    groups = (matching(backbone, target)[1] for target in ([named] if isinstance(named, str) else [[n] for n in named]))
+    return any(names and all(_inside(name, [head]) for name in names) for names in groups)
 
 
 def _leave_out(config: Any, heads: Collection[str]) -> None:
@@ -122,8 +122,8 @@ def _leave_out(config: Any, heads: Collection[str]) -> None:
     for field in ("target_modules", "target_parameters", "feedforward_modules", "masked"):
         value = getattr(config, field, None)
         if isinstance(value, list | set | tuple):
-            kept = [name for name in value if not _inside(name, heads)]
-            setattr(config, field, set(kept) if isinstance(value, set) else kept)
+            remaining = [name for name in value if not _inside(name, heads)]
+            setattr(config, field, set(remaining) if isinstance(value, set) else remaining)
 
 
 def _check_apart(config: Any, heads: Collection[str], backbone: nn.Module) -> None:

@@ -168,13 +168,13 @@ class Injection:
         selected = get_peft_model_state_dict(
             model, state_dict=names, adapter_name=self.name, save_embedding_layers=False
         )
-        found = {id(value): name for name, value in state.items()}  # SHiRA looks up some tensors itself
-        named = {key: value if isinstance(value, str) else found[id(value)] for key, value in selected.items()}
+        state_names = {id(value): name for name, value in state.items()}  # SHiRA looks up some tensors itself
+        named = {key: value if isinstance(value, str) else state_names[id(value)] for key, value in selected.items()}
         keys: dict[str, str] = {}
         for key, name in named.items():
             live = self._live(name)
-            if (other := keys.setdefault(self._alone(key), live)) != live:
-                raise AdapterError(f"{other} and {live} would both be saved as {self._alone(key)}, and one lost.")
+            if (first_live := keys.setdefault(self._alone(key), live)) != live:
+                raise AdapterError(f"{first_live} and {live} would both be saved as {self._alone(key)}, and one lost.")
         return keys
 
     def places(self) -> list[str]:

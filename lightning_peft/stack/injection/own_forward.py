@@ -85,9 +85,9 @@ class Invocation(OwnForward):
         if self._prompt is None:
             offsets = self._find(ids)
         else:  # counted from the end, which moves where there is no cache; beams repeat rows
-            found, length = self._prompt
-            further, times = max(ids.shape[1] - length, 0), len(ids) // len(found)
-            offsets = [None if o is None else o + further for o in found for _ in range(times)]
+            prompt_offsets, length = self._prompt
+            further, times = max(ids.shape[1] - length, 0), len(ids) // len(prompt_offsets)
+            offsets = [None if o is None else o + further for o in prompt_offsets for _ in range(times)]
         with during_call(self.tuner, alora_offsets=offsets):
             return original(*args, **kwargs)
 

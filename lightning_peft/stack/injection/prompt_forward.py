@@ -48,8 +48,8 @@ class PromptForward(OwnForward):
         if _is_filled(kwargs.get("past_key_values")):
             return original(**self._shifted(kwargs))
         self._check_checkpointing()
-        kept = ("position_ids", "token_type_ids") if not self.past else ()
-        self._call = {name: kwargs.pop(name) for name in kept if name in kwargs}
+        held_back = ("position_ids", "token_type_ids") if not self.past else ()
+        self._call = {name: kwargs.pop(name) for name in held_back if name in kwargs}
         try:
             (encoder,) = self.model.prompt_encoder.values()
             with nullcontext() if torch.is_grad_enabled() else unchanged(encoder):
@@ -111,26 +111,26 @@ class PromptForward(OwnForward):
 
     def _shifted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call that continues from a past with the prompt in it."""
-        count, made = self.config.num_virtual_tokens, dict(kwargs)
+        count, shifted = self.config.num_virtual_tokens, dict(kwargs)
         if (mask := kwargs.get("attention_mask")) is not None and mask.dim() == 2:
-            made["attention_mask"] = nn.functional.pad(mask, (count, 0), value=1)
+            shifted["attention_mask"] = nn.functional.pad(mask, (count, 0), value=1)
         if (positions := kwargs.get("position_ids")) is not None:
-            made["position_ids"] = positions + count
-        return made
+            shifted["position_ids"] = positions + count
+        return shifted
 
     def _prepared(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of a step of generation, with the positions that peft leaves out: pads have none.
 
         They are right before the call, for hooks on the backbone see them.
         """
-        given = self.model.prepare_inputs_for_generation(*args, **kwargs)
-        mask, embeds = given.get("attention_mask"), given.get("inputs_embeds")
-        tokens = given.get("input_ids") if embeds is None else embeds
+        inputs = self.model.prepare_inputs_for_generation(*args, **kwargs)
+        mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        tokens = inputs.get("input_ids") if embeds is None else embeds
         takes = "position_ids" in inspect.signature(self.backbone.forward).parameters
         if not takes or mask is None or mask.dim() != 2 or tokens is None:
-            return given
+            return inputs
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return {**given, "position_ids": positions[:, -tokens.shape[1] :]}
+        return {**inputs, "position_ids": positions[:, -tokens.shape[1] :]}
 
     def _real(self, output: Any, length: int) -> Any:
         """Return the output without the virtual tokens."""
