@@ -63,7 +63,7 @@ def _turn_on(module: nn.Module) -> list[Handle]:
 
 
 class _Mode(Handle):
-    """Give a block the mode of what is in it: it was in training mode only to be checkpointed."""
+    """Give a block the mode of its children: it was in training mode only to be checkpointed."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block

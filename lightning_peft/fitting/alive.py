@@ -36,8 +36,8 @@ class Reached:
 
     def unreached(self) -> list[str]:
         """Return the names of parameters that no backward has reached, except those that may rest."""
-        liked = {like for name in self._reached for like in _alike(name)}
-        return [name for name in self._waiting if not liked & set(_alike(name))]
+        reached = {pattern for name in self._reached for pattern in _patterns(name)}
+        return [name for name in self._waiting if not reached & set(_patterns(name))]
 
     def report(self, adapter: str) -> None:
         """Report the parameters that were never reached, once; report nothing where backward never ran.
@@ -60,7 +60,7 @@ class Reached:
         rank_zero_warn(f"The first {phrase} is {unreached[0]}; {advice}: leave them out of the target modules.")
 
 
-def _alike(name: str) -> Iterable[str]:
+def _patterns(name: str) -> Iterable[str]:
     """Return copies of a name, with each number but the first, the block's, left open in turn."""
     numbers = list(re.finditer(r"(?<=\.)\d+(?=\.)", name))[1:]
     return [f"{name[: number.start()]}*{name[number.end() :]}" for number in numbers]

@@ -50,7 +50,7 @@ class CheckpointHooks(Handle):
         ]
 
     def save(self, original: Callable[..., object], checkpoint: dict[str, Any]) -> None:
-        """Call the module's own hook with the whole state, then leave in the checkpoint what was trained."""
+        """Call the module's own hook with the whole state, then leave only trained tensors in the checkpoint."""
         if not find_stacks(self.module):  # the adapters of a copy have been taken off
             self.remove()
             original(checkpoint)
@@ -64,7 +64,7 @@ class CheckpointHooks(Handle):
                     check_finite_tensors(stack.parameters(part), f"Adapter {part.name!r}")
 
     def load(self, original: Callable[..., object], checkpoint: dict[str, Any]) -> None:
-        """Check and complete what the checkpoint holds, then call the module's own hook."""
+        """Check and complete the checkpoint, then call the module's own hook."""
         if "state_dict" in checkpoint:
             # Lightning's averaging callbacks load both the average and the current weights strictly
             restore_adapters(self.module, checkpoint, "the checkpoint", complete="current_model_state" in checkpoint)

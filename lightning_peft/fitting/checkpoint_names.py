@@ -48,7 +48,7 @@ def saved_name(root: nn.Module, live: str) -> str:
 
 
 def trained_inside(module: nn.Module) -> dict[str, str]:
-    """Return what is trained inside the backbones: the name it is saved under -> its live name."""
+    """Return the trained tensors inside the backbones: saved name -> live name."""
     stacks = find_stacks(module)
     return {saved: live for saved, live in checkpoint_names(module, stacks).items() if is_inside(live, stacks)}
 

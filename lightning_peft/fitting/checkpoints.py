@@ -46,7 +46,7 @@ States = dict[str, dict[str, Tensor]]  # an entry of a checkpoint that holds wei
 
 
 def fill_in(module: nn.Module, checkpoint: dict[str, Any]) -> States:
-    """Put what is trained inside the backbones into a checkpoint's states, where the module's own state lacks it.
+    """Add trained tensors inside the backbones to a checkpoint's states, where the module's own state lacks them.
 
     A module may leave entries out of its `state_dict()`, or rename them, by overriding it or by hooks. Outside the
     backbones that is its own affair.

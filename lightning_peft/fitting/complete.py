@@ -12,7 +12,7 @@ from lightning_peft.stack.stack import AdapterStack
 
 
 def check_complete(module: nn.Module, stacks: Mapping[str, AdapterStack]) -> None:
-    """Raise `AdapterError` unless every trained tensor has a key of its own: what has none would be lost.
+    """Raise `AdapterError` unless every trained tensor has a key of its own: without one it would be lost.
 
     Args:
         module: the LightningModule, as it is about to be trained.

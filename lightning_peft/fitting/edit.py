@@ -51,11 +51,11 @@ class Edit(AdapterCallback):
 
     @abstractmethod
     def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
-        """Compute the adapter from what was captured and put it in the stack."""
+        """Compute the adapter from the captured rows and put it in the stack."""
 
     @abstractmethod
     def end(self) -> None:
-        """Remove hooks and forget what was captured; called however the pass ends."""
+        """Remove hooks and forget captured rows; called however the pass ends."""
 
     # -- Lightning's hooks -------------------------------------------------------------------------------------------
 

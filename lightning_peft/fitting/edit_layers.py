@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class EditLayers(ReadingEdit[LayerSite]):
-    """Base of the edits that move what layers give.
+    """Base of the edits that move the outputs of layers.
 
     Args:
         sites: `"block"` (the residual stream behind it), `"attention"` or `"mlp"`.

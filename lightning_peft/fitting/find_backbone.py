@@ -34,17 +34,17 @@ def when_built(module: L.LightningModule, name: str | None, then: Callable[[str]
     hooks = building_hooks(module)
     look(final=not hooks)
     for hook in hooks:
-        replaced(module, hook, _Then(functools.partial(look, hook == hooks[-1])).after, once=True)
+        replaced(module, hook, _CallAfter(functools.partial(look, hook == hooks[-1])).after, once=True)
 
 
 def forget(module: L.LightningModule) -> None:
     """Undo `when_built` where a failed run never came to call the hooks."""
     for hook in _BUILDING:
-        for waiting in replacements(module, hook, _Then):
+        for waiting in replacements(module, hook, _CallAfter):
             waiting.remove()
 
 
-class _Then:
+class _CallAfter:
     """A method that calls a function after the original."""
 
     def __init__(self, then: Callable[[], object]) -> None:

@@ -23,7 +23,7 @@ _PLAIN = (torch.dtype, torch.device, torch.Size, OrderedDict, Counter)  # what i
 
 
 def leave_out_modules(module: nn.Module, checkpoint: dict[str, Any]) -> dict[str, str]:
-    """Take hyperparameters that hold a module, or weights of this one, out of a checkpoint that is being written.
+    """Remove hyperparameters that hold a module, or weights of this one, from a checkpoint that is being written.
 
     Lightning writes them whole: a backbone that was an argument would be in each checkpoint, and make it unreadable.
 
@@ -52,7 +52,7 @@ def leave_out_modules(module: nn.Module, checkpoint: dict[str, Any]) -> dict[str
 
 
 def take_out_unread(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """Take what could not be read out of a checkpoint, in place.
+    """Remove the values that could not be read from a checkpoint, in place.
 
     Returns:
         The module's arguments that are missing, and their types.
@@ -73,7 +73,7 @@ def take_out_unread(checkpoint: dict[str, Any]) -> dict[str, str]:
 def check_arguments(
     cls: type, missing: Mapping[str, str], given: Mapping[str, Any], checkpoint: Mapping[str, Any], source: str
 ) -> None:
-    """Say which arguments of a class its checkpoint does not hold.
+    """Warn of, or raise for, arguments of a class that its checkpoint does not hold.
 
     Args:
         cls: the LightningModule's class.
@@ -105,8 +105,8 @@ class _Nowhere(io.RawIOBase):
         return len(data)
 
 
-class _Looking(pickle.Pickler):
-    """A pickler that writes nowhere, and notes what a value would bring along."""
+class _ContentPickler(pickle.Pickler):
+    """A pickler that writes nowhere, and notes the modules, tensors and objects inside a value."""
 
     def __init__(self) -> None:
         super().__init__(_Nowhere())
@@ -126,12 +126,12 @@ class _Looking(pickle.Pickler):
 
 def _is_heavy(value: object, memory: set[int]) -> bool:
     """Return whether a value holds a module, a tensor of this memory, or tensors in objects not read back."""
-    looking = _Looking()
+    pickler = _ContentPickler()
     try:
-        looking.dump(value)
+        pickler.dump(value)
     except Exception:  # it cannot be saved at all, which whoever saves it says best
         return False
-    return looking.modules or any(looking.objects or _memory(tensor) in memory for tensor in looking.tensors)
+    return pickler.modules or any(pickler.objects or _memory(tensor) in memory for tensor in pickler.tensors)
 
 
 def _memory(tensor: Tensor) -> int:

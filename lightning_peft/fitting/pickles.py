@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without running anything: what is no tensor and no plain value is left unread."""
+"""Files of `torch.save`, read without running anything: only tensors and plain values are read."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any
 
 
 def unread(value: object) -> dict[str, str]:
-    """Return what was left unread in dicts, lists, tuples and sets: place, as `a.b.0`, -> name of the type."""
+    """Return the values left unread in dicts, lists, tuples and sets: place, as `a.b.0`, -> name of the type."""
     type_names: dict[str, str] = {}
     waiting: list[tuple[str, Any]] = [("", value)]
     seen: set[int] = set()

@@ -18,7 +18,7 @@ _SAVE = "save_checkpoint"
 
 
 def watch(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Let the Trainer's next `save_checkpoint` see that what was trained is in the file; then no further one does."""
+    """Let the Trainer's next `save_checkpoint`, and no later one, check that all trained tensors are in the file."""
     if not replacements(trainer, _SAVE, _ReadBack):
         replaced(trainer, _SAVE, _ReadBack(trainer, module).save)
 
@@ -30,7 +30,7 @@ def forget(trainer: L.Trainer) -> None:
 
 
 def stop(trainer: L.Trainer) -> None:
-    """Undo `watch`, after reading back what is written in the background, if it is there by now."""
+    """Undo `watch`, after reading back a file written in the background, if it exists by now."""
     for link in replacements(trainer, _SAVE, _ReadBack):
         link.by.__self__.check()  # type: ignore[attr-defined]
     forget(trainer)

@@ -74,7 +74,7 @@ class ReadingEdit(Edit, Generic[S]):
 
     @abstractmethod
     def find_sites(self, backbone: nn.Module) -> Sequence[S]:
-        """Find what to read, all of one shape."""
+        """Return the sites to read, all of one shape."""
 
     @abstractmethod
     def empty_config(self, sites: Sequence[S]) -> PeftConfig:

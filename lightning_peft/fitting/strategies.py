@@ -48,12 +48,12 @@ def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """Return the names of what is trained."""
+    """Return the names of trained parameters."""
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def check_unchanged(trainer: L.Trainer, module: nn.Module, start: set[str]) -> None:
-    """Raise `ValueError` where DDP would not average a gradient, since what is trained has changed under it.
+    """Raise `ValueError` where DDP would not average a gradient, as other parameters are trained than at its start.
 
     Args:
         trainer: the running Trainer.
@@ -130,7 +130,7 @@ def check_whole(module: nn.Module, backbone: nn.Module, callback: str) -> None:
 
 
 def restore_loaded(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Check, and complete, what a strategy has loaded into the module by itself, without asking any hook."""
+    """Check, and complete, the state that a strategy loaded into the module without calling any hook."""
     if isinstance(module.trainer.strategy, ModelParallelStrategy):
         restore_sharded(module, module.trainer.ckpt_path)  # type: ignore[arg-type]
     else:
@@ -138,7 +138,7 @@ def restore_loaded(module: L.LightningModule, checkpoint: dict[str, Any]) -> Non
 
 
 def explain(module: L.LightningModule, error: BaseException) -> None:
-    """Say in one sentence why a strategy could not load a checkpoint, before any hook was asked.
+    """Explain in one sentence why a strategy could not load a checkpoint, before any hook was called.
 
     PyTorch names the place where a file is broken and, for FSDP2, the first tensor that differs.
 
@@ -163,7 +163,7 @@ def _save_adapters_only(module: nn.Module) -> None:
 
 
 def _filter(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Take out of a module's state, in place, what a checkpoint of its adapters does not hold."""
+    """Remove from a module's state, in place, the tensors that a checkpoint of its adapters leaves out."""
     stacks = find_stacks(module)
     if stacks and not prefix:
         names = set(checkpoint_names(module, stacks, state).values())

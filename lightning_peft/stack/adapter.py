@@ -1,4 +1,4 @@
-"""One adapter of a stack: what it is, and how it sits on the backbone."""
+"""One adapter of a stack: its configuration, its state and its place on the backbone."""
 
 from __future__ import annotations
 

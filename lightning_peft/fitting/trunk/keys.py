@@ -1,4 +1,4 @@
-"""A hash for each row of a call, by what the call was given: equal rows have equal hashes, however they are padded."""
+"""A hash for each row of a call, by its arguments: equal rows have equal hashes, however they are padded."""
 
 from __future__ import annotations
 

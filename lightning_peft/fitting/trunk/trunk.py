@@ -125,7 +125,7 @@ class Trunk:
         if self._call is not None:
             return None
         call = _Call(entry, _named(entry, args, kwargs))
-        if _asks_for_blocks(entry, call.arguments):
+        if _needs_blocks(entry, call.arguments):
             return None
         first = not self._checked
         if first and not torch.is_grad_enabled():
@@ -214,7 +214,7 @@ class Trunk:
     # -- running the blocks ------------------------------------------------------------------------------------------
 
     def run(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute a block of the trunk by its own `forward`, or give what stands for its result."""
+        """Compute a block of the trunk by its own `forward`, or return the stand-in for its result."""
         call = self._call
         if call is None:
             return forward(*args, **kwargs)
@@ -274,8 +274,8 @@ class Trunk:
                 )
 
 
-def _asks_for_blocks(entry: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    """Return whether a call wants what the blocks compute inside, or to be continued."""
+def _needs_blocks(entry: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a call returns states from inside the blocks, or is to be continued."""
     config = getattr(entry, "config", None)
     flags = ("output_hidden_states", "output_attentions")
     if any(arguments.get(name, getattr(config, name, None)) for name in flags):

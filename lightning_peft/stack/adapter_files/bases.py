@@ -116,7 +116,7 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_new(output: Path) -> None:
-    """Raise `ValueError` unless a folder can be written there without touching what is there."""
+    """Raise `ValueError` unless a folder can be written there without touching existing files."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not an empty folder: name another to write to.")
 

@@ -1,4 +1,4 @@
-"""An edit as a llama.cpp control vector: a GGUF file of one vector a block, added to what the block gives.
+"""An edit as a llama.cpp control vector: a GGUF file of one vector a block, added to the block's output.
 
 llama.cpp reads tensors `direction.<block>`, adds each to the residual stream after that block at every token, and has
 nothing for the first block, number 0 (`llama_adapter_cvec` and `common_control_vector_load` of its source). So a
@@ -58,7 +58,7 @@ class ControlVector:
 def export_control_vector(
     model: nn.Module, adapter: str | Path, file: str | Path, batches: Iterable[Mapping[str, Tensor]] = ()
 ) -> ControlVector:
-    """Write a saved edit as a control vector for llama.cpp, and measure what it does instead of the edit.
+    """Write a saved edit as a control vector for llama.cpp, and measure how its effect differs from the edit's.
 
     llama.cpp loads the file by `--control-vector FILE`, and scales it by `--control-vector-scaled FILE:STRENGTH`.
 

@@ -1,4 +1,4 @@
-"""An input that a transformers model takes, made from its own configuration, and what the model gives for it."""
+"""An input that a transformers model takes, made from its own configuration, and the model's outputs for it."""
 
 from __future__ import annotations
 

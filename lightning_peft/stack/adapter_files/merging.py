@@ -118,7 +118,7 @@ def _write(cls: Any, adapter: Path, base: str, dtype: str, folder: Path) -> Plai
     stack_of(backbone).merge()
     merged = plain_state(backbone)
     with shapes_only():
-        plain = plain_model(backbone, lambda a, b: _alike(merged[a], merged[b], target))
+        plain = plain_model(backbone, lambda a, b: _nearly_equal(merged[a], merged[b], target))
     plain.save({n: _rounded(n, merged[n], target, backbone) for n in plain.names}, backbone, target, folder)
     return plain
 
@@ -137,7 +137,7 @@ def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, folder: Path)
     return verify_folder(folder, plain.cls, plain.dtype, origin)
 
 
-def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+def _nearly_equal(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Return whether two weights are the same but for rounding."""
     return a.shape == b.shape and float((a - b).abs().max()) <= 2 * torch.finfo(dtype).eps * float(a.abs().max())
 

@@ -1,4 +1,4 @@
-"""The names in an adapter's folder: those of its files, and those that its parts are given."""
+"""The names in an adapter's folder: those of its files and those of its parts."""
 
 from __future__ import annotations
 

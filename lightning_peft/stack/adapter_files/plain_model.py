@@ -65,13 +65,13 @@ def plain_model(adapted: Any, alike: Alike) -> PlainModel:
     """
     config = copy.deepcopy(adapted.config)
     skeleton = _build(adapted, config)
-    if not (pairs := _apart(skeleton, alike)):
+    if not (pairs := _unequal_pairs(skeleton, alike)):
         return PlainModel(skeleton, ())
     for holder in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if getattr(holder, _TIED, False):
             setattr(holder, _TIED, False)
     skeleton = _build(adapted, config)
-    if still := _apart(skeleton, alike):
+    if still := _unequal_pairs(skeleton, alike):
         raise ValueError(
             f"A {type(adapted).__name__} shares {still[0][1]} with {still[0][0]}, and only one of the two was trained: "
             "keep the adapter beside its base."
@@ -86,7 +86,7 @@ def _build(adapted: Any, config: Any) -> Any:
         raise ValueError(f"No plain {type(adapted).__name__} is what the adapter makes of its base: {error}") from error
 
 
-def _apart(skeleton: Any, alike: Alike) -> list[tuple[str, str]]:
+def _unequal_pairs(skeleton: Any, alike: Alike) -> list[tuple[str, str]]:
     """Return pairs of names that the model shares, of weights that are not the same."""
     first: dict[int, str] = {}
     pairs = []

@@ -106,7 +106,7 @@ def reference(
     dtypes: Mapping[str, torch.dtype],
     dtype: torch.dtype,
 ) -> Reference:
-    """Compute what a model that is written in some precision must be, in float32.
+    """Compute in float32 the values that a model written in some precision must have.
 
     Args:
         load: gives the base in a precision.

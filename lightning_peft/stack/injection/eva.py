@@ -40,7 +40,7 @@ class Inputs:
             self._seen = []
 
     def sum_over(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Add up what several processes have seen, by a function that does so for one tensor."""
+        """Add up the moments of several processes, by a function that does so for one tensor."""
         for moment in {id(m): m for m in self.moments.values()}.values():
             moment.copy_(reduce(moment))
 

@@ -31,7 +31,7 @@ def with_heads(
     named: list[str] | str | None,
     saved: Collection[str] = (),
 ) -> dict[str, PeftConfig]:
-    """Return the configurations, the first that can do so training the backbone's heads whole.
+    """Return the configurations; the first that can do so trains the backbone's heads whole.
 
     Args:
         configs: the adapters' configurations by name, innermost first; they are not changed.
@@ -57,7 +57,7 @@ def with_heads(
 
 
 def saved_heads(configs: Iterable[PeftConfig]) -> set[str]:
-    """Return what these configurations train whole."""
+    """Return the modules that these configurations train whole."""
     return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()}
 
 
@@ -118,7 +118,7 @@ def _only_target(head: str, named: list[str] | str | None, backbone: nn.Module) 
 
 
 def _leave_out(config: Any, heads: Collection[str]) -> None:
-    """Take what is inside the heads out of a configuration's lists of full names: it is trained whole."""
+    """Remove modules inside the heads from a configuration's lists of full names: heads are trained whole."""
     for field in ("target_modules", "target_parameters", "feedforward_modules", "masked"):
         value = getattr(config, field, None)
         if isinstance(value, list | set | tuple):

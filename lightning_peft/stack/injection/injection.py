@@ -75,7 +75,7 @@ class Injection:
 
     @classmethod
     def check_others(cls, config: Any, others: list[Injection], computed: bool) -> None:
-        """Raise `ValueError` where it cannot go with what is on the backbone already."""
+        """Raise `ValueError` where it cannot go with the adapters on the backbone."""
         for other in others:
             other.check_below(config, computed)
             if other.own_forward is not None and cls.own_calls(config) is not None:
@@ -84,12 +84,12 @@ class Injection:
 
     @classmethod
     def own_calls(cls, config: Any) -> type[OwnForward] | None:
-        """Return what is done around the backbone's calls; None where everything happens inside its modules."""
+        """Return the class that acts around the backbone's calls; None where all happens inside its modules."""
         return Invocation if getattr(config, "alora_invocation_tokens", None) else cls.calls
 
     @classmethod
     def is_final(cls, config: Any, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether a folder's tensors are a result alone, without what it was computed by in training."""
+        """Return whether a folder's tensors are a result alone, without the network that computed it in training."""
         return False
 
     def check_below(self, config: Any, computed: bool) -> None:
@@ -116,7 +116,7 @@ class Injection:
         self.noted: dict[str, str] = {}  # all keys when it was put on; later wrappers give other names
 
     def note_trained(self) -> None:
-        """Remember what peft would train, since others may freeze it, and the keys as they are now."""
+        """Note the parameters that peft would train, since others may freeze them, and the keys as they are now."""
         self.noted, state = self.keys(), state_tensors(self.backbone)
         self.trained = {key for key, live in self.noted.items() if state[live].requires_grad}
 

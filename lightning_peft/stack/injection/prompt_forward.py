@@ -192,7 +192,7 @@ class _Unprompted:
 
 @contextmanager
 def unchanged(encoder: nn.Module) -> Iterator[None]:
-    """Put back an encoder's weights: CPT projects its own whenever it is asked, not only in training."""
+    """Restore an encoder's weights afterwards: CPT projects its own in every call, not only in training."""
     before = [(parameter, parameter.data) for parameter in encoder.parameters()]
     try:
         yield

@@ -84,7 +84,7 @@ def check_initialized(backbone: nn.Module) -> None:
 
 
 def outside_parametrizations(config: Any, backbone: nn.Module) -> Any:
-    """Return the configuration, with what `torch.nn.utils.parametrize` hangs under layers excluded.
+    """Return the configuration, with the modules that `torch.nn.utils.parametrize` puts under layers excluded.
 
     `target_modules=["0"]` matches `0.parametrizations.weight.0` as well, which peft cannot replace.
     """
@@ -187,7 +187,7 @@ def one_sentence(backbone: nn.Module, config: Any) -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what an error says, on one line and without full stops."""
+    """Return an error's message, on one line and without full stops."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"\.\s+(?=[A-Z`])", "; ", text).rstrip(".")
 
