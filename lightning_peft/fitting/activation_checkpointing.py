@@ -22,7 +22,7 @@ from lightning_peft.replaced import Handle, KeptAttribute, replaced
 def checkpoint_blocks(backbone: nn.Module) -> list[Handle]:
     """Turn on non-reentrant checkpointing in the blocks that backward passes, from the first trained one on.
 
-    Blocks that know of checkpointing (transformers') are told; the `forward` of others is replaced on the instance.
+    Blocks with checkpointing of their own (transformers') are switched; the `forward` of others is replaced.
     Where something outside the blocks is trained it may stand below them, so all are taken; those it does not stand
     below record nothing anyway.
 

@@ -147,8 +147,8 @@ class AdapterCallback(Callback):
     def trainable_parameters(self, backbone: nn.Module) -> int | None:
         """Return the number of trainable parameters by the closed formula on the method's card.
 
-        The formula is what the law on counts holds the adapter against. It speaks of the places that the method
-        adapts by default, whatever `layers` says.
+        The law on counts compares the adapter with this formula. It is for the places that the method adapts by
+        default, whatever `layers` is.
 
         Args:
             backbone: the bare backbone; a task head inside it is not counted.

@@ -14,8 +14,8 @@ PATIENCE = 50  # steps after which a parameter that backward has never reached i
 class Reached:
     """The parameters of an adapter that were on no backward graph yet; zero gradients count as reached.
 
-    What may rest, since its kind is drawn or routed to, is not named while one like it was reached: the parameter of
-    the same name in another module of a numbered list inside a block, such as another expert.
+    A parameter may rest where modules are drawn or routed to: it is not reported if the parameter of the same name in
+    another module of a numbered list inside a block, such as another expert, was reached.
 
     Args:
         parameters: the trained parameters by name.
@@ -43,7 +43,7 @@ class Reached:
         """Report the parameters that were never reached, once; report nothing where backward never ran.
 
         Args:
-            adapter: what to call the adapter.
+            adapter: the adapter's name in messages.
 
         Raises:
             ValueError: nothing was reached at all.

@@ -19,9 +19,9 @@ def check_keys(method: str, keys: Sequence[str], batch: Any) -> None:
     """Raise `ValueError` where a batch lacks a key, in one sentence that shows how to make it.
 
     Args:
-        method: what needs the keys.
-        keys: which ones.
-        batch: of training.
+        method: the name of the method that needs the keys.
+        keys: the keys it needs.
+        batch: a training batch.
     """
     # a tokenizer's BatchEncoding has keys and is no dict; a tensor and a list have none
     missing = [key for key in keys if not hasattr(batch, "keys") or key not in batch]
@@ -37,8 +37,8 @@ def check_learnable(method: str, batch: Any, loss: Tensor) -> None:
     """Raise `ValueError` where a loss is not a number because every label of its batch is -100.
 
     Args:
-        method: what is trained.
-        batch: of training.
+        method: the name of the method that is trained.
+        batch: a training batch.
         loss: its loss.
     """
     labels = batch["labels"] if hasattr(batch, "keys") and "labels" in batch else None

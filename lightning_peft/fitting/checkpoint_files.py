@@ -96,7 +96,7 @@ def check_written(names: Mapping[str, str], path: Path) -> bool:
     """Read back the names in a checkpoint, and say whether they could be read.
 
     Args:
-        names: what must be in it, as `trained_inside` gives it.
+        names: the names that must be in it, as `trained_inside` returns them.
         path: the file, or the folder that FSDP2 writes.
 
     Raises:

@@ -21,8 +21,8 @@ _SAVE = "on_save_checkpoint"
 def hook_checkpoints(module: L.LightningModule, stack: AdapterStack, finite: bool) -> None:
     """Let the module's checkpoint hooks keep and restore adapters; they run for weights-only files as well.
 
-    Loading is no longer strict, since the backbone is not in the file; the hook checks every key instead. What was set
-    on the module itself before is called too. All is undone when the last adapter is taken off.
+    Loading is no longer strict, since the backbone is not in the file; the hook checks every key instead. Hooks set
+    on the module itself before are called too. All is undone when the last adapter is taken off.
 
     Args:
         module: the LightningModule.

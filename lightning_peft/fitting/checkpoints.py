@@ -79,7 +79,7 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
 
     Args:
         module: the LightningModule the checkpoint was made from; without adapters nothing is changed.
-        checkpoint: what `Trainer.save_checkpoint` is about to write.
+        checkpoint: the checkpoint that `Trainer.save_checkpoint` is about to write.
         filled: what `fill_in` returned, where something that may have left entries out has had the checkpoint since.
 
     Raises:
@@ -135,7 +135,7 @@ def restore_adapters(
     Args:
         module: the LightningModule to restore; its backbone must be the checkpoint's.
         checkpoint: a loaded Lightning checkpoint, changed in place.
-        source: what to call the checkpoint in messages.
+        source: the checkpoint's name in messages.
         complete: also add the module's own backbone weights, so that a strict load passes.
         strict_base: refuse an adapter made for another base model, instead of warning once; default: as the callback
             that adapted the module was told.
@@ -185,7 +185,7 @@ def restore_adapters(
 def restore_sharded(module: nn.Module, path: str | Path) -> None:
     """Restore a module that is spread over processes, and check it as `restore_adapters` does.
 
-    FSDP2's strategy has read the weights before any hook is called, passing over what it did not find.
+    FSDP2's strategy reads the weights before any hook is called, and passes over those it does not find.
 
     Args:
         module: the LightningModule.

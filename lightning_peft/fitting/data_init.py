@@ -18,12 +18,12 @@ from lightning_peft.stack.injection.eva import Inputs
 def look(trainer: L.Trainer, module: L.LightningModule, inputs: Inputs, batches: int) -> int:
     """Run the module's `training_step` on its first batches, without gradients, while its layers are watched.
 
-    Nothing is logged, random numbers are put back, and processes add up what they have seen.
+    Nothing is logged, the random state is restored, and processes add up their observations.
 
     Args:
         trainer: in fit, its strategy set up.
         module: the LightningModule.
-        inputs: what is watched.
+        inputs: the moments to collect.
         batches: how many batches to look at, at most.
 
     Returns:

@@ -41,7 +41,7 @@ def check_finite_tensors(tensors: Mapping[str, Tensor], what: str) -> None:
 
     Args:
         tensors: by name.
-        what: what to call them all.
+        what: their common name in messages.
     """
     local = ((name, local_part(value.detach())) for name, value in tensors.items())
     floats = {name: value for name, value in local if value.is_floating_point() and value.numel()}

@@ -29,7 +29,7 @@ def leave_out_modules(module: nn.Module, checkpoint: dict[str, Any]) -> dict[str
 
     Args:
         module: the LightningModule.
-        checkpoint: what is about to be written, changed in place.
+        checkpoint: the checkpoint about to be written, changed in place.
 
     Returns:
         The module's arguments that were taken out, and their types.
@@ -80,7 +80,7 @@ def check_arguments(
         missing: arguments that it was made with and that are not in the checkpoint, and their types.
         given: the arguments that are given besides.
         checkpoint: the checkpoint.
-        source: what to call it.
+        source: the checkpoint's name in messages.
 
     Raises:
         AdapterError: the class cannot be made without one of them.

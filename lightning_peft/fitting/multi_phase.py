@@ -24,7 +24,7 @@ class MultiPhase(AdapterCallback):
     """A callback whose adapter gets other masks and values at certain steps; its parameters stay the same ones.
 
     A change happens before the first batch of its phase, so that validation and checkpoints at the end of a phase see
-    what the phase has made. The optimizers then forget their state; learning-rate schedules run on. Which parameters
+    the result of the phase. The optimizers then forget their state; learning-rate schedules run on. Which parameters
     require gradients never changes, so DDP need not know; every process makes the same change from the same weights.
     A checkpoint holds the masks and the phase, and a resumed run keeps the phases of the run it continues.
     """

@@ -21,7 +21,7 @@ def keep_precise(trainer: L.Trainer) -> None:
     """Leave adapters out when the Trainer next converts the module, under `precision="bf16-true"` or `"16-true"`.
 
     A small step added to a half-precision weight is rounded away. The frozen backbone takes no steps, so it may be
-    half; adapters are small, and peft itself keeps them in float32. What was restored from a checkpoint is not rounded
+    half; adapters are small, and peft itself keeps them in float32. Values restored from a checkpoint are not rounded
     either, so that a resumed run goes on exactly.
     """
     plugin = trainer.precision_plugin

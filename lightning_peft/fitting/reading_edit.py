@@ -40,7 +40,7 @@ class ReadingEdit(Edit, Generic[S]):
     `question_id [B]` (the group: texts that belong together).
 
     Attributes:
-        edit_: after `fit` what `edit` kept there, on every rank.
+        edit_: after `fit` the result that `edit` keeps there, on every rank.
 
     Example:
         >>> from lightning_peft.editing import caa_vectors, layer_offsets_config, layer_sites
@@ -177,7 +177,7 @@ def edit(
 ) -> Adapter:
     """Read labelled texts, compute an adapter from them and put it on a model: `fit` without Trainer and data module.
 
-    It gives what `fit` gives with the same texts in the same batches, bit for bit.
+    The result equals that of `fit` with the same texts in the same batches, bit for bit.
 
     Args:
         model: a transformers model, or a LightningModule that holds one; it is frozen, and adapters on it act.
@@ -188,7 +188,7 @@ def edit(
         method: such as `ITI(num_heads=48)`; its `edit_` is set, and it reads `batch_size` (16) texts a call.
 
     Returns:
-        The adapter, on the model in place of what had its name; `adapters(model)` scales, switches and removes it.
+        The adapter, on the model in place of one of its name; `adapters(model)` scales, switches and removes it.
 
     Raises:
         ValueError: lists of different lengths, or as the method's `fit`.

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint that is a folder of shards (torch.distributed.checkpoint), read without unpickling it.
 
-The folder's index is a pickle. It is read here as names and plain values: of the classes that PyTorch writes there each
-becomes a bare record of what it was given, and an index that names anything else is refused. The shards hold tensors.
+The folder's index is a pickle. It is read here as names and plain values: an object whose class PyTorch writes there
+becomes a bare record of its arguments, and an index that names anything else is refused. The shards hold tensors.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_shards(folder: Path, trust: bool = False) -> dict[str, Tensor]:
         trust: let PyTorch unpickle the index, whatever it holds.
 
     Raises:
-        AdapterError: the index names what PyTorch does not write there, or index and shards are damaged.
+        AdapterError: the index names objects that PyTorch does not write there, or index and shards are damaged.
     """
     if trust:
         return _unpickled(folder)
@@ -77,7 +77,7 @@ def read_index(folder: Path) -> Any:
     """Read the index of a folder of shards, as records that hold what PyTorch's objects would.
 
     Raises:
-        AdapterError: it names what PyTorch does not write there, or is damaged.
+        AdapterError: it names objects that PyTorch does not write there, or is damaged.
     """
     try:
         with open(folder / INDEX, "rb") as file:

@@ -29,8 +29,8 @@ _FILTERED = "_lightning_peft_filter"
 def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Check and set the Trainer's strategy before anything is injected.
 
-    DeepSpeed writes its own files and is told to leave frozen weights out. `ModelParallelStrategy` (FSDP2) saves and
-    asks for what `module.state_dict()` holds, so that is the checkpoint's entries while it runs.
+    DeepSpeed writes its own files and is set to leave frozen weights out. `ModelParallelStrategy` (FSDP2) saves and
+    loads the content of `module.state_dict()`, which is the checkpoint's entries while it runs.
 
     Raises:
         ValueError: a strategy whose checkpoints cannot hold an adapter alone, or that cannot clip or quantise; or a
@@ -58,7 +58,7 @@ def check_unchanged(trainer: L.Trainer, module: nn.Module, start: set[str]) -> N
     Args:
         trainer: the running Trainer.
         module: the LightningModule.
-        start: what was trained when DDP was set up.
+        start: the names of parameters trained when DDP was set up.
     """
     if isinstance(trainer.strategy, DDPStrategy) and (later := sorted(trained_names(module) - start)):
         raise ValueError(

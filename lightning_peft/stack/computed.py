@@ -32,7 +32,7 @@ def saved_key(module: str, tensor: str) -> str:
 
     Args:
         module: the module's name in the backbone without adapters.
-        tensor: what the adapter calls the tensor on that module.
+        tensor: the adapter's name for the tensor on that module.
 
     Example:
         >>> saved_key("model.layers.1.self_attn.o_proj", "head_offsets")

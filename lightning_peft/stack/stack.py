@@ -359,8 +359,8 @@ class AdapterStack:
 
         Args:
             part: the part.
-            tensors: what was saved.
-            source: what to call it in messages.
+            tensors: the saved tensors.
+            source: their origin, for messages.
             keys: the part's keys, where they are known.
 
         Raises:
@@ -420,8 +420,8 @@ class AdapterStack:
 
         Args:
             expected: the fingerprint that was saved; empty where none was.
-            source: what to call the saved adapter in messages.
-            heads: what of the backbone the saved adapter replaces whole.
+            source: the saved adapter's name in messages.
+            heads: the modules of the backbone that the saved adapter replaces whole.
 
         Raises:
             AdapterError: it is another base, and `strict_base` holds.

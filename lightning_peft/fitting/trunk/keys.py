@@ -21,7 +21,7 @@ def row_keys(arguments: Mapping[str, Any], rows: int, real: Tensor | None, conte
     """Return one hash for each row.
 
     Args:
-        arguments: what the call was given, by name: tensors, plain values, and lists or dicts of them.
+        arguments: the call's arguments by name: tensors, plain values, and lists or dicts of them.
         rows: the number of rows; a tensor with as many, or one of one row as long as `real`, is taken row by row, any
             other belongs to every row.
         real: `[rows, T]` bool, what is not padding; of tensors `[rows, T, ...]` the rest is left out. Where no

@@ -31,7 +31,7 @@ class RowStore:
         max_bytes: how much may be kept.
         folder: where to put a file that is mapped into memory; it has no name, so nothing is left behind, not even
             by a crash. Default: in RAM.
-        dtype: what rows are kept as; default as they come.
+        dtype: the precision that rows are kept in; default as they come.
 
     Raises:
         OSError: when a row is put and the disk is full.

@@ -1,9 +1,9 @@
 """The frozen trunk of a model: the blocks below the first trained one, and how to run the model without them.
 
-What the last block of the trunk gives is kept for every row that is seen. In a call whose rows are all known the
-blocks of the trunk hand their input on, and the last of them gives what was kept instead. Everything else (embeddings,
-masks, rotary angles) is computed by the model as ever, so nothing need be known of its architecture. In any other
-call, and wherever it cannot be known that the kept states are the right ones, the trunk is computed.
+The output of the trunk's last block is kept for every row. In a call whose rows are all known, the blocks of the trunk
+hand their input on, and the last of them returns the kept states. The model computes everything else (embeddings,
+masks, rotary angles) as ever, so nothing need be known of its architecture. In any other call, and wherever the kept
+states may be the wrong ones, the trunk is computed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Trunk:
     """The blocks below the first trained one, patched in place until `remove`.
 
     Args:
-        module: what holds the backbone; the modules between it and the blocks are watched for calls.
+        module: the module around the backbone; the modules between it and the blocks are watched for calls.
         backbone: the frozen model.
         store: where states are kept.
         announce: called once, after the first call, with its rows and the bytes their states take.

@@ -156,14 +156,14 @@ def decompress_adapter(folder: str | Path, output: str | Path, verify: bool = Tr
     """Write a compressed adapter, or stack, as plain peft folders that `PeftModel.from_pretrained` reads.
 
     Args:
-        folder: what `compress_adapter` wrote.
+        folder: a folder that `compress_adapter` wrote.
         output: where to write.
         verify: read what was written, and compare it with what loading the compressed adapter gives, bit for bit,
             before it takes its place.
 
     Raises:
         AdapterError: the folder is not compressed or cannot be read.
-        ValueError: what was written is not the same; nothing is left of it then.
+        ValueError: the written folder is not the same; nothing is left of it then.
     """
     folders = adapter_folders(Path(folder))
     if plain := [path for path in folders if not (path / COMPRESSED).is_file()]:
@@ -189,7 +189,7 @@ def restore(packed: Mapping[str, Tensor], folder: Path, scale: float = 1.0) -> d
         scale: a factor of the recorded `α σ`.
 
     Raises:
-        ValueError: the file is not what `compress_adapter` writes, or the start it refers to is gone or another.
+        ValueError: the file is none that `compress_adapter` writes, or the start it refers to is gone or another.
     """
     try:
         index = _read_index(packed[_INDEX])

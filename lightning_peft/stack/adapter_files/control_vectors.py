@@ -4,10 +4,10 @@ llama.cpp reads tensors `direction.<block>`, adds each to the residual stream af
 nothing for the first block, number 0 (`llama_adapter_cvec` and `common_control_vector_load` of its source). So a
 control vector computes what the edit does
 
-- exactly, where the edit is a shift of what a block gives: layer offsets of blocks or feed-forward parts, and head
+- exactly, where the edit is a shift of a block's output: layer offsets of blocks or feed-forward parts, and head
   offsets where attention and feed-forward part stand side by side, as in GPT-NeoX, GPT-J, Phi and Cohere;
 - approximately, where the feed-forward part of the same block reads the shifted stream (head offsets in GPT-2, LLaMA
-  and most others): what it makes of the shift is lost, and a norm behind the projection (Gemma 2) is passed by;
+  and most others): its response to the shift is lost, and a norm behind the projection (Gemma 2) is passed by;
 - approximately for the first block, whose vector is added after the second.
 
 Which of these holds is not looked up but measured.

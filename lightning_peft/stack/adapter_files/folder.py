@@ -41,13 +41,13 @@ def write_folders(
 ) -> None:
     """Write one adapter as a peft folder, or several as a subfolder each with their order in `stack.json`.
 
-    Whenever this is cut off, `adapter_folders` gives what was there before, or all of this.
+    Whenever this is cut off, `adapter_folders` returns the folders from before, or all of these.
 
     Args:
         root: the folder; made if need be.
         adapters: for each name, its configuration, tensors and our notes (fingerprint, how it was computed).
         weights: the name of the file of tensors.
-        check: is shown what was written while nothing of it is in its place, and raises where that is wrong.
+        check: is called with the staged folder before any file is in its place, and raises where it is wrong.
     """
     from safetensors.torch import save_file
 
@@ -86,7 +86,7 @@ def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, 
     """Read a peft folder: its configuration, its tensors and our notes (`{}` in a folder made by plain peft).
 
     Raises:
-        AdapterError: a file is missing, truncated or not what it should be.
+        AdapterError: a file is missing, truncated or of other content than it should be.
     """
     from peft import PeftConfig
     from safetensors import SafetensorError

@@ -50,7 +50,7 @@ def merge_pretrained(
     """Merge a saved adapter, or stack, into a pretrained transformers model and save the result as one.
 
     Everything is checked on a model without values before any weights are read: that the adapter fits the base, that
-    its methods can be merged, and that the result has a place in a plain model of that class. What was written is
+    its methods can be merged, and that the result has a place in a plain model of that class. The written model is
     then loaded and compared with base and adapter, and appears under its name only if it is the same: its outputs for
     an input that the model takes, in float32 to 1e-5 of the largest, in half precision to three times what rounding
     the base does, and every weight with the merge in float32, rounded.

@@ -25,7 +25,7 @@ def check_folder_name(name: object, what: str) -> None:
 
     Args:
         name: the name.
-        what: whose it is, as the beginning of the message.
+        what: the owner of the name, as the beginning of the message.
     """
     if not is_folder_name(name):
         shown = repr(name) if len(repr(name)) <= _LONGEST else f"{repr(name)[:_LONGEST]}…"

@@ -54,7 +54,7 @@ class PlainModel:
 def plain_model(adapted: Any, alike: Alike) -> PlainModel:
     """Return a model of the same class and configuration as an adapted one, in which every merged weight has a place.
 
-    Where merging made two of what the model shares, they get a place each by `tie_word_embeddings=False`.
+    Where merging made two weights of a shared one, they get a place each by `tie_word_embeddings=False`.
 
     Args:
         adapted: a transformers model with adapters.

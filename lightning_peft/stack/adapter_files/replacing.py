@@ -26,7 +26,7 @@ _PART = (CONFIG, WEIGHTS, COMPRESSED, NOTES)  # of a part, the one that says it 
 def replacing(root: Path, files: Sequence[str]) -> Iterator[Path]:
     """Yield a folder to write files into; left without an error, they become the adapter of `root`.
 
-    What else is in `root` stays, but for files of an adapter that are not among them. A second process waits.
+    Other files in `root` stay, except those of an adapter that are not among `files`. A second process waits.
 
     Args:
         root: the folder of the adapter, or stack; made if need be.

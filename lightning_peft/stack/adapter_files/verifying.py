@@ -32,7 +32,7 @@ class Verification:
 
     Args:
         error: the largest difference of outputs, as a share of the largest output; None: only weights were compared.
-        allowed: what it may be.
+        allowed: the largest error allowed.
         unreached: adapted modules that the probe does not run, whose weights alone were compared.
     """
 
@@ -75,7 +75,7 @@ def verify(folder: Path, cls: Any, dtype: torch.dtype, reference: Reference) -> 
         folder: of a transformers model.
         cls: its class.
         dtype: to load in.
-        reference: what it must be.
+        reference: the values it must have.
 
     Raises:
         ValueError: it lacks a weight, holds another, or computes something else.
@@ -113,7 +113,7 @@ def reference(
         adapt: puts the adapters on it.
         expected: writes them into it and gives its weights by name; after this it is let go.
         dtypes: of the weights that are written, by name.
-        dtype: what the model is written in.
+        dtype: the precision the model is written in.
     """
     model = load(torch.float32)
     probe = find_probe(model)

@@ -29,7 +29,7 @@ def check_undoable(config: Any, name: str, what: str) -> None:
     Args:
         config: the adapter's configuration.
         name: the adapter's name.
-        what: what was asked for, e.g. `"switched off"`.
+        what: the operation, e.g. `"switched off"`.
     """
     if changes_base(config):
         raise ValueError(

@@ -58,7 +58,7 @@ class Injection:
             backbone: the model.
             config: the configuration.
             name: the adapter's name.
-            others: what is on the backbone already.
+            others: the adapters on the backbone already.
             computed: whether it is an edit.
         """
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING

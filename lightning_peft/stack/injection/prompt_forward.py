@@ -19,7 +19,7 @@ _PREPARE = "prepare_inputs_for_generation"
 class PromptForward(OwnForward):
     """Calls of the backbone with a prompt before their tokens.
 
-    What a call gives and gets is about real tokens: logits and hidden states are theirs, in their number, and
+    The arguments and the output of a call are those of real tokens: logits and hidden states are theirs alone, and
     `attention_mask`, `position_ids`, `token_type_ids`, `labels` and `logits_to_keep` count them alone. With
     `past_key_values` that hold something, the prompt is among them already.
 

@@ -25,7 +25,7 @@ def write(backbone: nn.Module, injections: Sequence[Injection], made: list[Own])
     Args:
         backbone: the model.
         injections: the adapters, in the order in which they are to be merged.
-        made: takes up what modules were given for themselves, at once, so that it can be undone after an error.
+        made: takes up the parameters that modules got for themselves, so that this can be undone after an error.
 
     Raises:
         ValueError: a method cannot be merged, or would compute something else merged. What was merged by then stays so.
