@@ -1,1 +1,1 @@
-"""How an adapter takes part in `fit`: base classes, backbone, optimizers, strategies, precision, checkpoints."""
+"""The part an adapter takes in `fit`: base classes, backbone, optimizers, strategies, precision, checkpoints."""

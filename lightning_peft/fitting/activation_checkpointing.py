@@ -22,7 +22,7 @@ from lightning_peft.replaced import Handle, KeptAttribute, replaced
 def checkpoint_blocks(backbone: nn.Module) -> list[Handle]:
     """Turn on non-reentrant checkpointing in the blocks that backward passes, from the first trained one on.
 
-    Blocks that know of checkpointing (transformers') are told; the `forward` of others is replaced on the instance.
+    Blocks with checkpointing of their own (transformers') are switched; the `forward` of others is replaced.
     Where something outside the blocks is trained it may stand below them, so all are taken; those it does not stand
     below record nothing anyway.
 
@@ -63,7 +63,7 @@ def _turn_on(module: nn.Module) -> list[Handle]:
 
 
 class _Mode(Handle):
-    """Gives a block the mode of what is in it: it was in training mode only to be checkpointed."""
+    """Give a block the mode of its children: it was in training mode only to be checkpointed."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -73,7 +73,7 @@ class _Mode(Handle):
 
 
 def _innermost(module: nn.Module) -> nn.Module:
-    """The block itself, where an adapter wraps it: what keeps a cache of keys must be known to transformers."""
+    """Return the block inside the adapters that wrap it: transformers must know what keeps a cache of keys."""
     while callable(inner := getattr(module, "get_base_layer", None)):
         module = inner()
     return module

@@ -44,7 +44,7 @@ _NO_BATCH = object()  # there has been none yet
 
 
 class EditOptions(TypedDict, total=False):
-    """What every adapting callback takes besides its method's own arguments.
+    """The arguments of every adapting callback, besides those of its method.
 
     Args:
         backbone: the submodule to freeze and adapt, e.g. `"model"` or `"net.encoder"`. Default: the one transformers
@@ -59,7 +59,7 @@ class EditOptions(TypedDict, total=False):
 
 
 class AdapterOptions(EditOptions, total=False):
-    """What every callback that trains an adapter takes besides its method's own arguments.
+    """The arguments of every callback that trains an adapter, besides those of its method.
 
     Args:
         backbone, name, strict_base: as `EditOptions`.
@@ -141,14 +141,14 @@ class AdapterCallback(Callback):
         return state_key(self, self.name)
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
-        """The configuration for this backbone. It is built here, so that importing a method is cheap."""
+        """Return the configuration for this backbone. It is built here, so that importing a method is cheap."""
         raise NotImplementedError(f"{type(self).__name__} does not say which adapter it is.")
 
     def trainable_parameters(self, backbone: nn.Module) -> int | None:
         """Return the number of trainable parameters by the closed formula on the method's card.
 
-        The formula is what the law on counts holds the adapter against. It speaks of the places that the method
-        adapts by default, whatever `layers` says.
+        The law on counts compares the adapter with this formula. It is for the places that the method adapts by
+        default, whatever `layers` is.
 
         Args:
             backbone: the bare backbone; a task head inside it is not counted.
@@ -159,7 +159,7 @@ class AdapterCallback(Callback):
         return None
 
     def make_configs(self, backbone: nn.Module) -> dict[str, PeftConfig]:
-        """Every adapter of this callback: its name -> its configuration, innermost first."""
+        """Return the adapters of this callback: name -> configuration, innermost first."""
         return {self.name: self.make_config(backbone)}
 
     @property
@@ -219,8 +219,8 @@ class AdapterCallback(Callback):
         if self.computed:
             return
         assert self.stack is not None
-        own = [self.stack.parameters(self.stack[name]) for name in self.names]
-        self._parameters = {n: p for parameters in own for n, p in parameters.items() if p.requires_grad}
+        by_adapter = [self.stack.parameters(self.stack[name]) for name in self.names]
+        self._parameters = {n: p for parameters in by_adapter for n, p in parameters.items() if p.requires_grad}
         if not self._parameters:
             raise ValueError(f"Nothing of adapter {self.name!r} is trainable any more: something froze it before fit.")
         self._loss = FiniteLoss()
@@ -307,8 +307,8 @@ class AdapterCallback(Callback):
         """Freeze and inject, once; a later call finds the adapters in place."""
         backbone = uncompiled(module.get_submodule(backbone_name))
         # the hook that ran in between may have wrapped the backbone, in a way of the user's own
-        there = [stack for stack in find_stacks(backbone).values() if any(name in stack for name in self.names)]
-        stack = self.stack = there[0] if there else stack_of(backbone)
+        existing = [stack for stack in find_stacks(backbone).values() if any(name in stack for name in self.names)]
+        stack = self.stack = existing[0] if existing else stack_of(backbone)
         stack.strict_base = self.strict_base
         if not all(name in stack for name in self.names):
             strategies.check_whole(module, stack.backbone, type(self).__name__)
@@ -318,7 +318,7 @@ class AdapterCallback(Callback):
         return parts
 
     def _configs(self, stack: AdapterStack) -> dict[str, PeftConfig]:
-        """Every adapter's configuration, a task head inside the backbone being trained with the first."""
+        """Return every adapter's configuration; a task head inside the backbone is trained with the first."""
         others = saved_heads([part.config for part in stack.parts if part.name not in self.names])
         named = getattr(self, "target_modules", None)
         return with_heads(self.make_configs(stack.backbone), stack.backbone, self.train_head, named, others)
@@ -335,7 +335,7 @@ class AdapterCallback(Callback):
         return part
 
     def _choose_trained(self, trainer: L.Trainer) -> None:
-        """This adapter acts and is trained; one that no callback of this Trainer asks for stays as it is."""
+        """Let this adapter act and be trained; leave one that no callback of this Trainer names as it is."""
         assert self.stack is not None
         for name in self.names:
             self.stack.enable(True, name)
@@ -385,7 +385,7 @@ class AdapterCallback(Callback):
                 )
 
     def _check_copies(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Callbacks that average weights copy the module in their `setup`, or after calling `configure_model`."""
+        """Refuse averaging before the backbone is built: it copies in `setup`, or after `configure_model`."""
         late = "configure_model" not in building_hooks(module)
         for callback in _callbacks(trainer):
             if isinstance(callback, StochasticWeightAveraging) or (late and isinstance(callback, WeightAveraging)):

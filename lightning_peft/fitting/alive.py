@@ -12,10 +12,10 @@ PATIENCE = 50  # steps after which a parameter that backward has never reached i
 
 
 class Reached:
-    """Keeps those of an adapter's parameters that have been on no backward graph yet; zero gradients count as reached.
+    """The parameters of an adapter that were on no backward graph yet; zero gradients count as reached.
 
-    What may rest, since its kind is drawn or routed to, is not named while one like it was reached: the parameter of
-    the same name in another module of a numbered list inside a block, such as another expert.
+    A parameter may rest where modules are drawn or routed to: it is not reported if the parameter of the same name in
+    another module of a numbered list inside a block, such as another expert, was reached.
 
     Args:
         parameters: the trained parameters by name.
@@ -27,7 +27,7 @@ class Reached:
         self._steps = 0
 
     def look(self) -> None:
-        """Let go of what has a gradient now; to be called after backward. Costs nothing once all have had one."""
+        """Forget the parameters that have a gradient now; call it after backward. Free once all have had one."""
         if self._waiting:
             self._steps += 1
             reached = {name for name, parameter in self._waiting.items() if parameter.grad is not None}
@@ -35,15 +35,15 @@ class Reached:
             self._waiting = {name: p for name, p in self._waiting.items() if name not in reached}
 
     def unreached(self) -> list[str]:
-        """Return the names of what no backward has reached, but for what may rest."""
-        liked = {like for name in self._reached for like in _alike(name)}
-        return [name for name in self._waiting if not liked & set(_alike(name))]
+        """Return the names of parameters that no backward has reached, except those that may rest."""
+        reached = {pattern for name in self._reached for pattern in _patterns(name)}
+        return [name for name in self._waiting if not reached & set(_patterns(name))]
 
     def report(self, adapter: str) -> None:
-        """Name what was never reached, once; nothing is said where backward never ran.
+        """Report the parameters that were never reached, once; report nothing where backward never ran.
 
         Args:
-            adapter: what to call the adapter.
+            adapter: the adapter's name in messages.
 
         Raises:
             ValueError: nothing was reached at all.
@@ -53,14 +53,14 @@ class Reached:
         unreached, self._waiting = self.unreached(), {}
         if not unreached:
             return
-        what = f"of the {len(unreached)} parameters of {adapter} that backward has not reached in {self._steps} steps"
+        phrase = f"of the {len(unreached)} parameters of {adapter} that backward has not reached in {self._steps} steps"
         advice = "the layers that hold them are not called, or the loss does not depend on them"
         if not self._reached:
-            raise ValueError(f"Adapter {adapter} trains to nothing: the first {what} is {unreached[0]}; {advice}.")
-        rank_zero_warn(f"The first {what} is {unreached[0]}; {advice}: leave them out of the target modules.")
+            raise ValueError(f"Adapter {adapter} trains to nothing: the first {phrase} is {unreached[0]}; {advice}.")
+        rank_zero_warn(f"The first {phrase} is {unreached[0]}; {advice}: leave them out of the target modules.")
 
 
-def _alike(name: str) -> Iterable[str]:
-    """The name with each number but the first, the block's, left open in turn."""
+def _patterns(name: str) -> Iterable[str]:
+    """Return copies of a name, with each number but the first, the block's, left open in turn."""
     numbers = list(re.finditer(r"(?<=\.)\d+(?=\.)", name))[1:]
-    return [f"{name[: found.start()]}*{name[found.end() :]}" for found in numbers]
+    return [f"{name[: number.start()]}*{name[number.end() :]}" for number in numbers]

@@ -1,4 +1,4 @@
-"""Whether a training batch holds what a callback learns from: the batch is looked at, never the data module."""
+"""A check that a training batch holds the keys a callback learns from, made on the batch itself."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _HOW = {
 
 
 def check_keys(method: str, keys: Sequence[str], batch: Any) -> None:
-    """Raise `ValueError` in one sentence, which shows how to make it, where a batch lacks a key.
+    """Raise `ValueError` where a batch lacks a key, in one sentence that shows how to make it.
 
     Args:
-        method: what needs the keys.
-        keys: which ones.
-        batch: of training.
+        method: the name of the method that needs the keys.
+        keys: the keys it needs.
+        batch: a training batch.
     """
     # a tokenizer's BatchEncoding has keys and is no dict; a tensor and a list have none
     missing = [key for key in keys if not hasattr(batch, "keys") or key not in batch]
@@ -37,8 +37,8 @@ def check_learnable(method: str, batch: Any, loss: Tensor) -> None:
     """Raise `ValueError` where a loss is not a number because every label of its batch is -100.
 
     Args:
-        method: what is trained.
-        batch: of training.
+        method: the name of the method that is trained.
+        batch: a training batch.
         loss: its loss.
     """
     labels = batch["labels"] if hasattr(batch, "keys") and "labels" in batch else None

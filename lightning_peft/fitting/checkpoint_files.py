@@ -20,7 +20,7 @@ from lightning_peft.stack.adapter_files.typed_values import Adapters, check_plai
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", trust: bool = False) -> dict[str, Any]:
-    """A checkpoint with adapters in it. Tensors and plain values are read, of anything else only its name (`unread`).
+    """Read a checkpoint with adapters: tensors and plain values, and of anything else only its name (`unread`).
 
     Args:
         path: the checkpoint, a file or the folder that FSDP2 writes.
@@ -81,7 +81,7 @@ def export_checkpoint(path: str | Path, folder: str | Path, backbone: str | None
 
 
 def outside_backbones(path: str | Path, trust: bool = False) -> list[str]:
-    """The names of a checkpoint's weights that belong to no adapter, such as a head's: no peft folder holds them."""
+    """Return the names of weights that belong to no adapter, such as a head's: no peft folder holds them."""
     checkpoint = read_checkpoint(path, "cpu", trust)
     adapter = {
         join(name, saved)
@@ -96,7 +96,7 @@ def check_written(names: Mapping[str, str], path: Path) -> bool:
     """Read back the names in a checkpoint, and say whether they could be read.
 
     Args:
-        names: what must be in it, as `trained_inside` gives it.
+        names: the names that must be in it, as `trained_inside` returns them.
         path: the file, or the folder that FSDP2 writes.
 
     Raises:
@@ -115,7 +115,7 @@ def check_written(names: Mapping[str, str], path: Path) -> bool:
 
 
 def _saved_keys(path: Path) -> set[str]:
-    """The names of a checkpoint's weights, none where it does not describe any adapters."""
+    """Return the names of a checkpoint's weights, none where it does not describe any adapters."""
     if path.is_dir():
         checkpoint = torch.load(path / "meta.pt", weights_only=True, map_location="cpu")
         keys = {key.removeprefix("state_dict.") for key in read_index(path).state_dict_metadata}
@@ -126,7 +126,7 @@ def _saved_keys(path: Path) -> set[str]:
 
 
 def _as_saved(shards: dict[str, Tensor], meta: Any) -> dict[str, Tensor]:
-    """What a folder of shards holds, under the names that a file would have."""
+    """Return the content of a folder of shards, under the names that a file would have."""
     renamed = meta.get("renamed") if isinstance(meta, dict) else None
     if not isinstance(renamed, dict):  # an earlier release did not note what it saved under names of the module
         return {eager_key(flat_key(name)): value for name, value in shards.items()}

@@ -21,8 +21,8 @@ _SAVE = "on_save_checkpoint"
 def hook_checkpoints(module: L.LightningModule, stack: AdapterStack, finite: bool) -> None:
     """Let the module's checkpoint hooks keep and restore adapters; they run for weights-only files as well.
 
-    Loading is no longer strict, since the backbone is not in the file; the hook checks every key instead. What was set
-    on the module itself before is called too. All is undone when the last adapter is taken off.
+    Loading is no longer strict, since the backbone is not in the file; the hook checks every key instead. Hooks set
+    on the module itself before are called too. All is undone when the last adapter is taken off.
 
     Args:
         module: the LightningModule.
@@ -39,7 +39,7 @@ def hook_checkpoints(module: L.LightningModule, stack: AdapterStack, finite: boo
 
 
 class CheckpointHooks(Handle):
-    """Acts around a module's `on_save_checkpoint` and `on_load_checkpoint`; copied and pickled with the module."""
+    """Wrap a module's `on_save_checkpoint` and `on_load_checkpoint`; copied and pickled with the module."""
 
     def __init__(self, module: L.LightningModule) -> None:
         self.module, self.finite = module, True
@@ -50,7 +50,7 @@ class CheckpointHooks(Handle):
         ]
 
     def save(self, original: Callable[..., object], checkpoint: dict[str, Any]) -> None:
-        """Call the module's own hook with the whole state, then leave in the checkpoint what was trained."""
+        """Call the module's own hook with the whole state, then leave only trained tensors in the checkpoint."""
         if not find_stacks(self.module):  # the adapters of a copy have been taken off
             self.remove()
             original(checkpoint)
@@ -64,7 +64,7 @@ class CheckpointHooks(Handle):
                     check_finite_tensors(stack.parameters(part), f"Adapter {part.name!r}")
 
     def load(self, original: Callable[..., object], checkpoint: dict[str, Any]) -> None:
-        """Check and complete what the checkpoint holds, then call the module's own hook."""
+        """Check and complete the checkpoint, then call the module's own hook."""
         if "state_dict" in checkpoint:
             # Lightning's averaging callbacks load both the average and the current weights strictly
             restore_adapters(self.module, checkpoint, "the checkpoint", complete="current_model_state" in checkpoint)

@@ -1,4 +1,4 @@
-"""What belongs in a checkpoint, and the name that each tensor is saved under."""
+"""The tensors that belong in a checkpoint, and the name that each is saved under."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ META = "lightning_peft"  # under which a checkpoint describes its adapters
 def checkpoint_names(
     module: nn.Module, stacks: Mapping[str, AdapterStack], state: Iterable[str] | None = None
 ) -> dict[str, str]:
-    """What belongs in the checkpoint: the name it is saved under (as if adapters stood alone) -> its live name.
+    """Return the tensors of a checkpoint: saved name (as if adapters stood alone) -> live name.
 
     Args:
         module: the LightningModule.
@@ -26,7 +26,7 @@ def checkpoint_names(
     Raises:
         AdapterError: two of them would be saved under one name.
     """
-    kept: dict[str, str] = {}
+    live_names: dict[str, str] = {}
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     adapter = {
         join(name, live) for name, stack in stacks.items() for p in stack.parts for live in stack.keys(p).values()
@@ -34,21 +34,21 @@ def checkpoint_names(
     for live in state_tensors(module) if state is None else state:
         if live in adapter or live in trainable or not is_inside(live, stacks):
             saved = saved_name(module, live)
-            if saved in kept:
+            if saved in live_names:
                 raise AdapterError(
-                    f"{kept[saved]} and {live} would both be saved as {saved}, and one of them lost: rename one."
+                    f"{live_names[saved]} and {live} would both be saved as {saved}, and one of them lost: rename one."
                 )
-            kept[saved] = live
-    return kept
+            live_names[saved] = live
+    return live_names
 
 
 def saved_name(root: nn.Module, live: str) -> str:
-    """The name of a tensor or module, as if its adapter stood alone on a model that is not compiled."""
+    """Return the name of a tensor or module, as if its adapter stood alone on a model that is not compiled."""
     return eager_key(standalone_name(root, live))
 
 
 def trained_inside(module: nn.Module) -> dict[str, str]:
-    """Return what is trained inside the backbones: the name it is saved under -> its live name."""
+    """Return the trained tensors inside the backbones: saved name -> live name."""
     stacks = find_stacks(module)
     return {saved: live for saved, live in checkpoint_names(module, stacks).items() if is_inside(live, stacks)}
 

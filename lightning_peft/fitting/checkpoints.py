@@ -46,7 +46,7 @@ States = dict[str, dict[str, Tensor]]  # an entry of a checkpoint that holds wei
 
 
 def fill_in(module: nn.Module, checkpoint: dict[str, Any]) -> States:
-    """Put what is trained inside the backbones into a checkpoint's states, where the module's own state lacks it.
+    """Add trained tensors inside the backbones to a checkpoint's states, where the module's own state lacks them.
 
     A module may leave entries out of its `state_dict()`, or rename them, by overriding it or by hooks. Outside the
     backbones that is its own affair.
@@ -62,14 +62,14 @@ def fill_in(module: nn.Module, checkpoint: dict[str, Any]) -> States:
     trained = [live for live in checkpoint_names(module, stacks, tensors).values() if is_inside(live, stacks)]
     # of an average there is no other source, and of a sharded tensor none that one process could read alone
     ours = {name: tensors[name].detach() for name in trained if not is_sharded(tensors[name])}
-    found = {}
+    filled = {}
     for entry in _STATES:
         if entry in checkpoint:
             elsewhere = not checkpoint[entry] and has_shards(module)  # gathered by another process
             if not elsewhere and (entry == _STATES[-1] or _STATES[-1] not in checkpoint):
                 checkpoint[entry] = {**ours, **checkpoint[entry]}
-            found[entry] = {name: checkpoint[entry][name] for name in trained if name in checkpoint[entry]}
-    return found
+            filled[entry] = {name: checkpoint[entry][name] for name in trained if name in checkpoint[entry]}
+    return filled
 
 
 def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States | None = None) -> None:
@@ -79,7 +79,7 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
 
     Args:
         module: the LightningModule the checkpoint was made from; without adapters nothing is changed.
-        checkpoint: what `Trainer.save_checkpoint` is about to write.
+        checkpoint: the checkpoint that `Trainer.save_checkpoint` is about to write.
         filled: what `fill_in` returned, where something that may have left entries out has had the checkpoint since.
 
     Raises:
@@ -94,21 +94,21 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any], filled: States 
     outside: dict[str, list[str]] = {}
     renamed: dict[str, str] = {}
     for entry in filled:
-        own = checkpoint.get(entry) or {}
-        state = {**filled[entry], **own}
+        own_state = checkpoint.get(entry) or {}
+        state = {**filled[entry], **own_state}
         # a sharded tensor is asked for by the name it has in the module
         sharded = {live: saved for saved, live in names.items() if live in state and is_sharded(state[live])}
-        kept = {live if live in sharded else saved: state[live] for saved, live in names.items() if live in state}
+        to_save = {live if live in sharded else saved: state[live] for saved, live in names.items() if live in state}
         renamed |= sharded
         missing = [live for live in names.values() if live not in state and is_inside(live, stacks)]
-        if missing and own:  # where it is gathered in one process, the others have nothing
+        if missing and own_state:  # where it is gathered in one process, the others have nothing
             raise AdapterError(
                 f"The checkpoint would lack {len(missing)} trained tensors, the first is {missing[0]}: let "
                 f"{type(module).__name__}.state_dict() hold them."
             )
         lives = set(names.values())
-        added = {name: value for name, value in own.items() if name not in lives and not is_inside(name, stacks)}
-        checkpoint[entry] = kept | added
+        added = {name: value for name, value in own_state.items() if name not in lives and not is_inside(name, stacks)}
+        checkpoint[entry] = to_save | added
         left_out = [saved for saved, live in names.items() if live not in state]
         outside = outside or {"added": list(added), "left_out": left_out}
     described = {}
@@ -135,7 +135,7 @@ def restore_adapters(
     Args:
         module: the LightningModule to restore; its backbone must be the checkpoint's.
         checkpoint: a loaded Lightning checkpoint, changed in place.
-        source: what to call the checkpoint in messages.
+        source: the checkpoint's name in messages.
         complete: also add the module's own backbone weights, so that a strict load passes.
         strict_base: refuse an adapter made for another base model, instead of warning once; default: as the callback
             that adapted the module was told.
@@ -161,21 +161,21 @@ def restore_adapters(
         if entry not in checkpoint:
             continue
         added = {key: value for key, value in checkpoint[entry].items() if key in noted.get("added", ())}
-        given = {key: value for key, value in checkpoint[entry].items() if key not in added}
-        state = _with_saved_names(given, names)
+        stored = {key: value for key, value in checkpoint[entry].items() if key not in added}
+        state = _with_saved_names(stored, names)
         if not noted:  # an earlier release kept what is outside, whatever it was
             added = {key: state.pop(key) for key in state.keys() - names if not is_inside(key, stacks)}
         expected = names.keys() - set(noted.get("left_out", ()))
         check_same_keys(expected, set(state), f"{source} and {type(module).__name__}")
-        own = {saved: names[saved] for saved in state}
-        for saved, live in own.items():
+        live_names = {saved: names[saved] for saved in state}
+        for saved, live in live_names.items():
             if state[saved].shape != tensors[live].shape:
                 shapes = f"{tuple(state[saved].shape)} in {source}, {tuple(tensors[live].shape)} in the module"
                 raise AdapterError(f"{saved} has different shapes: {shapes}.")
             check_kind(state[saved], tensors[live], f"{source}: {saved}")
         check_finite(state, source)
         if entry == _STATES[0]:  # the module's own `load_state_dict` may leave out or rename what it does not know
-            for saved, live in own.items():
+            for saved, live in live_names.items():
                 if is_inside(live, stacks):
                     write(tensors[live], state[saved])
         whole_state = _whole_state(module) if complete else {}
@@ -185,7 +185,7 @@ def restore_adapters(
 def restore_sharded(module: nn.Module, path: str | Path) -> None:
     """Restore a module that is spread over processes, and check it as `restore_adapters` does.
 
-    FSDP2's strategy has read the weights before any hook is called, passing over what it did not find.
+    FSDP2's strategy reads the weights before any hook is called, and passes over those it does not find.
 
     Args:
         module: the LightningModule.
@@ -249,7 +249,7 @@ def load_from_checkpoint(
 
 
 class AdapterCheckpointMixin:
-    """Gives a LightningModule a `load_from_checkpoint` that brings the adapters back: `class M(AdapterCheckpointMixin, L.LightningModule)`."""  # noqa: E501
+    """Give a LightningModule a `load_from_checkpoint` that brings the adapters back: `class M(AdapterCheckpointMixin, L.LightningModule)`."""  # noqa: E501
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if META in checkpoint:
@@ -259,7 +259,7 @@ class AdapterCheckpointMixin:
 
 
 def _with_saved_names(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """A checkpoint's state under saved names, of which `names` gives the live ones."""
+    """Return a checkpoint's state under saved names, of which `names` gives the live ones."""
     # a module with AdapterCheckpointMixin comes here twice, the second time with live names
     saved = {live: name for name, live in names.items()}
     if not set(state) <= set(names) and set(state) <= set(saved):
@@ -268,15 +268,15 @@ def _with_saved_names(state: Mapping[str, Tensor], names: Mapping[str, str]) -> 
 
 
 def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> None:
-    """Make the stack's parts those described; a part that is there already must have been asked for alike."""
+    """Make the stack's parts those described; a part already present must have the same settings."""
     saved = {part["name"]: read_config(part["config"], source) for part in parts}
     for part in stack.parts:
         if part.name not in saved:
             raise AdapterError(f"{source} has no adapter {part.name!r}; it has {', '.join(map(repr, saved))}.")
-        asked, kept = part.config, saved[part.name]
-        if not saved_heads([kept]):  # as before heads were trained with the adapter: it is continued as it was made
-            asked, kept = (without_heads(config, saved_heads([asked])) for config in (asked, kept))
-        if differences := different_fields(kept, asked, part.computed):
+        present, expected = part.config, saved[part.name]
+        if not saved_heads([expected]):  # as before heads were trained with the adapter: it is continued as it was made
+            present, expected = (without_heads(config, saved_heads([present])) for config in (present, expected))
+        if differences := different_fields(expected, present, part.computed):
             raise AdapterError(f"{source} and adapter {part.name!r} have other settings: {'; '.join(differences)}.")
     same = [p.name for p in stack.parts] == list(saved) and all(
         not different_fields(saved[p.name], p.config) for p in stack.parts
@@ -299,7 +299,7 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
 
 
 def _whole_state(module: nn.Module) -> dict[str, Any]:
-    """All that a strict load asks for."""
+    """Return all that a strict load asks for."""
     parts = module.named_modules(remove_duplicate=False)
     extra = {name: part for name, part in parts if type(part).get_extra_state is not nn.Module.get_extra_state}
     return state_tensors(module) | {join(name, "_extra_state"): part.get_extra_state() for name, part in extra.items()}

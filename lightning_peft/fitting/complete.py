@@ -1,4 +1,4 @@
-"""Whether every tensor that is trained has a key of its own, in checkpoints and in saved folders."""
+"""A check that every trained tensor has a key of its own, in checkpoints and in saved folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_peft.stack.stack import AdapterStack
 
 
 def check_complete(module: nn.Module, stacks: Mapping[str, AdapterStack]) -> None:
-    """Raise `AdapterError` unless every trained tensor has a key of its own: what has none would be lost.
+    """Raise `AdapterError` unless every trained tensor has a key of its own: without one it would be lost.
 
     Args:
         module: the LightningModule, as it is about to be trained.
@@ -25,7 +25,7 @@ def check_complete(module: nn.Module, stacks: Mapping[str, AdapterStack]) -> Non
     for stack in stacks.values():
         tensors = dict(stack.backbone.named_parameters(remove_duplicate=False))
         for part in stack.parts:
-            kept = {id(tensors[live]) for live in stack.keys(part).values() if live in tensors}
+            keyed = {id(tensors[live]) for live in stack.keys(part).values() if live in tensors}
             for name, parameter in tensors.items():
-                if part.name in name.split(".") and parameter.requires_grad and id(parameter) not in kept:
+                if part.name in name.split(".") and parameter.requires_grad and id(parameter) not in keyed:
                     raise AdapterError(f"{name} is trained, but adapter {part.name!r} has no key for it in a folder.")

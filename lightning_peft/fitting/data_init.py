@@ -18,12 +18,12 @@ from lightning_peft.stack.injection.eva import Inputs
 def look(trainer: L.Trainer, module: L.LightningModule, inputs: Inputs, batches: int) -> int:
     """Run the module's `training_step` on its first batches, without gradients, while its layers are watched.
 
-    Nothing is logged, random numbers are put back, and processes add up what they have seen.
+    Nothing is logged, the random state is restored, and processes add up their observations.
 
     Args:
         trainer: in fit, its strategy set up.
         module: the LightningModule.
-        inputs: what is watched.
+        inputs: the moments to collect.
         batches: how many batches to look at, at most.
 
     Returns:
@@ -39,10 +39,10 @@ def look(trainer: L.Trainer, module: L.LightningModule, inputs: Inputs, batches:
         )
     load_training_data(trainer)
     count = 0
-    with torch.random.fork_rng(), torch.no_grad(), _silent(module), trainer.precision_plugin.train_step_context():
+    with torch.random.fork_rng(), torch.no_grad(), _evaluating(module), trainer.precision_plugin.train_step_context():
         for count, batch in enumerate(trainer.train_dataloader or (), start=1):
             batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
-            with inputs.observed(_counted(batch)):
+            with inputs.observed(_token_mask(batch)):
                 module.training_step(batch, count - 1)
             if count == batches:
                 break
@@ -52,8 +52,8 @@ def look(trainer: L.Trainer, module: L.LightningModule, inputs: Inputs, batches:
     return count
 
 
-def _counted(batch: Any) -> Tensor | None:
-    """Which tokens count `[B, T]`: those with a label, else those that are no padding."""
+def _token_mask(batch: Any) -> Tensor | None:
+    """Return the mask `[B, T]` of tokens that count: those with a label, else those that are no padding."""
     if not isinstance(batch, Mapping):
         return None
     labels, mask = batch.get("labels"), batch.get("attention_mask")
@@ -63,8 +63,8 @@ def _counted(batch: Any) -> Tensor | None:
 
 
 @contextmanager
-def _silent(module: L.LightningModule) -> Iterator[None]:
-    """In evaluation mode, so that nothing moves; there is nowhere to log to before the loop runs."""
+def _evaluating(module: L.LightningModule) -> Iterator[None]:
+    """Put the module in evaluation mode and log nothing: before the loop runs there is nowhere to log to."""
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:

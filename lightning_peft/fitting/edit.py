@@ -51,11 +51,11 @@ class Edit(AdapterCallback):
 
     @abstractmethod
     def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
-        """Compute the adapter from what was captured and put it in the stack."""
+        """Compute the adapter from the captured rows and put it in the stack."""
 
     @abstractmethod
     def end(self) -> None:
-        """Remove hooks and forget what was captured; called however the pass ends."""
+        """Remove hooks and forget captured rows; called however the pass ends."""
 
     # -- Lightning's hooks -------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Edit(AdapterCallback):
 
 
 def gather(trainer: L.Trainer, *captured: Tensor) -> tuple[Tensor, ...]:
-    """Every rank's captured rows on every rank, without the rows a distributed sampler added to fill up.
+    """Return the captured rows of all ranks on each, without those a distributed sampler added to fill up.
 
     Args:
         trainer: the running Trainer.
@@ -166,7 +166,7 @@ def gather(trainer: L.Trainer, *captured: Tensor) -> tuple[Tensor, ...]:
 
 
 def from_rank_zero(trainer: L.Trainer, make: Callable[[], T]) -> T:
-    """What `make()` returns on rank 0, on every rank; an error there is raised everywhere."""
+    """Return on every rank the result of `make()` on rank 0; an error there is raised everywhere."""
     if trainer.world_size == 1:
         return make()
     result: list[Any] = [None]

@@ -1,4 +1,4 @@
-"""What the callbacks share that compute layer offsets: where they read, what they install."""
+"""The base of callbacks that compute layer offsets: where they read, what they install."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class EditLayers(ReadingEdit[LayerSite]):
-    """Base of the edits that move what layers give.
+    """Base of the edits that move the outputs of layers.
 
     Args:
         sites: `"block"` (the residual stream behind it), `"attention"` or `"mlp"`.
@@ -65,8 +65,8 @@ class EditLayers(ReadingEdit[LayerSite]):
         layers = _fixed(self.layers)
         if layers is None:
             layers = self.default_layers(len(Selection(sites=self.sites).find(backbone)))
-        read = Selection(sites=self.sites, layers=layers).find(backbone)
-        self.targets = [site for site in read if isinstance(site, LayerSite)]
+        sites = Selection(sites=self.sites, layers=layers).find(backbone)
+        self.targets = [site for site in sites if isinstance(site, LayerSite)]
         return self.targets
 
     def empty_config(self, sites: Sequence[LayerSite]) -> PeftConfig:

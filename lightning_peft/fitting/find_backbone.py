@@ -16,7 +16,7 @@ _BUILDING = ("setup", "configure_model")
 
 
 def building_hooks(module: L.LightningModule) -> list[str]:
-    """The hooks, in the order Lightning calls them, in which this module may yet build its backbone."""
+    """Return the hooks, in Lightning's order, in which this module may yet build its backbone."""
     return [hook for hook in _BUILDING if is_overridden(hook, module)]
 
 
@@ -28,24 +28,24 @@ def when_built(module: L.LightningModule, name: str | None, then: Callable[[str]
     """
 
     def look(final: bool) -> None:
-        if (found := find_backbone(module, name, final)) is not None:
-            then(found)
+        if (backbone_name := find_backbone(module, name, final)) is not None:
+            then(backbone_name)
 
     hooks = building_hooks(module)
     look(final=not hooks)
     for hook in hooks:
-        replaced(module, hook, _Then(functools.partial(look, hook == hooks[-1])).after, once=True)
+        replaced(module, hook, _CallAfter(functools.partial(look, hook == hooks[-1])).after, once=True)
 
 
 def forget(module: L.LightningModule) -> None:
     """Undo `when_built` where a failed run never came to call the hooks."""
     for hook in _BUILDING:
-        for waiting in replacements(module, hook, _Then):
+        for waiting in replacements(module, hook, _CallAfter):
             waiting.remove()
 
 
-class _Then:
-    """Does something after a call."""
+class _CallAfter:
+    """A method that calls a function after the original."""
 
     def __init__(self, then: Callable[[], object]) -> None:
         self.then = then

@@ -15,7 +15,7 @@ from lightning_peft.backbone.sharded import local_part
 
 
 class FiniteLoss:
-    """Remembers the first step whose loss was not finite, on the loss's own device, which nothing waits for."""
+    """The first step whose loss was not finite, on the loss's own device, which nothing waits for."""
 
     def __init__(self) -> None:
         self._first: Tensor | None = None
@@ -41,7 +41,7 @@ def check_finite_tensors(tensors: Mapping[str, Tensor], what: str) -> None:
 
     Args:
         tensors: by name.
-        what: what to call them all.
+        what: their common name in messages.
     """
     local = ((name, local_part(value.detach())) for name, value in tensors.items())
     floats = {name: value for name, value in local if value.is_floating_point() and value.numel()}
@@ -58,10 +58,10 @@ def finite_arguments(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            given = signature.bind(self, *args, **kwargs).arguments
+            arguments = signature.bind(self, *args, **kwargs).arguments
         except TypeError:
-            given = {}  # a wrong call, of which Python itself tells best
-        for name, number in _numbers(given):
+            arguments = {}  # a wrong call, of which Python itself tells best
+        for name, number in _numbers(arguments):
             if not math.isfinite(number):
                 raise ValueError(f"{type(self).__name__} needs a finite {name}, got {number}.")
         init(self, *args, **kwargs)
@@ -70,7 +70,7 @@ def finite_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in an argument, with the name of the innermost argument or key that holds each."""
+    """Yield the numbers in an argument, with the name of the innermost argument or key that holds each."""
     if isinstance(values, float):
         yield name, values
     elif isinstance(values, Mapping):

@@ -1,4 +1,4 @@
-"""See that nothing of a frozen backbone is trained beside its adapter."""
+"""A check that nothing of a frozen backbone is trained beside its adapter."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def check_frozen(module: nn.Module) -> None:
     A checkpoint would hold it, and no loading would know it; the adapter's folder would not hold it at all.
     """
     for prefix, stack in find_stacks(module).items():
-        own = {id(parameter) for part in stack.parts for parameter in stack.parameters(part).values()}
+        adapter_ids = {id(parameter) for part in stack.parts for parameter in stack.parameters(part).values()}
         trained = [
             ".".join(filter(None, (prefix, name, key)))
             for name, child in base_modules(stack.backbone)
             for key, parameter in child.named_parameters(recurse=False)
-            if parameter.requires_grad and id(parameter) not in own
+            if parameter.requires_grad and id(parameter) not in adapter_ids
         ]
         if trained:
             raise ValueError(

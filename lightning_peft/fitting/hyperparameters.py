@@ -23,25 +23,25 @@ _PLAIN = (torch.dtype, torch.device, torch.Size, OrderedDict, Counter)  # what i
 
 
 def leave_out_modules(module: nn.Module, checkpoint: dict[str, Any]) -> dict[str, str]:
-    """Take hyperparameters that hold a module, or weights of this one, out of a checkpoint that is being written.
+    """Remove hyperparameters that hold a module, or weights of this one, from a checkpoint that is being written.
 
     Lightning writes them whole: a backbone that was an argument would be in each checkpoint, and make it unreadable.
 
     Args:
         module: the LightningModule.
-        checkpoint: what is about to be written, changed in place.
+        checkpoint: the checkpoint about to be written, changed in place.
 
     Returns:
         The module's arguments that were taken out, and their types.
     """
-    own = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())} - {0}
+    memory = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())} - {0}
     left_out: dict[str, dict[str, str]] = {}
     for entry in _KEYS:
         if isinstance(checkpoint.get(entry), dict):
             values = checkpoint[entry]
-            left_out[entry] = {name: type_name(type(v)) for name, v in values.items() if _is_heavy(v, own)}
+            left_out[entry] = {name: type_name(type(v)) for name, v in values.items() if _is_heavy(v, memory)}
             checkpoint[entry] = {name: value for name, value in values.items() if name not in left_out[entry]}
-    if names := [name for found in left_out.values() for name in found]:
+    if names := [name for kinds in left_out.values() for name in kinds]:
         warnings.warn(
             f"The checkpoint is written without {', '.join(map(repr, names))}, hyperparameters that hold a module or "
             "its weights: load_from_checkpoint takes them as arguments, and save_hyperparameters(ignore=…) leaves them "
@@ -52,7 +52,7 @@ def leave_out_modules(module: nn.Module, checkpoint: dict[str, Any]) -> dict[str
 
 
 def take_out_unread(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """Take what could not be read out of a checkpoint, in place.
+    """Remove the values that could not be read from a checkpoint, in place.
 
     Returns:
         The module's arguments that are missing, and their types.
@@ -60,8 +60,8 @@ def take_out_unread(checkpoint: dict[str, Any]) -> dict[str, str]:
     missing: dict[str, str] = {}
     values = checkpoint.get(_KEYS[0])
     if isinstance(values, dict):
-        found = {name: next(iter(unread(value).values()), None) for name, value in values.items()}
-        missing = {name: kind for name, kind in found.items() if kind is not None}
+        kinds = {name: next(iter(unread(value).values()), None) for name, value in values.items()}
+        missing = {name: kind for name, kind in kinds.items() if kind is not None}
         checkpoint[_KEYS[0]] = {name: value for name, value in values.items() if name not in missing}
     elif whole := unread(values):
         missing = {str(checkpoint.get(_NAME) or _KEYS[0]): next(iter(whole.values()))}
@@ -73,14 +73,14 @@ def take_out_unread(checkpoint: dict[str, Any]) -> dict[str, str]:
 def check_arguments(
     cls: type, missing: Mapping[str, str], given: Mapping[str, Any], checkpoint: Mapping[str, Any], source: str
 ) -> None:
-    """Say which arguments of a class its checkpoint does not hold.
+    """Warn of, or raise for, arguments of a class that its checkpoint does not hold.
 
     Args:
         cls: the LightningModule's class.
         missing: arguments that it was made with and that are not in the checkpoint, and their types.
         given: the arguments that are given besides.
         checkpoint: the checkpoint.
-        source: what to call it.
+        source: the checkpoint's name in messages.
 
     Raises:
         AdapterError: the class cannot be made without one of them.
@@ -92,12 +92,12 @@ def check_arguments(
         argument = holder if isinstance(holder, str) and holder in parameters else name
         if argument in given:
             continue
-        what = f"{source} does not hold {name!r}, which was a {kind}"
+        problem = f"{source} does not hold {name!r}, which was a {kind}"
         if argument != name or (argument in parameters and parameters[argument].default is inspect.Parameter.empty):
             raise AdapterError(
-                f"{what}, and {cls.__name__} needs it: give load_from_checkpoint the argument {argument}."
+                f"{problem}, and {cls.__name__} needs it: give load_from_checkpoint the argument {argument}."
             )
-        warnings.warn(f"{what}: {cls.__name__} is made without it; give it as an argument.", stacklevel=3)
+        warnings.warn(f"{problem}: {cls.__name__} is made without it; give it as an argument.", stacklevel=3)
 
 
 class _Nowhere(io.RawIOBase):
@@ -105,8 +105,8 @@ class _Nowhere(io.RawIOBase):
         return len(data)
 
 
-class _Looking(pickle.Pickler):
-    """Pickles to nowhere, to see what a value would bring along."""
+class _ContentPickler(pickle.Pickler):
+    """A pickler that writes nowhere, and notes the modules, tensors and objects inside a value."""
 
     def __init__(self) -> None:
         super().__init__(_Nowhere())
@@ -124,14 +124,14 @@ class _Looking(pickle.Pickler):
         return NotImplemented
 
 
-def _is_heavy(value: object, own: set[int]) -> bool:
-    """Whether a value holds a module, a tensor of this memory, or tensors in objects that are not read back either."""
-    looking = _Looking()
+def _is_heavy(value: object, memory: set[int]) -> bool:
+    """Return whether a value holds a module, a tensor of this memory, or tensors in objects not read back."""
+    pickler = _ContentPickler()
     try:
-        looking.dump(value)
+        pickler.dump(value)
     except Exception:  # it cannot be saved at all, which whoever saves it says best
         return False
-    return looking.modules or any(looking.objects or _memory(tensor) in own for tensor in looking.tensors)
+    return pickler.modules or any(pickler.objects or _memory(tensor) in memory for tensor in pickler.tensors)
 
 
 def _memory(tensor: Tensor) -> int:

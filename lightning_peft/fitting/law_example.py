@@ -1,4 +1,4 @@
-"""How the laws of adaptation are run on a method."""
+"""The example on which the laws of adaptation are run for a method."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LawExample:
 
     Args:
         arguments: of the callback, beside its defaults; small ones, since every law trains its own.
-        needs: what a backbone must have: `"attention"`, `"mlp"`, `"transformers"`, `"tokens"`, `"decoder"` or
+        needs: features that a backbone must have: `"attention"`, `"mlp"`, `"transformers"`, `"tokens"`, `"decoder"` or
             `"position_ids"`.
         four_bits: quantise the backbone first.
     """

@@ -24,7 +24,7 @@ class MultiPhase(AdapterCallback):
     """A callback whose adapter gets other masks and values at certain steps; its parameters stay the same ones.
 
     A change happens before the first batch of its phase, so that validation and checkpoints at the end of a phase see
-    what the phase has made. The optimizers then forget their state; learning-rate schedules run on. Which parameters
+    the result of the phase. The optimizers then forget their state; learning-rate schedules run on. Which parameters
     require gradients never changes, so DDP need not know; every process makes the same change from the same weights.
     A checkpoint holds the masks and the phase, and a resumed run keeps the phases of the run it continues.
     """
@@ -34,7 +34,7 @@ class MultiPhase(AdapterCallback):
 
     @abstractmethod
     def plan(self, total: float, epoch: float) -> list[int]:
-        """The optimizer steps before which there is a change.
+        """Return the optimizer steps before which there is a change.
 
         Args:
             total: optimizer steps of the whole training; infinite where it has no end.
@@ -47,15 +47,15 @@ class MultiPhase(AdapterCallback):
 
     @abstractmethod
     def flattened(self) -> bool:
-        """Whether the strategy has flattened the parameters that changes are made in."""
+        """Return whether the strategy has flattened the parameters that changes are made in."""
 
     @abstractmethod
     def has_chosen(self) -> bool:
-        """Whether an earlier training has made the changes already."""
+        """Return whether an earlier training has made the changes already."""
 
     @property
     def settled(self) -> bool:
-        """Whether training, once it has started, is in its last phase: what it makes before is not the method's."""
+        """True once training is in its last phase: a result from before is not the method's."""
         return bool(self.steps) and self.turn >= len(self.steps)
 
     def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Adapter:
@@ -106,7 +106,7 @@ class MultiPhaseDeltas(MultiPhase):
         return any(delta.mask is not None and not delta.mask.all() for delta in self.deltas())
 
     def deltas(self) -> list[Delta]:
-        """This callback's deltas, in order."""
+        """Return this callback's deltas, in order."""
         from lightning_peft.tuners.weight_deltas.masks import deltas
 
         assert self.stack is not None
@@ -114,13 +114,13 @@ class MultiPhaseDeltas(MultiPhase):
 
 
 def mask_of(delta: Delta) -> Tensor:
-    """The mask of a delta that has one."""
+    """Return the mask of a delta that has one."""
     assert delta.mask is not None
     return delta.mask
 
 
 def trained(delta: Delta) -> Tensor:
-    """The whole of a delta, also where it is spread over processes."""
+    """Return the whole of a delta, also where it is spread over processes."""
     return whole(delta.value.detach())
 
 

@@ -24,11 +24,11 @@ def repair(module: nn.Module, optimizers: Sequence[Optimizer]) -> int:
     added = 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            kept = [p for p in group["params"] if p.requires_grad]
-            if len(kept) < len(group["params"]):
+            trained = [p for p in group["params"] if p.requires_grad]
+            if len(trained) < len(group["params"]):
                 # the group held the backbone, so this is where its adapters belong
                 added += len(missing)
-                group["params"][:] = kept + missing  # in place: LBFGS keeps the list itself
+                group["params"][:] = trained + missing  # in place: LBFGS keeps the list itself
                 missing = []
         # a group may be left without parameters; torch accepts that, and schedulers count groups
         for parameter in [p for p in optimizer.state if not p.requires_grad]:

@@ -61,7 +61,7 @@ def _paged(optimizer: Optimizer, kind: PagedOptimizer) -> Optimizer:
 
 
 def _schedulers(scheduler: Any) -> Iterator[Any]:
-    """A scheduler and those inside it."""
+    """Yield a scheduler and those inside it."""
     yield scheduler
     for inner in getattr(scheduler, "_schedulers", ()):
         yield from _schedulers(inner)

@@ -46,7 +46,7 @@ class PEFT(AdapterCallback):
 
     @property
     def target_modules(self) -> list[str] | str | None:
-        """What the configuration names to be adapted."""
+        """The modules that the configuration names to be adapted."""
         return getattr(self.config, "target_modules", None)
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without running anything: what is no tensor and no plain value is left unread."""
+"""Files of `torch.save`, read without running anything: only tensors and plain values are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_peft.stack.adapter_files.typed_values import AdapterError
 
 
 class Unread:
-    """Stands for an object, or a class, that a file names: nothing of it was imported, made or run."""
+    """A stand-in for an object or class that a file names: nothing of it was imported, made or run."""
 
     was = ""  # the name
 
@@ -28,16 +28,16 @@ class Unread:
 
 
 class _UnreadMapping(Unread):
-    """In place of a class whose objects are filled as dicts are; they remember its name."""
+    """A stand-in for a class whose objects are filled as dicts are; they remember its name."""
 
     def __new__(cls, *_: object) -> Any:
-        made: OrderedDict[Any, Any] = OrderedDict()
-        vars(made)["was"] = cls.was
-        return made
+        mapping: OrderedDict[Any, Any] = OrderedDict()
+        vars(mapping)["was"] = cls.was
+        return mapping
 
 
 def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any:
-    """The content of a file that `torch.save` wrote.
+    """Return the content of a file that `torch.save` wrote.
 
     Args:
         path: the file.
@@ -72,51 +72,51 @@ def read_file(path: Path, map_location: Any = "cpu", trust: bool = False) -> Any
         if trust:
             raise AdapterError(f"{path} is truncated, or cannot be unpickled here: {error!r}.") from error
         if unknown or isinstance(error, pickle.UnpicklingError):
-            what = f"more than tensors and plain values ({_shown(unknown[0])})" if unknown else "what cannot be read"
+            content = f"more than tensors and plain values ({_shown(unknown[0])})" if unknown else "what cannot be read"
             raise AdapterError(
-                f"{path} holds {what}, in a form that only unpickling reads, which runs code: give trust=True "
+                f"{path} holds {content}, in a form that only unpickling reads, which runs code: give trust=True "
                 "(--trust) if you trust its author."
             ) from error
         raise AdapterError(f"{path} is truncated or damaged.") from error
 
 
 def unread(value: object) -> dict[str, str]:
-    """What was left unread in dicts, lists, tuples and sets: its place, as `a.b.0`, and the name of its type."""
-    found: dict[str, str] = {}
+    """Return the values left unread in dicts, lists, tuples and sets: place, as `a.b.0`, -> name of the type."""
+    type_names: dict[str, str] = {}
     waiting: list[tuple[str, Any]] = [("", value)]
     seen: set[int] = set()
     while waiting:
         place, item = waiting.pop()
         kind = item if isinstance(item, type) else type(item)
         if issubclass(kind, Unread) or (kind is OrderedDict and hasattr(item, "was")):
-            found[_shown(place)] = _shown(item.was)
+            type_names[_shown(place)] = _shown(item.was)
         elif isinstance(item, dict | list | tuple | set) and id(item) not in seen:
             seen.add(id(item))
             pairs = list(item.items() if isinstance(item, dict) else enumerate(item))
             waiting += [(f"{place}.{key}".lstrip("."), inner) for key, inner in pairs]
             waiting += [(place, key) for key, _ in pairs if isinstance(item, dict)]
-    return found
+    return type_names
 
 
 def _shown(name: object) -> str:
-    """A name from a file, on one line and not endless."""
+    """Return a name from a file, on one line and not endless."""
     return " ".join(str(name)[:120].split())
 
 
 def type_name(kind: type) -> str:
-    """A type's full name, as a file would have it."""
+    """Return a type's full name, as a file would have it."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _read(path: Path, map_location: Any, unknown: list[str], kind: type) -> Any:
-    """The content of a file, with objects of a kind in place of those that PyTorch would not make by itself."""
+    """Read a file, with objects of `kind` in place of those that PyTorch would not make by itself."""
     stand_ins: list[Any] = [(type(f"Unread[{name}]", (kind,), {"was": name}), name) for name in unknown]
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _unknown(path: Path) -> list[str]:
-    """The names in a file that `torch.load(weights_only=True)` does not know; they are looked for, not looked up."""
+    """Return the names in a file that `torch.load(weights_only=True)` does not know, importing none of them."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except ValueError as error:

@@ -21,7 +21,7 @@ def keep_precise(trainer: L.Trainer) -> None:
     """Leave adapters out when the Trainer next converts the module, under `precision="bf16-true"` or `"16-true"`.
 
     A small step added to a half-precision weight is rounded away. The frozen backbone takes no steps, so it may be
-    half; adapters are small, and peft itself keeps them in float32. What was restored from a checkpoint is not rounded
+    half; adapters are small, and peft itself keeps them in float32. Values restored from a checkpoint are not rounded
     either, so that a resumed run goes on exactly.
     """
     plugin = trainer.precision_plugin
@@ -30,12 +30,12 @@ def keep_precise(trainer: L.Trainer) -> None:
 
 
 def _without_adapters(convert: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:
-    kept = [(parameter, parameter.data) for parameter in _own_parameters(module)]
-    if any(is_sharded(parameter) for parameter, _ in kept):
+    adapter_values = [(parameter, parameter.data) for parameter in _own_parameters(module)]
+    if any(is_sharded(parameter) for parameter, _ in adapter_values):
         rank_zero_warn("Sharded adapters are trained in half precision too under a Trainer's true half precision.")
-        kept = []
+        adapter_values = []
     module = convert(module)
-    for parameter, data in kept:
+    for parameter, data in adapter_values:
         parameter.data = data
     return module
 
@@ -61,7 +61,7 @@ def forget_precise(trainer: L.Trainer) -> None:
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that peft keeps in float32: what tuner layers hold under an adapter's name."""
+    """Yield the parameters that peft keeps in float32: those of tuner layers under an adapter's name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for stack in find_stacks(module).values():

@@ -18,7 +18,7 @@ _SAVE = "save_checkpoint"
 
 
 def watch(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Let the Trainer's next `save_checkpoint` see that what was trained is in the file; then no further one does."""
+    """Let the Trainer's next `save_checkpoint`, and no later one, check that all trained tensors are in the file."""
     if not replacements(trainer, _SAVE, _ReadBack):
         replaced(trainer, _SAVE, _ReadBack(trainer, module).save)
 
@@ -30,14 +30,14 @@ def forget(trainer: L.Trainer) -> None:
 
 
 def stop(trainer: L.Trainer) -> None:
-    """Undo `watch`, after reading back what is written in the background, if it is there by now."""
+    """Undo `watch`, after reading back a file written in the background, if it exists by now."""
     for link in replacements(trainer, _SAVE, _ReadBack):
         link.by.__self__.check()  # type: ignore[attr-defined]
     forget(trainer)
 
 
 class _ReadBack:
-    """Acts around a Trainer's `save_checkpoint` until one has been read back."""
+    """Wrap a Trainer's `save_checkpoint` until one has been read back."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.trainer, self.module = trainer, module
@@ -56,15 +56,15 @@ class _ReadBack:
         """Check the file that was written last, on one process for all of them."""
         if self.written is None:
             return
-        done, message = False, None
+        was_read, message = False, None
         names = trained_inside(self.module)  # of shards all processes must ask
         if self.trainer.is_global_zero:
             try:
-                done = check_written(names, self.written)
+                was_read = check_written(names, self.written)
             except AdapterError as error:
                 message = str(error)
-        done, message = self.trainer.strategy.broadcast((done, message))
-        if done or message:
+        was_read, message = self.trainer.strategy.broadcast((was_read, message))
+        if was_read or message:
             self.written = None
             forget(self.trainer)
         if message:

@@ -40,7 +40,7 @@ class ReadingEdit(Edit, Generic[S]):
     `question_id [B]` (the group: texts that belong together).
 
     Attributes:
-        edit_: after `fit` what `edit` kept there, on every rank.
+        edit_: after `fit` the result that `edit` keeps there, on every rank.
 
     Example:
         >>> from lightning_peft.editing import caa_vectors, layer_offsets_config, layer_sites
@@ -74,7 +74,7 @@ class ReadingEdit(Edit, Generic[S]):
 
     @abstractmethod
     def find_sites(self, backbone: nn.Module) -> Sequence[S]:
-        """Find what to read, all of one shape."""
+        """Return the sites to read, all of one shape."""
 
     @abstractmethod
     def empty_config(self, sites: Sequence[S]) -> PeftConfig:
@@ -113,8 +113,8 @@ class ReadingEdit(Edit, Generic[S]):
 
     def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         assert self._capture is not None
-        read = self._capture(batch["input_ids"], batch.get("attention_mask"))
-        return read, batch["truth"].cpu(), batch["question_id"].cpu()
+        activations = self._capture(batch["input_ids"], batch.get("attention_mask"))
+        return activations, batch["truth"].cpu(), batch["question_id"].cpu()
 
     def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
         if self._held:
@@ -127,9 +127,9 @@ class ReadingEdit(Edit, Generic[S]):
         def make() -> tuple[ComputedAdapter, Any]:
             return self.edit(*rows, self._sites), self.edit_
 
-        made, self.edit_ = from_rank_zero(trainer, make)
-        stack.put(self.name, made)
-        trainer.lightning_module.log("edited_parameters", float(self.count(made)), rank_zero_only=True)
+        adapter, self.edit_ = from_rank_zero(trainer, make)
+        stack.put(self.name, adapter)
+        trainer.lightning_module.log("edited_parameters", float(self.count(adapter)), rank_zero_only=True)
 
     def count(self, made: ComputedAdapter) -> int:
         """Return how many numbers were computed."""
@@ -151,14 +151,14 @@ class ReadingEdit(Edit, Generic[S]):
         """Return activations, label and group of texts, without a Trainer."""
         if not texts:
             raise ValueError("There is no text to read: give texts of both labels.")
-        device, read = next(backbone.parameters()).device, []
+        device, activations = next(backbone.parameters()).device, []
         with Capture(backbone, self._sites) as capture:
             for begin in range(0, len(texts), self.batch_size):
                 encoded = tokenizer(list(texts[begin : begin + self.batch_size]))["input_ids"]
                 rows = [torch.tensor(row, dtype=torch.long) for row in encoded]
                 ids, mask = (pad_sequence(x, batch_first=True) for x in (rows, list(map(torch.ones_like, rows))))
-                read.append(capture(ids.to(device), mask.to(device)))
-        return torch.cat(read), label.cpu(), group.cpu()
+                activations.append(capture(ids.to(device), mask.to(device)))
+        return torch.cat(activations), label.cpu(), group.cpu()
 
     def end(self) -> None:
         self._rows, self._held, self._labels = [], [], set()
@@ -177,7 +177,7 @@ def edit(
 ) -> Adapter:
     """Read labelled texts, compute an adapter from them and put it on a model: `fit` without Trainer and data module.
 
-    It gives what `fit` gives with the same texts in the same batches, bit for bit.
+    The result equals that of `fit` with the same texts in the same batches, bit for bit.
 
     Args:
         model: a transformers model, or a LightningModule that holds one; it is frozen, and adapters on it act.
@@ -188,7 +188,7 @@ def edit(
         method: such as `ITI(num_heads=48)`; its `edit_` is set, and it reads `batch_size` (16) texts a call.
 
     Returns:
-        The adapter, on the model in place of what had its name; `adapters(model)` scales, switches and removes it.
+        The adapter, on the model in place of one of its name; `adapters(model)` scales, switches and removes it.
 
     Raises:
         ValueError: lists of different lengths, or as the method's `fit`.

@@ -1,4 +1,4 @@
-"""What was injected where, once in a table at the start."""
+"""A table, printed once at the start, of what was injected where."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_peft.stack.stack import AdapterStack
 
 
 def summary(module: nn.Module, stack: AdapterStack) -> dict[str, float]:
-    """Numbers for the logger: trainable parameters (count and percent of all) and adapter bytes."""
+    """Return numbers for the logger: trainable parameters (count and percent of all) and adapter bytes."""
     total = sum(p.numel() for p in module.parameters())
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     size = sum(t.numel() * t.element_size() for part in stack.parts for t in stack.tensors(part).values())
@@ -44,7 +44,7 @@ def print_table(module: nn.Module, stack: AdapterStack) -> None:
 
 
 def _about_head(stack: AdapterStack) -> str:
-    """Which heads inside the backbone are trained whole; where there are none, which layer comes last and is not."""
+    """Describe the heads inside the backbone that are trained whole; where there are none, its last layer."""
     if heads := sorted(saved_heads(part.config for part in stack.parts)):
         return f"; trained whole: {', '.join(heads)}"
     layers = [name for name, module in base_modules(stack.backbone) if is_matrix(module)]

@@ -1,4 +1,4 @@
-"""A hook of a callback that does what another does."""
+"""A hook of a callback that calls another of its hooks."""
 
 from __future__ import annotations
 

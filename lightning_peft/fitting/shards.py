@@ -1,7 +1,7 @@
 """The tensors of a checkpoint that is a folder of shards (torch.distributed.checkpoint), read without unpickling it.
 
-The folder's index is a pickle. It is read here as names and plain values: of the classes that PyTorch writes there each
-becomes a bare record of what it was given, and an index that names anything else is refused. The shards hold tensors.
+The folder's index is a pickle. It is read here as names and plain values: an object whose class PyTorch writes there
+becomes a bare record of its arguments, and an index that names anything else is refused. The shards hold tensors.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _VALUES: dict[tuple[str, str], Any] = {
 
 
 def read_shards(folder: Path, trust: bool = False) -> dict[str, Tensor]:
-    """The weights of a checkpoint that is a folder of shards, whole, in this process alone.
+    """Return the weights of a checkpoint that is a folder of shards, whole, in this process alone.
 
     Args:
         folder: the folder.
         trust: let PyTorch unpickle the index, whatever it holds.
 
     Raises:
-        AdapterError: the index names what PyTorch does not write there, or index and shards are damaged.
+        AdapterError: the index names objects that PyTorch does not write there, or index and shards are damaged.
     """
     if trust:
         return _unpickled(folder)
@@ -74,10 +74,10 @@ def read_shards(folder: Path, trust: bool = False) -> dict[str, Tensor]:
 
 
 def read_index(folder: Path) -> Any:
-    """The index of a folder of shards, as records that hold what PyTorch's objects would.
+    """Read the index of a folder of shards, as records that hold what PyTorch's objects would.
 
     Raises:
-        AdapterError: it names what PyTorch does not write there, or is damaged.
+        AdapterError: it names objects that PyTorch does not write there, or is damaged.
     """
     try:
         with open(folder / INDEX, "rb") as file:
@@ -94,11 +94,11 @@ def read_index(folder: Path) -> Any:
 
 
 class _Foreign(Exception):
-    """Something in an index that PyTorch does not write there."""
+    """An object in an index that PyTorch does not write there."""
 
 
 class _Record:
-    """What a pickle says of an object: its class's name, the arguments, and its state as attributes."""
+    """A pickle's record of an object: its class's name, the arguments, and its state as attributes."""
 
     was = ""
 

@@ -1,4 +1,4 @@
-"""What running on several devices asks of an adapter: what cannot work is said at the start, the rest is arranged."""
+"""Adapters on several devices: what cannot work is refused at the start, the rest is arranged."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _FILTERED = "_lightning_peft_filter"
 def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Check and set the Trainer's strategy before anything is injected.
 
-    DeepSpeed writes its own files and is told to leave frozen weights out. `ModelParallelStrategy` (FSDP2) saves and
-    asks for what `module.state_dict()` holds, so that is the checkpoint's entries while it runs.
+    DeepSpeed writes its own files and is set to leave frozen weights out. `ModelParallelStrategy` (FSDP2) saves and
+    loads the content of `module.state_dict()`, which is the checkpoint's entries while it runs.
 
     Raises:
         ValueError: a strategy whose checkpoints cannot hold an adapter alone, or that cannot clip or quantise; or a
@@ -48,17 +48,17 @@ def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """The names of what is trained."""
+    """Return the names of trained parameters."""
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def check_unchanged(trainer: L.Trainer, module: nn.Module, start: set[str]) -> None:
-    """Raise `ValueError` where DDP would not average a gradient, since what is trained has changed under it.
+    """Raise `ValueError` where DDP would not average a gradient, as other parameters are trained than at its start.
 
     Args:
         trainer: the running Trainer.
         module: the LightningModule.
-        start: what was trained when DDP was set up.
+        start: the names of parameters trained when DDP was set up.
     """
     if isinstance(trainer.strategy, DDPStrategy) and (later := sorted(trained_names(module) - start)):
         raise ValueError(
@@ -105,14 +105,14 @@ def same_on_every_rank(module: L.LightningModule, stack: AdapterStack) -> Iterat
     if trainer is None or trainer.state.status != TrainerStatus.RUNNING or trainer.world_size == 1:
         yield
         return
-    own = torch.get_rng_state()
-    shared = trainer.strategy.broadcast(own)
+    rng_state = torch.get_rng_state()
+    shared = trainer.strategy.broadcast(rng_state)
     torch.set_rng_state(shared)
     try:
         yield
     finally:
-        if not torch.equal(own, shared):  # where all were seeded alike, all go on alike
-            torch.set_rng_state(own)
+        if not torch.equal(rng_state, shared):  # where all were seeded alike, all go on alike
+            torch.set_rng_state(rng_state)
     live = {name: value for part in stack.parts for name, value in stack.live(part).items()}
     ours = {name: value for name, value in live.items() if not is_sharded(value) and not value.is_meta}
     sent = trainer.strategy.broadcast({name: value.detach().cpu() for name, value in ours.items()})
@@ -130,7 +130,7 @@ def check_whole(module: nn.Module, backbone: nn.Module, callback: str) -> None:
 
 
 def restore_loaded(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Check, and complete, what a strategy has loaded into the module by itself, without asking any hook."""
+    """Check, and complete, the state that a strategy loaded into the module without calling any hook."""
     if isinstance(module.trainer.strategy, ModelParallelStrategy):
         restore_sharded(module, module.trainer.ckpt_path)  # type: ignore[arg-type]
     else:
@@ -138,7 +138,7 @@ def restore_loaded(module: L.LightningModule, checkpoint: dict[str, Any]) -> Non
 
 
 def explain(module: L.LightningModule, error: BaseException) -> None:
-    """Say in one sentence why a strategy could not load a checkpoint, before any hook was asked.
+    """Explain in one sentence why a strategy could not load a checkpoint, before any hook was called.
 
     PyTorch names the place where a file is broken and, for FSDP2, the first tensor that differs.
 
@@ -163,9 +163,9 @@ def _save_adapters_only(module: nn.Module) -> None:
 
 
 def _filter(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Take out of a module's state, in place, what a checkpoint of its adapters does not hold."""
+    """Remove from a module's state, in place, the tensors that a checkpoint of its adapters leaves out."""
     stacks = find_stacks(module)
     if stacks and not prefix:
-        kept = set(checkpoint_names(module, stacks, state).values())
-        for name in state.keys() - kept:
+        names = set(checkpoint_names(module, stacks, state).values())
+        for name in state.keys() - names:
             del state[name]

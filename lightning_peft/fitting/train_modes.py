@@ -1,4 +1,4 @@
-"""How a frozen backbone runs while its adapters are trained: evaluation mode, and no gradients that nothing needs."""
+"""The modes of a frozen backbone while its adapters are trained: evaluation, and no needless gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_peft.stack.stack import stack_of
 
 
 def set_modes(backbone: nn.Module, dropout: bool, frozen: Collection[str] = ()) -> None:
-    """Frozen parts in evaluation mode (with `dropout`, normalisation only), adapters but the `frozen` in training."""
+    """Put frozen parts in evaluation mode (with `dropout`, normalisation only), adapters not `frozen` in training."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     whole = whole_wrapper()

@@ -1,4 +1,4 @@
-"""One adapter of a stack: what it is, and how it sits on the backbone."""
+"""One adapter of a stack: its configuration, its state and its place on the backbone."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class Adapter:
 
     @property
     def tuner(self) -> Any:
-        """peft's tuner object, holding `add_weighted_adapter` and the like; of a prompt, its `PeftModel`."""
+        """The tuner object of peft, holding `add_weighted_adapter` and the like; of a prompt, its `PeftModel`."""
         return self.injection.tuner

@@ -1,4 +1,4 @@
-"""What must hold of a backbone and a configuration before an adapter is put on."""
+"""The checks of a backbone and a configuration before an adapter is put on."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def check_strangers(backbone: nn.Module, ours: Collection[str]) -> None:
 
 
 def check_name(name: str, backbone: nn.Module) -> None:
-    """An adapter's name must be a folder's, and none that peft, which sorts tensors by it, would find elsewhere."""
+    """Check that an adapter's name can be a folder's, and that peft, which sorts tensors by it, finds no other."""
     check_folder_name(name, "An adapter's name")
     if any(name in module.split(".") for module, _ in backbone.named_modules()):
         raise ValueError(f"{name!r} is the name of a module of the backbone: give the adapter another name.")
 
 
 def check_targets(config: PeftConfig, backbone: nn.Module) -> None:
-    """Every target named in a list must exist (peft is content if one of them does), and be called."""
+    """Check that every target in a list exists (peft is content if one of them does), and is called."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     config = copy.deepcopy(config)
@@ -55,8 +55,8 @@ def check_targets(config: PeftConfig, backbone: nn.Module) -> None:
         check_called((name for name in modules if re.fullmatch(targets, name)), backbone)
         return
     for target in sorted(targets or ()):
-        found = [name for name in modules if name == target or name.endswith(f".{target}")]
-        if not found:
+        matches = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not matches:
             near = nearest_names(target, modules)
             raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
-        check_called(found, backbone)
+        check_called(matches, backbone)

@@ -1,4 +1,4 @@
-"""An adapter whose weights are computed: what every edit is in the end."""
+"""An adapter whose weights are computed, which is the result of every edit."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class ComputedAdapter:
 
 
 def saved_key(module: str, tensor: str) -> str:
-    """Return the key in a saved peft folder of what an adapter holds on a module.
+    """Return the key in a saved peft folder of an adapter's tensor on a module.
 
     Args:
         module: the module's name in the backbone without adapters.
-        tensor: what the adapter calls the tensor on that module.
+        tensor: the adapter's name for the tensor on that module.
 
     Example:
         >>> saved_key("model.layers.1.self_attn.o_proj", "head_offsets")

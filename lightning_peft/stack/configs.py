@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def config_to_json(config: PeftConfig) -> dict[str, Any]:
-    """A configuration as JSON-able values, as in a checkpoint: `torch.load(weights_only=True)` refuses the object."""
+    """Return a configuration as JSON-able values for checkpoints: `torch.load(weights_only=True)` refuses objects."""
     return {key: _plain(value) for key, value in config.to_dict().items()}
 
 
 def config_from_json(values: Mapping[str, Any]) -> PeftConfig:
-    """The configuration that `config_to_json` described."""
+    """Return the configuration that `config_to_json` described."""
     from peft import PeftConfig
 
     return PeftConfig.from_peft_type(**dict(values))
 
 
 def different_fields(a: PeftConfig, b: PeftConfig, computed: bool = False) -> list[str]:
-    """`name: a's value != b's value` for every field in which two configurations differ.
+    """Return `name: a's value != b's value` for every field in which two configurations differ.
 
     Args:
         a, b: the configurations.
@@ -51,7 +51,7 @@ def check_numbers(config: PeftConfig) -> None:
 
 
 def with_scale(config: PeftConfig, scale: float) -> PeftConfig:
-    """The configuration with the dial written into it, so that any reader of the folder gets the same scale.
+    """Return the configuration with the scale written into it, so that any reader of the folder gets the same.
 
     Raises:
         ValueError: the method has no dial.

@@ -1,4 +1,4 @@
-"""How strongly an edit acts at each token: gates, which read a probe at the very activations that are edited.
+"""The strength of an edit at each token: gates, which read a probe at the activations that are edited.
 
 A gate sees one token of one row at a time, so that an edited row does not change with its batch, nor with what is kept
 in a cache. Its probe `[..., d + 1]`, weights and then the intercept, is a tensor of the adapter. It fires where the
@@ -29,7 +29,7 @@ GATES: tuple[str, ...] = ("adaptive", "conditional")
 
 
 def check_gate(gate: str | None, threshold: float = 0.5) -> None:
-    """Refuse gates that there are not.
+    """Raise `ValueError` for a gate that does not exist.
 
     Raises:
         ValueError: an unknown gate, or a threshold that no probability could pass.
@@ -41,7 +41,7 @@ def check_gate(gate: str | None, threshold: float = 0.5) -> None:
 
 
 def gated(x: Tensor, probe: Tensor, gate: str, beta: float = 0.0, threshold: float = 0.5) -> Tensor:
-    """The strength of an edit at each token, `[...]`, in float32.
+    """Compute the strength of an edit at each token, `[...]`, in float32.
 
     Args:
         x: `[..., d]`, the activations before the edit.
@@ -63,7 +63,7 @@ def gated(x: Tensor, probe: Tensor, gate: str, beta: float = 0.0, threshold: flo
 
 
 def truth_gate(coef: Tensor, intercept: Tensor) -> Tensor:
-    """The probe of a gate that fires at what a truth probe finds untrue: `[..., d + 1]`, float32.
+    """Return the probe of a gate that fires where a truth probe finds untruth: `[..., d + 1]`, float32.
 
     Args:
         coef: `[..., d]`, a truth probe's weights in the space of the raw activations.
@@ -87,7 +87,7 @@ def check_mergeable(adapter: str, positions: str, gate: str | None) -> None:
 
 
 def where(positions: Positions, policy: str, x: Tensor) -> Tensor:
-    """The policy's mask in the current call, shaped to multiply onto `x [B, T, d]` (or `[B * T, d]`)."""
+    """Return the policy's mask in the current call, shaped to multiply onto `x [B, T, d]` (or `[B * T, d]`)."""
     mask = positions.mask(policy).to(x.device)
     if mask.numel() * x.shape[-1] != x.numel():
         raise ValueError(

@@ -70,7 +70,7 @@ def _import(modules: Sequence[str]) -> None:
 
 
 class _AfterPeft(MetaPathFinder):
-    """Finds peft as Python would, and registers our methods once its import has finished."""
+    """A finder that finds peft as Python would, and registers our methods once its import has finished."""
 
     def __init__(self, methods: Sequence[str]) -> None:
         self.methods = methods

@@ -109,24 +109,24 @@ class AdapterStack:
         flags = self._flags()
         # peft warns of a second configuration on one model; here that is the point, so it is shown a bare model
         configs = self.backbone.__dict__.pop("peft_config", {})
-        own = copy.deepcopy(config)
+        live_config = copy.deepcopy(config)
         try:
             # an initialisation that reads or changes weights must see the base's own
             with self._switched_off():
                 with one_sentence(self.backbone, config):
-                    injection = kind(self.backbone, own, name)
-                check_layers(self.backbone, list(injection.layers()), own)
+                    injection = kind(self.backbone, live_config, name)
+                check_layers(self.backbone, list(injection.layers()), live_config)
             part = Adapter(name, copy.deepcopy(config), injection, computed, dict(record or {}))
             part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         except Exception:
-            kind.clean_up(self.backbone, own, name)
+            kind.clean_up(self.backbone, live_config, name)
             if configs:
                 self.backbone.__dict__["peft_config"] = configs
             _set(flags)
             self._activate()
             raise
         self.base = base
-        self.backbone.__dict__["peft_config"] = {**configs, name: own}
+        self.backbone.__dict__["peft_config"] = {**configs, name: live_config}
         self.backbone.__dict__[_ATTRIBUTE] = self
         self.parts.append(part)
         injection.note_trained()
@@ -135,7 +135,7 @@ class AdapterStack:
         return part
 
     def put(self, name: str, made: ComputedAdapter) -> Adapter:
-        """Put a computed adapter on the backbone, outermost, in place of what had this name.
+        """Put a computed adapter on the backbone, outermost, in place of one of the same name.
 
         Raises:
             ValueError: as `add`.
@@ -165,7 +165,7 @@ class AdapterStack:
         self.unmerge()
         self.parts.remove(part)
         configs = self.backbone.__dict__.pop("peft_config")
-        if remaining := {other: config for other, config in configs.items() if other != name}:
+        if remaining := {key: config for key, config in configs.items() if key != name}:
             self.backbone.__dict__["peft_config"] = remaining
         part.injection.take_out()
         self._activate()
@@ -173,7 +173,7 @@ class AdapterStack:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Within, adapters give way to others: what stands there while there are any stays even if there is none."""
+        """Let adapters be exchanged: handles and state that need an adapter stay, even while there is none."""
         self._changing += 1
         try:
             yield
@@ -297,11 +297,11 @@ class AdapterStack:
         self._own.clear()
 
     def freeze(self) -> None:
-        """Let nothing on this backbone be trained further: what stands is what a further adapter builds on."""
+        """Let nothing on this backbone be trained further: a further adapter builds on it as it is."""
         self.backbone.requires_grad_(False)
 
     def train(self, names: Collection[str]) -> None:
-        """Let the adapters of these names be trained, and no other: all that training them means, saved biases too."""
+        """Let the adapters of these names be trained, saved biases included, and no other."""
         parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
         for part in self.parts:
             keys = self.keys(part)
@@ -309,7 +309,7 @@ class AdapterStack:
                 parameters[keys[key]].requires_grad_(part.name in names)
 
     def _flags(self) -> dict[nn.Parameter, bool]:
-        """Which parameters of adapters are trained."""
+        """Return which parameters of adapters are trained."""
         if not self.parts:
             return {}
         parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
@@ -334,21 +334,21 @@ class AdapterStack:
             part.injection.switch(part.enabled)
 
     def keys(self, part: Adapter) -> dict[str, str]:
-        """The part's tensors: peft's key in a saved folder -> the name in the backbone's state."""
+        """Return the part's tensors: peft's key in a saved folder -> the name in the backbone's state."""
         return part.injection.keys()
 
     def live(self, part: Adapter) -> dict[str, Tensor]:
-        """The part's tensors themselves under their names in the backbone's state, to be written to."""
+        """Return the part's tensors themselves, to be written to, under their names in the backbone's state."""
         state = state_tensors(self.backbone)
         return {name: state[name].detach() for name in self.keys(part).values()}
 
     def tensors(self, part: Adapter) -> dict[str, Tensor]:
-        """The part's tensors under the keys of a saved peft folder; of a sharded module, all processes must ask."""
+        """Return the part's tensors under the keys of a saved peft folder; if sharded, all processes must call this."""
         state = state_tensors(self.backbone)
         return {key: whole(state[name].detach()) for key, name in self.keys(part).items()}
 
     def parameters(self, part: Adapter) -> dict[str, nn.Parameter]:
-        """The part's parameters by their names in the backbone; of a sharded module, this process's handles on them."""
+        """Return the part's parameters by their names in the backbone; if sharded, this process's handles on them."""
         every = dict(self.backbone.named_parameters(remove_duplicate=False))
         return {name: every[name] for name in self.keys(part).values() if name in every}
 
@@ -359,8 +359,8 @@ class AdapterStack:
 
         Args:
             part: the part.
-            tensors: what was saved.
-            source: what to call it in messages.
+            tensors: the saved tensors.
+            source: their origin, for messages.
             keys: the part's keys, where they are known.
 
         Raises:
@@ -380,7 +380,7 @@ class AdapterStack:
             write(state[name], tensors[key])
 
     def describe(self) -> dict[str, Any]:
-        """The base's fingerprint and every part, JSON-able: what is needed to build the stack again."""
+        """Describe the base's fingerprint and every part, JSON-able: enough to build the stack again."""
         return {
             "fingerprint": without(self.base, saved_heads(part.config for part in self.parts)),
             "parts": [
@@ -399,7 +399,7 @@ class AdapterStack:
 
     @contextmanager
     def reading_base_once(self) -> Iterator[None]:
-        """Within, the bare backbone's fingerprint is taken once, since nothing but adapters changes the backbone."""
+        """Take the bare backbone's fingerprint only once for a while, as nothing but adapters changes the backbone."""
         self._reading = {}
         try:
             yield
@@ -407,7 +407,7 @@ class AdapterStack:
             self._reading = None
 
     def _base(self) -> dict[str, Any]:
-        """The fingerprint of the backbone without adapters."""
+        """Return the fingerprint of the backbone without adapters."""
         if self.parts:
             return self.base
         if self._reading is None:
@@ -416,20 +416,20 @@ class AdapterStack:
         return self._reading
 
     def check_base(self, expected: Mapping[str, Any], source: str, heads: Collection[str] = ()) -> None:
-        """See that the backbone is the one that a saved adapter was made for.
+        """Check that the backbone is the one that a saved adapter was made for.
 
         Args:
             expected: the fingerprint that was saved; empty where none was.
-            source: what to call the saved adapter in messages.
-            heads: what of the backbone the saved adapter replaces whole.
+            source: the saved adapter's name in messages.
+            heads: the modules of the backbone that the saved adapter replaces whole.
 
         Raises:
             AdapterError: it is another base, and `strict_base` holds.
         """
         if not expected:
             return
-        found = self._base()
-        if difference := mismatch(dict(expected), without(found, heads)):
+        current = self._base()
+        if difference := mismatch(dict(expected), without(current, heads)):
             problem = f"{source} was made for another base model: {difference}"
             if self.strict_base:
                 raise AdapterError(
@@ -460,7 +460,7 @@ def check_same_keys(expected: set[str], found: set[str], what: str) -> None:
 
 
 def stack_of(backbone: nn.Module) -> AdapterStack:
-    """The stack on exactly this backbone, made empty where there is none yet."""
+    """Return the stack on exactly this backbone, made empty where there is none yet."""
     existing = backbone.__dict__.get(_ATTRIBUTE) or _EMPTY.get(id(backbone))
     if not isinstance(existing, AdapterStack):
         existing = _EMPTY[id(backbone)] = AdapterStack(backbone)
@@ -468,26 +468,26 @@ def stack_of(backbone: nn.Module) -> AdapterStack:
 
 
 def find_stacks(module: nn.Module) -> dict[str, AdapterStack]:
-    """Every non-empty stack in `module`, by the name of its backbone (`""` is the module itself)."""
-    found = ((name, m.__dict__.get(_ATTRIBUTE)) for name, m in module.named_modules())
-    return {name: stack for name, stack in found if isinstance(stack, AdapterStack) and stack.parts}
+    """Return every non-empty stack in `module`, by the name of its backbone (`""` is the module itself)."""
+    stacks = ((name, m.__dict__.get(_ATTRIBUTE)) for name, m in module.named_modules())
+    return {name: stack for name, stack in stacks if isinstance(stack, AdapterStack) and stack.parts}
 
 
 def adapters(module: nn.Module) -> AdapterStack:
-    """The one stack of adapters in `module`: a LightningModule, or the backbone itself.
+    """Return the one stack of adapters in `module`: a LightningModule, or the backbone itself.
 
     Raises:
         ValueError: there is none, or there are several.
     """
     stacks = find_stacks(module)
     if len(stacks) != 1:
-        found = f"adapters on {', '.join(map(repr, stacks))}" if stacks else "no adapter"
-        raise ValueError(f"Expected adapters on one backbone in {type(module).__name__}, found {found}.")
+        present = f"adapters on {', '.join(map(repr, stacks))}" if stacks else "no adapter"
+        raise ValueError(f"Expected adapters on one backbone in {type(module).__name__}, found {present}.")
     return next(iter(stacks.values()))
 
 
 def _in_merge_order(parts: list[Adapter]) -> list[Adapter]:
-    """Inner parts first; a tuner that changes what the modules' own parameters read as is innermost wherever added."""
+    """Sort parts, inner ones first; a tuner that changes how modules' own parameters read is always innermost."""
     return sorted(parts, key=lambda part: not getattr(type(part.tuner), "innermost", False))
 
 

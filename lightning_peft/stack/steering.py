@@ -27,7 +27,7 @@ def steering(
     positions: str | None = None,
     strict_base: bool = True,
 ) -> Iterator[list[Adapter]]:
-    """Within, the model is adapted by a saved adapter; afterwards it is what it was, bit for bit, also on an exception.
+    """Adapt the model by a saved adapter for a while; afterwards it is as before, bit for bit, also on an exception.
 
     `model.generate` and plain calls work as ever: an edit of answer positions begins at the last token of the prompt
     that `generate` is given (see `lightning_peft.positions` for other calls). Contexts can be nested; the inner adapter
@@ -98,7 +98,7 @@ def steering(
 
 
 def reposition(part: Adapter, positions: str) -> bool:
-    """Let an edit act on other tokens than it was made for; False where the adapter is not limited to positions.
+    """Let an edit act on other tokens than it was made for; return False where it has no positions to change.
 
     Raises:
         ValueError: unknown positions, or the edit cannot have them.
@@ -121,9 +121,9 @@ def _with_positions(config: Any, positions: str) -> Any:
 
 
 def _stack_on(model: nn.Module) -> AdapterStack:
-    """The stack on the model, or the one inside it where there is one already."""
-    found = list(find_stacks(model).values())
-    return found[0] if len(found) == 1 else stack_of(model)
+    """Return the stack on the model, or the one inside it where there is one already."""
+    stacks = list(find_stacks(model).values())
+    return stacks[0] if len(stacks) == 1 else stack_of(model)
 
 
 def _free_name(stack: AdapterStack) -> str:

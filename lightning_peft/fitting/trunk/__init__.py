@@ -1,1 +1,1 @@
-"""The frozen blocks below the first trained one, and what is kept of them from epoch to epoch."""
+"""The frozen blocks below the first trained one, and their results, kept from epoch to epoch."""

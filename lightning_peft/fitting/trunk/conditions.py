@@ -1,4 +1,4 @@
-"""What must hold of a trunk, the blocks below the first trained one, for its result to be the same for the same row."""
+"""The conditions under which a trunk, the blocks below the first trained one, repeats its result for a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TrunkError(ValueError):
 
 
 def below_first_trained(backbone: nn.Module) -> tuple[list[Block], str]:
-    """The blocks below the first that holds a trainable parameter, and that one's name.
+    """Return the blocks below the first that holds a trainable parameter, and that one's name.
 
     Raises:
         TrunkError: the backbone has no numbered blocks, or the first of them is trained.
@@ -36,7 +36,7 @@ def below_first_trained(backbone: nn.Module) -> tuple[list[Block], str]:
 
 
 def check_adapters(trunk: list[Block], backbone: nn.Module) -> None:
-    """No adapter may act in the trunk that looks at where the answer begins, or that is computed."""
+    """Check that no adapter acts in the trunk that is computed, or depends on where the answer begins."""
     from lightning_peft.stack.stack import stack_of
 
     parts = stack_of(backbone).parts
@@ -66,7 +66,7 @@ def check_past(arguments: Mapping[str, Any], backbone: nn.Module) -> None:
 
 
 def frozen_tensors(backbone: nn.Module, trunk: list[Block]) -> list[Tensor]:
-    """Parameters and buffers of the trunk, and frozen parameters outside blocks, embeddings among them."""
+    """Return parameters and buffers of the trunk, and frozen ones outside blocks, embeddings among them."""
     inside = {id(p) for block in blocks(backbone) for p in block.module.parameters()}
     outside = [p for p in backbone.parameters() if id(p) not in inside and not p.requires_grad]
     return [t for block in trunk for t in (*block.module.parameters(), *block.module.buffers())] + outside
@@ -83,7 +83,7 @@ def what_acts(trunk: list[Block], backbone: nn.Module) -> str:
 
 
 def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The leaves that a tensor was computed from."""
+    """Return the leaves that a tensor was computed from."""
     stack, seen = [tensor.grad_fn], set()
     while stack:
         node = stack.pop()

@@ -1,4 +1,4 @@
-"""A hash for each row of a call, by what the call was given: equal rows have equal hashes, however they are padded."""
+"""A hash for each row of a call, by its arguments: equal rows have equal hashes, however they are padded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class NotHashable(TypeError):
 
 
 def row_keys(arguments: Mapping[str, Any], rows: int, real: Tensor | None, context: bytes = b"") -> list[bytes]:
-    """One hash for each row.
+    """Return one hash for each row.
 
     Args:
-        arguments: what the call was given, by name: tensors, plain values, and lists or dicts of them.
+        arguments: the call's arguments by name: tensors, plain values, and lists or dicts of them.
         rows: the number of rows; a tensor with as many, or one of one row as long as `real`, is taken row by row, any
             other belongs to every row.
         real: `[rows, T]` bool, what is not padding; of tensors `[rows, T, ...]` the rest is left out. Where no
@@ -55,19 +55,19 @@ def row_keys(arguments: Mapping[str, Any], rows: int, real: Tensor | None, conte
             shared.update(f"{name} {value!r}".encode())
     keys = []
     for row in range(rows):
-        own = shared.copy()
+        row_hash = shared.copy()
         for name, tensor in split:
             part = tensor[row]
             if real is not None and tensor.shape[:2] == real.shape:
                 part = part[real[row]]
-            own.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-            own.update(_bytes(part))
-        keys.append(own.digest())
+            row_hash.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+            row_hash.update(_bytes(part))
+        keys.append(row_hash.digest())
     return keys
 
 
 def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors and plain values, by a name of their own, in a fixed order; what is None is not there."""
+    """Yield tensors and plain values by a name of their own, in a fixed order; None is left out."""
     for name in sorted(arguments, key=str):
         value = arguments[name]
         if name in _READ_ABOVE or value is None:

@@ -31,7 +31,7 @@ class RowStore:
         max_bytes: how much may be kept.
         folder: where to put a file that is mapped into memory; it has no name, so nothing is left behind, not even
             by a crash. Default: in RAM.
-        dtype: what rows are kept as; default as they come.
+        dtype: the precision that rows are kept in; default as they come.
 
     Raises:
         OSError: when a row is put and the disk is full.
@@ -62,12 +62,12 @@ class RowStore:
         return len(self._rows)
 
     def size_of(self, row: Tensor) -> int:
-        """The bytes that a row takes here."""
+        """Return the bytes that a row takes here."""
         size = row.numel() * (self.dtype or row.dtype).itemsize
         return -(-size // _ALIGNED) * _ALIGNED
 
     def put(self, key: bytes, row: Tensor) -> bool:
-        """Keep a row, unless it is there; False where there is no room for it."""
+        """Keep a row that is not kept yet; return False where there is no room for it."""
         if key in self._rows:
             return True
         size = self.size_of(row)
@@ -84,7 +84,7 @@ class RowStore:
         return True
 
     def get(self, key: bytes) -> Tensor:
-        """A view of a row, on the CPU; not to be written to."""
+        """Return a view of a row, on the CPU; not to be written to."""
         return self._view(self._rows[key])
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 """The frozen trunk of a model: the blocks below the first trained one, and how to run the model without them.
 
-What the last block of the trunk gives is kept for every row that is seen. In a call whose rows are all known the
-blocks of the trunk hand their input on, and the last of them gives what was kept instead. Everything else (embeddings,
-masks, rotary angles) is computed by the model as ever, so nothing need be known of its architecture. In any other
-call, and wherever it cannot be known that the kept states are the right ones, the trunk is computed.
+The output of the trunk's last block is kept for every row. In a call whose rows are all known, the blocks of the trunk
+hand their input on, and the last of them returns the kept states. The model computes everything else (embeddings,
+masks, rotary angles) as ever, so nothing need be known of its architecture. In any other call, and wherever the kept
+states may be the wrong ones, the trunk is computed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Trunk:
     """The blocks below the first trained one, patched in place until `remove`.
 
     Args:
-        module: what holds the backbone; the modules between it and the blocks are watched for calls.
+        module: the module around the backbone; the modules between it and the blocks are watched for calls.
         backbone: the frozen model.
         store: where states are kept.
         announce: called once, after the first call, with its rows and the bytes their states take.
@@ -78,7 +78,7 @@ class Trunk:
         self._layers = [m for block in self.blocks for m in block.module.modules() if hasattr(m, "active_adapters")]
         self._forms: dict[nn.Module, int | None] = {}  # the length of a block's tuple, None where it gives a tensor
         self._call: _Call | None = None
-        self._checked = self._checking = self._told_full = False
+        self._checked = self._checking = self._warned_full = False
         self._unpadded: bool | None = None
         self.hits = self.misses = 0  # rows
         self._handles: list[Any] = []
@@ -125,7 +125,7 @@ class Trunk:
         if self._call is not None:
             return None
         call = _Call(entry, _named(entry, args, kwargs))
-        if _asks_for_blocks(entry, call.arguments):
+        if _needs_blocks(entry, call.arguments):
             return None
         first = not self._checked
         if first and not torch.is_grad_enabled():
@@ -167,7 +167,7 @@ class Trunk:
     # -- what is kept ------------------------------------------------------------------------------------------------
 
     def _key(self, call: _Call) -> bool:
-        """Find the keys of a call's rows; False where they cannot be known."""
+        """Set the keys of a call's rows; return False where they cannot be known."""
         rows = next((v.shape[0] for v in call.arguments.values() if isinstance(v, Tensor) and v.dim()), 0)
         try:
             call.keys = row_keys(call.arguments, rows, self._real(call), self._context(call))
@@ -176,7 +176,7 @@ class Trunk:
         return bool(call.keys)
 
     def _context(self, call: _Call) -> bytes:
-        """What besides the row determines the trunk's result: its weights, the adapters in it, the precision."""
+        """Return what besides the row determines the trunk's result: its weights, adapters and precision."""
         adapters = [(m.active_adapters, m.merged, sorted(getattr(m, "scaling", {}).items())) for m in self._layers]
         device = self._frozen[0].device.type if self._frozen else "cpu"
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -195,14 +195,14 @@ class Trunk:
         self.misses += len(call.keys)
         for row, key in enumerate(call.keys):
             if key not in self.store:
-                kept = self.store.put(key, states[row] if real is None else states[row][real[row]])
-                if not kept and not self._told_full:
-                    self._told_full = True
+                stored = self.store.put(key, states[row] if real is None else states[row][real[row]])
+                if not stored and not self._warned_full:
+                    self._warned_full = True
                     self._full()
 
     @torch.no_grad()
     def _read(self, call: _Call) -> Tensor:
-        """The states of a call's rows, zero where they are padded."""
+        """Return the states of a call's rows, zero where they are padded."""
         rows, real = [self.store.get(key) for key in call.keys], self._real(call)
         device = next((t.device for t in call.arguments.values() if isinstance(t, Tensor)), None)
         if real is None or bool(real.all()):
@@ -214,7 +214,7 @@ class Trunk:
     # -- running the blocks ------------------------------------------------------------------------------------------
 
     def run(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute a block of the trunk by its own `forward`, or give what stands for its result."""
+        """Compute a block of the trunk by its own `forward`, or return the stand-in for its result."""
         call = self._call
         if call is None:
             return forward(*args, **kwargs)
@@ -274,18 +274,18 @@ class Trunk:
                 )
 
 
-def _asks_for_blocks(entry: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call wants what the blocks compute inside, or to be continued."""
+def _needs_blocks(entry: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a call returns states from inside the blocks, or is to be continued."""
     config = getattr(entry, "config", None)
-    wanted = ("output_hidden_states", "output_attentions")
-    if any(arguments.get(name, getattr(config, name, None)) for name in wanted):
+    flags = ("output_hidden_states", "output_attentions")
+    if any(arguments.get(name, getattr(config, name, None)) for name in flags):
         return True
     past = arguments.get("past_key_values")
     return not torch.is_grad_enabled() and (past is not None or bool(arguments.get("use_cache")))
 
 
 def _modules_above(root: nn.Module, block: nn.Module) -> list[nn.Module]:
-    """The modules between `root` and the list of a block, both but the root, that can be called, outermost first."""
+    """Return callable modules from `root` (left out) to the list of a block (included), outermost first."""
     (name,) = [name for name, module in root.named_modules() if module is block][:1]
     path = name.split(".")[:-1]
     above = [root.get_submodule(".".join(path[: i + 1])) for i in range(len(path))]
@@ -293,7 +293,7 @@ def _modules_above(root: nn.Module, block: nn.Module) -> list[nn.Module]:
 
 
 def _named(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a call was given, by name."""
+    """Return a call's arguments by name."""
     names = _parameters(type(entry).forward)
     return {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(args)} | kwargs
 
@@ -305,7 +305,7 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _mask(call: _Call) -> Tensor | None:
-    """The call's padding mask `[B, T]`, where it has one that is as long as its tokens."""
+    """Return the call's padding mask `[B, T]`, where it has one that is as long as its tokens."""
     mask = call.arguments.get("attention_mask")
     tokens = call.arguments.get("input_ids")
     tokens = call.arguments.get("inputs_embeds") if tokens is None else tokens
@@ -315,7 +315,7 @@ def _mask(call: _Call) -> Tensor | None:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states a block is given, or gives: the first tensor."""
+    """Return the hidden states a block takes or returns: the first tensor."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 

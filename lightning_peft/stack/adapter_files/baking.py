@@ -28,7 +28,7 @@ from lightning_peft.stack.steering import reposition, steering
 
 @dataclass(frozen=True)
 class Baked:
-    """What baking did.
+    """The result of baking.
 
     Args:
         cls: the name of the model's class.
@@ -110,16 +110,16 @@ def bake(
         measured = divergence(model, batches, lambda: acting(positions), nullcontext)
     zeros = {name: _zero_bias(model, name) for name in sorted(added - changed.keys())}
     new, quantised = changed | zeros, getattr(model.config, "quantization_config", None) is not None
-    made: Reference | None = None
+    expected: Reference | None = None
     saved: Any = model
     with new_folder(output) as folder:
         with _written(model, new), turned_on(model.config, flags):
             saved.save_pretrained(folder)
             if verify and quantised:
-                made = _merged(model, new)
-        if verify and made is None:
-            made = _edited(model, adapter, changed, zeros)
-        verification = verify_folder(folder, type(model), saved.dtype, made) if made is not None else None
+                expected = _merged(model, new)
+        if verify and expected is None:
+            expected = _edited(model, adapter, changed, zeros)
+        verification = verify_folder(folder, type(model), saved.dtype, expected) if expected is not None else None
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
     were = tuple(dict.fromkeys(positions.values()))
@@ -128,7 +128,7 @@ def bake(
 
 @contextmanager
 def everywhere(model: nn.Module, adapter: str | Path) -> Iterator[dict[Adapter, str]]:
-    """Within, the model carries a saved adapter whose edits act at every position; yields where they acted as saved.
+    """Put a saved adapter on the model for a while, its edits at every position; yield the positions as saved.
 
     Afterwards it is the same bit for bit, whatever was merged meanwhile.
     """
@@ -153,7 +153,7 @@ def everywhere(model: nn.Module, adapter: str | Path) -> Iterator[dict[Adapter, 
 
 @contextmanager
 def acting(positions: Mapping[Adapter, str]) -> Iterator[None]:
-    """Within, the edits act at these positions; afterwards at every one, as in `everywhere`."""
+    """Let the edits act at these positions for a while; afterwards at every one, as in `everywhere`."""
     for part, where in positions.items():
         reposition(part, where)
     try:
@@ -165,7 +165,7 @@ def acting(positions: Mapping[Adapter, str]) -> Iterator[None]:
 
 @torch.no_grad()
 def changes(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters, by the names they have without adapters, that merging the model's adapters would change or add.
+    """Return the parameters that merging the model's adapters would change or add, by their names without adapters.
 
     Raises:
         ValueError: an adapter cannot be merged, or one of two names of the same parameter would change alone.
@@ -189,7 +189,7 @@ def changes(model: nn.Module) -> dict[str, Tensor]:
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own parameters, by the names they have without adapters; a shared one under each of its names."""
+    """Return the model's own parameters, by their names without adapters; a shared one under each of its names."""
     return {
         f"{name}.{key}".lstrip("."): parameter
         for name, module in base_modules(model)
@@ -226,20 +226,20 @@ def _zero_bias(model: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def _written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within, the model's parameters have these values; those that do not exist are made."""
-    own = own_parameters(model)
-    before = {name: own[name].data for name in values if name in own}
+    """Give the model's parameters these values for a while; add those that do not exist."""
+    parameters = own_parameters(model)
+    before = {name: parameters[name].data for name in values if name in parameters}
     try:
         for name, value in values.items():
-            if name in own:
-                own[name].data = value
+            if name in parameters:
+                parameters[name].data = value
             else:
                 _set(model, name, nn.Parameter(value, requires_grad=False))
         yield
     finally:
         for name in values:
-            if name in own:
-                own[name].data = before[name]
+            if name in parameters:
+                parameters[name].data = before[name]
             else:
                 _set(model, name, None)
 
@@ -250,15 +250,15 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
 
 
 def _merged(model: Any, added: Mapping[str, Tensor]) -> Reference:
-    """Return what a quantised model with the biases in it gives; the edit itself would be rounded by its layers."""
+    """Return the reference of a quantised model with the biases in it: its layers would round the edit itself."""
     probe = find_probe(model)
-    found = [] if probe is None else outputs(model, probe)
+    values = [] if probe is None else outputs(model, probe)
     weights = {name: digest(value) for name, value in added.items() if value.is_floating_point()}
-    return Reference(probe, found, weights, torch.finfo(model.dtype).eps ** 0.5)
+    return Reference(probe, values, weights, torch.finfo(model.dtype).eps ** 0.5)
 
 
 def _edited(model: Any, adapter: str | Path, changed: Mapping[str, Tensor], zeros: Mapping[str, Tensor]) -> Reference:
-    """Return what the model with the adapter at every position is, in float32; the model is the same afterwards."""
+    """Return the reference of the model with the adapter everywhere, in float32; restore the model afterwards."""
     dtype = model.dtype
     dtypes = {name: value.dtype for name, value in {**own_parameters(model), **changed, **zeros}.items()}
     with _precision(model) as change, ExitStack() as adapted:
@@ -282,16 +282,16 @@ def _edited(model: Any, adapter: str | Path, changed: Mapping[str, Tensor], zero
 
 @contextmanager
 def _precision(model: nn.Module) -> Iterator[Callable[[torch.dtype], None]]:
-    """Within, the model's half-precision tensors can be made float32 and back, which loses nothing."""
-    own: dict[Tensor, torch.dtype] = {}
+    """Yield a function that turns the model's half-precision tensors to float32 and back, without loss."""
+    dtypes: dict[Tensor, torch.dtype] = {}
 
     def change(dtype: torch.dtype) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             if dtype not in HALF and tensor.dtype in HALF:
-                own[tensor] = tensor.dtype
+                dtypes[tensor] = tensor.dtype
                 tensor.data = tensor.data.to(dtype)
-            elif dtype in HALF and tensor in own:
-                tensor.data = tensor.data.to(own[tensor])
+            elif dtype in HALF and tensor in dtypes:
+                tensor.data = tensor.data.to(dtypes[tensor])
 
     try:
         yield change

@@ -25,7 +25,7 @@ _CLASSES = (
 
 
 def named_base(adapter: Path) -> str:
-    """The base that an adapter's own configuration names.
+    """Return the base that an adapter's own configuration names.
 
     Raises:
         AdapterError: it names none.
@@ -38,7 +38,7 @@ def named_base(adapter: Path) -> str:
 
 
 def load_base(adapter: str | Path, base: str | None = None, dtype: str = "auto") -> tuple[Any, str]:
-    """The pretrained transformers model that an adapter was made for, without the adapter.
+    """Load the pretrained transformers model that an adapter was made for, without the adapter.
 
     Args:
         adapter: a folder that `load_adapter` reads.
@@ -64,7 +64,7 @@ def load_base(adapter: str | Path, base: str | None = None, dtype: str = "auto")
 
 
 def base_config(adapter: Path, base: str) -> Any:
-    """The base's configuration.
+    """Return the base's configuration.
 
     Raises:
         AdapterError: the adapter was not made for a transformers model.
@@ -88,7 +88,7 @@ def base_config(adapter: Path, base: str) -> Any:
 
 
 def fitting_class(adapter: Path, base: str, config: Any) -> tuple[Any, Any]:
-    """The class of model that the adapter was made for, and a model of it with the adapter, both without values.
+    """Return the class of model that the adapter was made for, and one with the adapter, both without values.
 
     Raises:
         ValueError: it was made for no class of model that the base has.
@@ -116,7 +116,7 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_new(output: Path) -> None:
-    """Raise `ValueError` unless a folder can be written there without touching what is there."""
+    """Raise `ValueError` unless a folder can be written there without touching existing files."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not an empty folder: name another to write to.")
 
@@ -133,7 +133,7 @@ def save_tokenizer(base: str, folder: Path) -> None:
 
 
 def _classes(config: Any) -> Iterator[Any]:
-    """The classes a base may have been loaded with, the one its config names first."""
+    """Return the classes a base may have been loaded with, the one its config names first."""
     import transformers
 
     for name in (*(config.architectures or ()), *_CLASSES):

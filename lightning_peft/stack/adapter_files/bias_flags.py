@@ -1,4 +1,4 @@
-"""Which settings of a transformers configuration give an architecture a bias it does not have by default."""
+"""The settings of a transformers configuration that give an architecture biases it lacks by default."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Flag:
 
 
 def find_flags(model: Any, missing: Collection[str]) -> tuple[tuple[Flag, ...], set[str]]:
-    """The settings that give a model these biases, found by building it with each, on the meta device.
+    """Return the settings that give a model these biases, found by building it with each, on the meta device.
 
     A setting serves if it is off, has `bias` in its name, and turning it on adds biases to the model, some of them
     missing, and changes no other parameter. LLaMA's `attention_bias` is one for `o_proj`, and adds biases to the
@@ -59,11 +59,11 @@ def find_flags(model: Any, missing: Collection[str]) -> tuple[tuple[Flag, ...], 
         for flag in _candidates(model.config):
             with turned_on(model.config, [flag]):
                 try:
-                    other = _shapes(model)
+                    flagged = _shapes(model)
                 except (ValueError, TypeError, NotImplementedError):  # the architecture does not go with it
                     continue
-            new = other.keys() - base.keys()
-            only_more = new and all(name.endswith(".bias") for name in new) and base.items() <= other.items()
+            new = flagged.keys() - base.keys()
+            only_more = new and all(name.endswith(".bias") for name in new) and base.items() <= flagged.items()
             if only_more and new & (set(missing) - added):
                 flags.append(flag)
                 added |= new
@@ -77,7 +77,7 @@ def find_flags(model: Any, missing: Collection[str]) -> tuple[tuple[Flag, ...], 
 
 @contextmanager
 def turned_on(config: Any, flags: Collection[Flag]) -> Iterator[None]:
-    """Within, the settings are on."""
+    """Turn the settings on for a while."""
     holders = [(getattr(config, flag.config) if flag.config else config, flag.name) for flag in flags]
     for holder, name in holders:
         setattr(holder, name, True)
@@ -97,7 +97,7 @@ def _candidates(config: Any) -> Iterator[Flag]:
 
 
 def _shapes(model: Any) -> dict[str, torch.Size]:
-    """Names and shapes of the parameters of a model of this class and configuration."""
+    """Return names and shapes of the parameters of a model of this class and configuration."""
     with torch.device("meta"):
         built = type(model)(copy.deepcopy(model.config))
     return {name: parameter.shape for name, parameter in built.named_parameters(remove_duplicate=False)}

@@ -52,7 +52,7 @@ Scope = Literal["adapter", "tensor"]
 
 @dataclass(frozen=True)
 class Compression:
-    """What a compression did, in numbers.
+    """The numbers of one compression.
 
     Args:
         parameters: how many numbers were compressed.
@@ -80,7 +80,7 @@ class Compression:
 
 
 def keep_largest(change: Tensor, density: float) -> Tensor:
-    """The signs `[N]`, int8, of exactly `round(density * N)` largest magnitudes, 0 elsewhere; of equal ones the first.
+    """Return the signs `[N]`, int8, of the `round(density * N)` largest magnitudes (of equals the first), else 0.
 
     Example:
         >>> import torch
@@ -136,7 +136,7 @@ def compress_adapter(
         raise AdapterError(f"{folder} has {len(folders)} adapters and {initial}, its start, has {len(starts)}.")
     if output.resolve() in {folder.resolve(), None if initial is None else Path(initial).resolve()}:
         raise ValueError(f"{output} is what is to be compressed: name another folder to write to.")
-    made, done = {}, []
+    adapters, rows = {}, []
     for path, start in zip(folders, starts, strict=True):
         if (path / COMPRESSED).is_file():
             raise AdapterError(f"{path} is compressed already.")
@@ -144,11 +144,11 @@ def compress_adapter(
         check_finite(tensors, str(path))
         target = output / path.name if len(folders) > 1 else output
         packed, numbers = _compress(config, tensors, density, alpha, deviation, start, target, scope)
-        made[path.name if len(folders) > 1 else "default"] = (config, packed, notes)
-        done.append({"before": (path / WEIGHTS).stat().st_size, "target": target, **numbers})
-    write_folders(output, made, COMPRESSED)
+        adapters[path.name if len(folders) > 1 else "default"] = (config, packed, notes)
+        rows.append({"before": (path / WEIGHTS).stat().st_size, "target": target, **numbers})
+    write_folders(output, adapters, COMPRESSED)
     return [
-        Compression(after=(numbers.pop("target") / COMPRESSED).stat().st_size, **numbers) for numbers in map(dict, done)
+        Compression(after=(numbers.pop("target") / COMPRESSED).stat().st_size, **numbers) for numbers in map(dict, rows)
     ]
 
 
@@ -156,23 +156,23 @@ def decompress_adapter(folder: str | Path, output: str | Path, verify: bool = Tr
     """Write a compressed adapter, or stack, as plain peft folders that `PeftModel.from_pretrained` reads.
 
     Args:
-        folder: what `compress_adapter` wrote.
+        folder: a folder that `compress_adapter` wrote.
         output: where to write.
         verify: read what was written, and compare it with what loading the compressed adapter gives, bit for bit,
             before it takes its place.
 
     Raises:
         AdapterError: the folder is not compressed or cannot be read.
-        ValueError: what was written is not the same; nothing is left of it then.
+        ValueError: the written folder is not the same; nothing is left of it then.
     """
     folders = adapter_folders(Path(folder))
     if plain := [path for path in folders if not (path / COMPRESSED).is_file()]:
         raise AdapterError(f"{plain[0]} is not compressed: it has no {COMPRESSED}.")
     sources = {path.name if len(folders) > 1 else "default": path for path in folders}
 
-    def check(made: Path) -> None:
+    def check(written: Path) -> None:
         for name, source in sources.items():
-            check_same(made / name if len(sources) > 1 else made, source)
+            check_same(written / name if len(sources) > 1 else written, source)
 
     write_folders(
         Path(output), {name: read_folder(path) for name, path in sources.items()}, check=check if verify else None
@@ -181,7 +181,7 @@ def decompress_adapter(folder: str | Path, output: str | Path, verify: bool = Tr
 
 
 def restore(packed: Mapping[str, Tensor], folder: Path, scale: float = 1.0) -> dict[str, Tensor]:
-    """The adapter's tensors from a compressed file.
+    """Restore the adapter's tensors from a compressed file.
 
     Args:
         packed: the file's tensors.
@@ -189,7 +189,7 @@ def restore(packed: Mapping[str, Tensor], folder: Path, scale: float = 1.0) -> d
         scale: a factor of the recorded `α σ`.
 
     Raises:
-        ValueError: the file is not what `compress_adapter` writes, or the start it refers to is gone or another.
+        ValueError: the file is none that `compress_adapter` writes, or the start it refers to is gone or another.
     """
     try:
         index = _read_index(packed[_INDEX])
@@ -219,13 +219,13 @@ def _compress(
     target: Path,
     scope: Scope,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One adapter's packed tensors, and the numbers of its `Compression` that are known before it is written."""
-    own = _own_keys(config, tensors)
-    if not own:
+    """Return one adapter's packed tensors, and the numbers of its `Compression` known before it is written."""
+    method_keys = _own_keys(config, tensors)
+    if not method_keys:
         raise AdapterError(f"The adapter has no tensors of {config.peft_type} to compress.")
     value = injection_for(config).start or 0.0
-    start = None if initial is None else _checked_start(initial, {key: tensors[key] for key in own})
-    changes = [(tensors[k].float() - (start[k].float() if start else value)).flatten() for k in own]
+    start = None if initial is None else _checked_start(initial, {key: tensors[key] for key in method_keys})
+    changes = [(tensors[k].float() - (start[k].float() if start else value)).flatten() for k in method_keys]
     if scope == "tensor":
         coded_parts = [_code(change, density, alpha, deviation) for change in changes]
     else:
@@ -236,7 +236,7 @@ def _compress(
         "version": 1,
         "tensors": [
             [k, list(tensors[k].shape), str(tensors[k].dtype).removeprefix("torch."), value, scale]
-            for k, (_, scale) in zip(own, coded_parts, strict=True)
+            for k, (_, scale) in zip(method_keys, coded_parts, strict=True)
         ],
     }
     if initial is not None:
@@ -244,39 +244,39 @@ def _compress(
     packed = pack_signs(signs)
     coded = sum(tensor.nbytes for tensor in packed.values())
     packed[_INDEX] = torch.frombuffer(bytearray(zlib.compress(json.dumps(index).encode(), 9)), dtype=torch.uint8)
-    kept = int(signs.count_nonzero())
+    nonzero = int(signs.count_nonzero())
     numbers = {
         "parameters": len(signs),
-        "kept": kept,
-        "dense": sum(value.numel() for key, value in tensors.items() if key not in own),
+        "kept": nonzero,
+        "dense": sum(value.numel() for key, value in tensors.items() if key not in method_keys),
         "coded": coded,
-        "bound": entropy_bound(kept / len(signs)) * len(signs) / 8,
+        "bound": entropy_bound(nonzero / len(signs)) * len(signs) / 8,
         "scale": sum(scale for _, scale in coded_parts) / len(coded_parts),
-        "raw": () if start else tuple(key for key in own if _starts_elsewhere(key, config)),
-        "empty": tuple(key for key, (part, _) in zip(own, coded_parts, strict=True) if not part.any()),
+        "raw": () if start else tuple(key for key in method_keys if _starts_elsewhere(key, config)),
+        "empty": tuple(key for key, (part, _) in zip(method_keys, coded_parts, strict=True) if not part.any()),
     }
-    return packed | {_DENSE + key: value for key, value in tensors.items() if key not in own}, numbers
+    return packed | {_DENSE + key: value for key, value in tensors.items() if key not in method_keys}, numbers
 
 
 def _code(change: Tensor, density: float, alpha: float, deviation: Deviation) -> tuple[Tensor, float]:
-    """Signs `[N]` and their scale `α σ`, of one vector of changes."""
+    """Return signs `[N]` and their scale `α σ`, of one vector of changes."""
     signs = keep_largest(change, density)
     sigma = change.std(correction=0) if deviation == "all" else (change * signs.abs()).std(correction=0)
     return signs, alpha * float(sigma)
 
 
 def _own_keys(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The floating-point tensors that the method itself made."""
+    """Return the keys of the floating-point tensors that the method itself made."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     kind: Any = config.peft_type
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind, "")
-    own = (k for k, v in tensors.items() if v.is_floating_point() and (not prefix or f".{prefix}" in k))
-    return sorted(key for key in own if not key.endswith(_FIXED))
+    keys = (k for k, v in tensors.items() if v.is_floating_point() and (not prefix or f".{prefix}" in k))
+    return sorted(key for key in keys if not key.endswith(_FIXED))
 
 
 def _starts_elsewhere(key: str, config: PeftConfig) -> bool:
-    """Whether a tensor starts at something that is not written anywhere: at random, or computed from the base."""
+    """Return whether a tensor's start is written nowhere: at random, or computed from the base."""
     if injection_for(config).start is not None:
         return False
     return not ("lora_B" in key.split(".") and getattr(config, "init_lora_weights", True) is True)
@@ -292,7 +292,7 @@ def _checked_start(folder: Path, trained: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _initial(index: Mapping[str, Any], folder: Path) -> dict[str, Tensor] | None:
-    """The tensors the adapter started from, where they were recorded, after checking that they are the same file."""
+    """Return the tensors the adapter started from, if recorded; check that their file is the same still."""
     if "initial" not in index:
         return None
     place = Path(os.path.normpath(folder / index["initial"]["folder"]))

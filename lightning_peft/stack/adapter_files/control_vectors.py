@@ -1,13 +1,13 @@
-"""An edit as a llama.cpp control vector: a GGUF file of one vector a block, added to what the block gives.
+"""An edit as a llama.cpp control vector: a GGUF file of one vector a block, added to the block's output.
 
 llama.cpp reads tensors `direction.<block>`, adds each to the residual stream after that block at every token, and has
 nothing for the first block, number 0 (`llama_adapter_cvec` and `common_control_vector_load` of its source). So a
 control vector computes what the edit does
 
-- exactly, where the edit is a shift of what a block gives: layer offsets of blocks or feed-forward parts, and head
+- exactly, where the edit is a shift of a block's output: layer offsets of blocks or feed-forward parts, and head
   offsets where attention and feed-forward part stand side by side, as in GPT-NeoX, GPT-J, Phi and Cohere;
 - approximately, where the feed-forward part of the same block reads the shifted stream (head offsets in GPT-2, LLaMA
-  and most others): what it makes of the shift is lost, and a norm behind the projection (Gemma 2) is passed by;
+  and most others): its response to the shift is lost, and a norm behind the projection (Gemma 2) is passed by;
 - approximately for the first block, whose vector is added after the second.
 
 Which of these holds is not looked up but measured.
@@ -33,7 +33,7 @@ from lightning_peft.stack.stack import stack_of
 
 @dataclass(frozen=True)
 class ControlVector:
-    """What was exported.
+    """The exported vectors, and how far they are from the edit.
 
     Args:
         vectors: block -> vector `[width]`, float32.
@@ -58,7 +58,7 @@ class ControlVector:
 def export_control_vector(
     model: nn.Module, adapter: str | Path, file: str | Path, batches: Iterable[Mapping[str, Tensor]] = ()
 ) -> ControlVector:
-    """Write a saved edit as a control vector for llama.cpp, and measure what it does instead of the edit.
+    """Write a saved edit as a control vector for llama.cpp, and measure how its effect differs from the edit's.
 
     llama.cpp loads the file by `--control-vector FILE`, and scales it by `--control-vector-scaled FILE:STRENGTH`.
 
@@ -94,7 +94,7 @@ def export_control_vector(
 
 @contextmanager
 def adding(model: nn.Module, vectors: Mapping[int, Tensor]) -> Iterator[None]:
-    """Within, each vector is added to what its block gives, at every token, as llama.cpp does."""
+    """Add each vector to its block's output for a while, at every token, as llama.cpp does."""
 
     def shift(vector: Tensor) -> Any:
         def after(module: nn.Module, args: Any, output: Any) -> Any:
@@ -115,11 +115,11 @@ def adding(model: nn.Module, vectors: Mapping[int, Tensor]) -> Iterator[None]:
 def _by_block(
     model: nn.Module, changed: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> tuple[dict[int, Tensor], bool]:
-    """The shift of the residual stream that changed biases make, by block."""
-    found = blocks(model)
-    if len({block.stack for block in found}) != 1 or len(found) < 2:
+    """Return the shift of the residual stream that changed biases make, by block."""
+    model_blocks = blocks(model)
+    if len({block.stack for block in model_blocks}) != 1 or len(model_blocks) < 2:
         raise ValueError(f"{type(model).__name__} is not one stack of blocks, which alone llama.cpp's vectors are for.")
-    places = {f"{span.last}.bias": block.number for block in found for span in block.spans()}
+    places = {f"{span.last}.bias": block.number for block in model_blocks for span in block.spans()}
     if strange := sorted(changed.keys() - places.keys()):
         raise ValueError(
             f"The adapter changes {strange[0]}, which is no shift of the residual stream: a control vector cannot hold "

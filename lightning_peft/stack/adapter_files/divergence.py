@@ -1,4 +1,4 @@
-"""How far apart what a model says is under two settings of it."""
+"""The divergence of a model's predictions under two settings of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def divergence(
     one: Callable[[], AbstractContextManager[Any]],
     other: Callable[[], AbstractContextManager[Any]],
 ) -> Divergence | None:
-    """KL(one ‖ other) of what a causal language model expects at each answer token.
+    """Compute KL(one ‖ other) of a causal language model's predictions at each answer token.
 
     Args:
         model: gives `logits [B, T, V]`.
@@ -51,22 +51,22 @@ def divergence(
     Returns:
         None where there are no batches.
     """
-    found = []
+    divergences = []
     for batch in batches:
         mask, start = batch["attention_mask"].bool(), prompt_end(batch)
         if start is None:
             raise ValueError("A batch has no prompt_end, the position ids [B] of its last prompt tokens: add it.")
-        said = []
+        log_probs = []
         for setting in (one, other):
             with setting(), answering(model, start=start):
                 output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            said.append(output.logits.float().log_softmax(-1))
-        kl = (said[0].exp() * (said[0] - said[1])).sum(-1)
+            log_probs.append(output.logits.float().log_softmax(-1))
+        kl = (log_probs[0].exp() * (log_probs[0] - log_probs[1])).sum(-1)
         places = mask.cumsum(-1) - 1
         # what is said at a text's last token is about no token of it
         about = mask & (places >= start[:, None]) & (places < mask.sum(-1, keepdim=True) - 1)
-        found.append(kl[about].clamp(min=0))
-    if not found:
+        divergences.append(kl[about].clamp(min=0))
+    if not divergences:
         return None
-    values = torch.cat(found)
+    values = torch.cat(divergences)
     return Divergence(float(values.mean()), float(values.max()), len(values))

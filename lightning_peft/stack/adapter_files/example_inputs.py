@@ -1,4 +1,4 @@
-"""An input that a transformers model takes, made from its own configuration, and what the model gives for it."""
+"""An input that a transformers model takes, made from its own configuration, and the model's outputs for it."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def find_probe(model: Any, seed: int = 0) -> Probe | None:
 def outputs(model: Any, probe: Probe) -> list[Tensor]:
     """Return all floating-point tensors that the model gives, in float32; the same each time, in evaluation mode."""
     first = next(model.parameters())
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         key: value.to(first.device, model.dtype if value.is_floating_point() else value.dtype)
         for key, value in probe.items()
     }
     if "use_cache" in inspect.signature(type(model).forward).parameters:
-        given["use_cache"] = False
+        inputs["use_cache"] = False
     with evaluating(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        output = model(**given)
+        output = model(**inputs)
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
     return [v.float().cpu() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def _candidates(model: Any, generator: torch.Generator) -> Iterator[Probe]:
     accepted = inspect.signature(type(model).forward).parameters
-    made = {key: value for key, value in _inputs(model, generator) if key in accepted}
-    yield made
-    main = {key: value for key, value in made.items() if key in (model.main_input_name, "decoder_input_ids")}
+    inputs = {key: value for key, value in _inputs(model, generator) if key in accepted}
+    yield inputs
+    main = {key: value for key, value in inputs.items() if key in (model.main_input_name, "decoder_input_ids")}
     yield main
-    yield {key: value for key, value in made.items() if key.endswith("input_ids")}
+    yield {key: value for key, value in inputs.items() if key.endswith("input_ids")}
     yield model.dummy_inputs
 
 

@@ -41,21 +41,21 @@ def write_folders(
 ) -> None:
     """Write one adapter as a peft folder, or several as a subfolder each with their order in `stack.json`.
 
-    Whenever this is cut off, `adapter_folders` gives what was there before, or all of this.
+    Whenever this is cut off, `adapter_folders` returns the folders from before, or all of these.
 
     Args:
         root: the folder; made if need be.
         adapters: for each name, its configuration, tensors and our notes (fingerprint, how it was computed).
         weights: the name of the file of tensors.
-        check: is shown what was written while nothing of it is in its place, and raises where that is wrong.
+        check: is called with the staged folder before any file is in its place, and raises where it is wrong.
     """
     from safetensors.torch import save_file
 
     places = {name: f"{name}/" if len(adapters) > 1 else "" for name in adapters}
     files = [place + file for place in places.values() for file in (weights, NOTES, CONFIG)]
-    with replacing(root, [*files, ORDER] if len(adapters) > 1 else files) as made:
+    with replacing(root, [*files, ORDER] if len(adapters) > 1 else files) as staged:
         for name, (config, tensors, notes) in adapters.items():
-            folder = made / places[name]
+            folder = staged / places[name]
             contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             save_file(contiguous, folder / weights, metadata={"format": "pt"})
             (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
@@ -63,13 +63,13 @@ def write_folders(
             config.inference_mode = True  # as peft saves it
             config.save_pretrained(str(folder))
         if len(adapters) > 1:
-            (made / ORDER).write_text(json.dumps({"parts": list(adapters)}, indent=2) + "\n")
+            (staged / ORDER).write_text(json.dumps({"parts": list(adapters)}, indent=2) + "\n")
         if check is not None:
-            check(made)
+            check(staged)
 
 
 def adapter_folders(root: Path) -> list[Path]:
-    """The folders that a saved adapter or stack consists of, innermost first.
+    """Return the folders that a saved adapter or stack consists of, innermost first.
 
     Raises:
         AdapterError: the stack's order cannot be read.
@@ -86,7 +86,7 @@ def read_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, 
     """Read a peft folder: its configuration, its tensors and our notes (`{}` in a folder made by plain peft).
 
     Raises:
-        AdapterError: a file is missing, truncated or not what it should be.
+        AdapterError: a file is missing, truncated or of other content than it should be.
     """
     from peft import PeftConfig
     from safetensors import SafetensorError
@@ -126,6 +126,6 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_kind(saved: Tensor, live: Tensor, what: str) -> None:
-    """Raise `AdapterError` unless both hold numbers of a kind: those with a fraction, or those without."""
+    """Raise `AdapterError` unless both hold floating-point numbers, or neither does."""
     if saved.is_floating_point() != live.is_floating_point():
         raise AdapterError(f"{what} holds {saved.dtype} where the model has {live.dtype}.")

@@ -31,7 +31,7 @@ from lightning_peft.stack.stack import stack_of
 
 @dataclass(frozen=True)
 class Merged:
-    """Tell what merging wrote.
+    """The result of merging.
 
     Args:
         cls: the name of the model's class.
@@ -50,7 +50,7 @@ def merge_pretrained(
     """Merge a saved adapter, or stack, into a pretrained transformers model and save the result as one.
 
     Everything is checked on a model without values before any weights are read: that the adapter fits the base, that
-    its methods can be merged, and that the result has a place in a plain model of that class. What was written is
+    its methods can be merged, and that the result has a place in a plain model of that class. The written model is
     then loaded and compared with base and adapter, and appears under its name only if it is the same: its outputs for
     an input that the model takes, in float32 to 1e-5 of the largest, in half precision to three times what rounding
     the base does, and every weight with the merge in float32, rounded.
@@ -81,7 +81,7 @@ def merge_pretrained(
 
 
 def _check(adapter: Path, base: str) -> Any:
-    """The class that the adapter was made for, after every check that needs no values."""
+    """Make every check that needs no values, and return the class that the adapter was made for."""
     config = base_config(adapter, base)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised, and adapters cannot be written into packed weights: name its original.")
@@ -108,7 +108,7 @@ def _check(adapter: Path, base: str) -> Any:
 
 
 def _write(cls: Any, adapter: Path, base: str, dtype: str, folder: Path) -> PlainModel:
-    """Merge and save; the model is let go."""
+    """Merge and save, then release the model."""
     backbone = cls.from_pretrained(base, dtype="auto")
     target = backbone.dtype if dtype == "auto" else getattr(torch, dtype)
     if backbone.dtype not in (target, torch.float32):  # rounded once, after merging
@@ -118,7 +118,7 @@ def _write(cls: Any, adapter: Path, base: str, dtype: str, folder: Path) -> Plai
     stack_of(backbone).merge()
     merged = plain_state(backbone)
     with shapes_only():
-        plain = plain_model(backbone, lambda a, b: _alike(merged[a], merged[b], target))
+        plain = plain_model(backbone, lambda a, b: _nearly_equal(merged[a], merged[b], target))
     plain.save({n: _rounded(n, merged[n], target, backbone) for n in plain.names}, backbone, target, folder)
     return plain
 
@@ -133,27 +133,27 @@ def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, folder: Path)
     def load(dtype: torch.dtype) -> Any:
         return cls.from_pretrained(base, dtype=dtype).eval()
 
-    made = reference(load, lambda model: load_adapter(model, adapter), expected, plain.dtypes, plain.dtype)
-    return verify_folder(folder, plain.cls, plain.dtype, made)
+    origin = reference(load, lambda model: load_adapter(model, adapter), expected, plain.dtypes, plain.dtype)
+    return verify_folder(folder, plain.cls, plain.dtype, origin)
 
 
-def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two weights are the same but for rounding."""
+def _nearly_equal(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two weights are the same but for rounding."""
     return a.shape == b.shape and float((a - b).abs().max()) <= 2 * torch.finfo(dtype).eps * float(a.abs().max())
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype, backbone: Any) -> Tensor:
-    """A weight in the precision in which transformers would load it."""
-    kept = {*(backbone._keep_in_fp32_modules_strict or ())}
+    """Return a weight in the precision in which transformers would load it."""
+    in_float32 = {*(backbone._keep_in_fp32_modules_strict or ())}
     if dtype == torch.float16:
-        kept |= {*(backbone._keep_in_fp32_modules or ())}
-    if not value.is_floating_point() or kept & set(name.split(".")):
+        in_float32 |= {*(backbone._keep_in_fp32_modules or ())}
+    if not value.is_floating_point() or in_float32 & set(name.split(".")):
         return value
     return value.to(dtype)
 
 
 def plain_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """Return the state under the names it has without adapters; the adapters' own tensors are among it."""
+    """Return the state under its names without adapters; the adapters' own tensors are among it."""
     from peft.utils.other import ModulesToSaveWrapper
 
     state = {standalone_name(backbone, name): value for name, value in backbone.state_dict(keep_vars=True).items()}

@@ -1,4 +1,4 @@
-"""The names in an adapter's folder: those of its files, and those that its parts are given."""
+"""The names in an adapter's folder: those of its files and those of its parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LONGEST = 100  # bytes; file systems allow 255, and names get endings
 
 
 def is_folder_name(name: object) -> bool:
-    """Whether a name can be a folder's, and leads nowhere else.
+    """Return whether a name can be a folder's, and leads nowhere else.
 
     Example:
         >>> is_folder_name("lora"), is_folder_name("../lora"), is_folder_name("")
@@ -25,7 +25,7 @@ def check_folder_name(name: object, what: str) -> None:
 
     Args:
         name: the name.
-        what: whose it is, as the beginning of the message.
+        what: the owner of the name, as the beginning of the message.
     """
     if not is_folder_name(name):
         shown = repr(name) if len(repr(name)) <= _LONGEST else f"{repr(name)[:_LONGEST]}…"

@@ -35,14 +35,14 @@ class PlainModel:
         self.dtype, self.dtypes = torch.float32, dict[str, torch.dtype]()
 
     def save(self, weights: Mapping[str, Tensor], source: Any, dtype: torch.dtype, folder: Path) -> None:
-        """Write these weights as this model, with the generation settings of `source`; afterwards it is let go."""
+        """Write these weights as this model, with the generation settings of `source`, and release the skeleton."""
         model, seen = self.skeleton, set()
-        own = {}
+        unshared = {}
         for name, value in weights.items():
             memory = value.untyped_storage().data_ptr()
-            own[name] = value.detach().clone() if memory in seen else value.detach()
+            unshared[name] = value.detach().clone() if memory in seen else value.detach()
             seen.add(memory)
-        model.load_state_dict(own, assign=True)
+        model.load_state_dict(unshared, assign=True)
         model.tie_weights()
         self.dtypes = {name: value.dtype for name, value in state_tensors(model).items()}
         self.dtype = model.config.dtype = dtype
@@ -54,7 +54,7 @@ class PlainModel:
 def plain_model(adapted: Any, alike: Alike) -> PlainModel:
     """Return a model of the same class and configuration as an adapted one, in which every merged weight has a place.
 
-    Where merging made two of what the model shares, they get a place each by `tie_word_embeddings=False`.
+    Where merging made two weights of a shared one, they get a place each by `tie_word_embeddings=False`.
 
     Args:
         adapted: a transformers model with adapters.
@@ -65,13 +65,13 @@ def plain_model(adapted: Any, alike: Alike) -> PlainModel:
     """
     config = copy.deepcopy(adapted.config)
     skeleton = _build(adapted, config)
-    if not (pairs := _apart(skeleton, alike)):
+    if not (pairs := _unequal_pairs(skeleton, alike)):
         return PlainModel(skeleton, ())
     for holder in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if getattr(holder, _TIED, False):
             setattr(holder, _TIED, False)
     skeleton = _build(adapted, config)
-    if still := _apart(skeleton, alike):
+    if still := _unequal_pairs(skeleton, alike):
         raise ValueError(
             f"A {type(adapted).__name__} shares {still[0][1]} with {still[0][0]}, and only one of the two was trained: "
             "keep the adapter beside its base."
@@ -86,12 +86,12 @@ def _build(adapted: Any, config: Any) -> Any:
         raise ValueError(f"No plain {type(adapted).__name__} is what the adapter makes of its base: {error}") from error
 
 
-def _apart(skeleton: Any, alike: Alike) -> list[tuple[str, str]]:
-    """Pairs of names that the model shares, of weights that are not the same."""
+def _unequal_pairs(skeleton: Any, alike: Alike) -> list[tuple[str, str]]:
+    """Return pairs of names that the model shares, of weights that are not the same."""
     first: dict[int, str] = {}
     pairs = []
     for name, value in skeleton.state_dict(keep_vars=True).items():
-        other = first.setdefault(id(value), name)
-        if other != name and not alike(other, name):
-            pairs.append((other, name))
+        first_name = first.setdefault(id(value), name)
+        if first_name != name and not alike(first_name, name):
+            pairs.append((first_name, name))
     return pairs

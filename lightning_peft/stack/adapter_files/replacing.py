@@ -24,9 +24,9 @@ _PART = (CONFIG, WEIGHTS, COMPRESSED, NOTES)  # of a part, the one that says it 
 
 @contextmanager
 def replacing(root: Path, files: Sequence[str]) -> Iterator[Path]:
-    """Within, write files into the folder that is given; left without an error, they are the adapter of `root`.
+    """Yield a folder to write files into; left without an error, they become the adapter of `root`.
 
-    What else is in `root` stays, but for files of an adapter that are not among them. A second process waits.
+    Other files in `root` stay, except those of an adapter that are not among `files`. A second process waits.
 
     Args:
         root: the folder of the adapter, or stack; made if need be.
@@ -35,7 +35,7 @@ def replacing(root: Path, files: Sequence[str]) -> Iterator[Path]:
     Raises:
         AdapterError: a file cannot be put there, since a folder or a link stands in its way.
     """
-    there = root.is_dir()
+    existed = root.is_dir()
     root.mkdir(parents=True, exist_ok=True)
     staged = root / STAGED
     try:
@@ -59,7 +59,7 @@ def replacing(root: Path, files: Sequence[str]) -> Iterator[Path]:
             _finish(root)
             clear(staged)
     except BaseException:
-        if not there:
+        if not existed:
             with suppress(OSError):  # unless something has been put there
                 root.rmdir()
         raise
@@ -87,7 +87,7 @@ def finish(root: Path) -> None:
 
 
 def _finish(root: Path) -> None:
-    """Put the files that are listed in their places, whatever a process before this one has done of it."""
+    """Move the listed files to their places, however many of them an earlier process has moved."""
     staged = root / STAGED
     if not (staged / _LIST).is_file():
         return
@@ -109,7 +109,7 @@ def _finish(root: Path) -> None:
 
 
 def _folders(files: Sequence[str]) -> list[str]:
-    """The folders that files are in, `""` first, which is their root."""
+    """Return the folders that files are in, `""` first, which is their root."""
     return ["", *dict.fromkeys(file.rpartition("/")[0] for file in files if "/" in file)]
 
 

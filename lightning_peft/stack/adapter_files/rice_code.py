@@ -18,7 +18,7 @@ _LONGEST = 62  # bits of a remainder; a gap is an int64
 
 
 def entropy_bound(density: float) -> float:
-    """Bits an entry that no lossless code of random sparse signs can beat on average.
+    """Return the bits an entry that no lossless code of random sparse signs can beat on average.
 
     Args:
         density: share of non-zeros, in [0, 1].
@@ -32,7 +32,7 @@ def entropy_bound(density: float) -> float:
 
 
 def pack_signs(signs: Tensor) -> dict[str, Tensor]:
-    """Code a vector of signs.
+    """Encode a vector of signs.
 
     Args:
         signs: `[N]` of -1, 0 and 1.
@@ -65,14 +65,14 @@ def pack_signs(signs: Tensor) -> dict[str, Tensor]:
 
 
 def unpack_signs(packed: dict[str, Tensor]) -> Tensor:
-    """The signs `[N]`, int8, that `pack_signs` coded.
+    """Decode the signs `[N]`, int8, that `pack_signs` encoded.
 
     Raises:
         ValueError: the streams do not fit each other.
     """
     total, count, bits = (int(v) for v in packed["layout"])
-    wanted = {"remainders": -(-count * bits // 8), "negative": -(-count // 8)}
-    if not (0 <= count <= total and 0 <= bits <= _LONGEST) or any(packed[n].numel() != w for n, w in wanted.items()):
+    sizes = {"remainders": -(-count * bits // 8), "negative": -(-count // 8)}
+    if not (0 <= count <= total and 0 <= bits <= _LONGEST) or any(packed[n].numel() != w for n, w in sizes.items()):
         raise ValueError("its bit streams do not have the lengths they should.")
     unary = np.unpackbits(packed["quotients"].numpy())
     ends = np.flatnonzero(unary == 0)[:count]
@@ -89,6 +89,6 @@ def unpack_signs(packed: dict[str, Tensor]) -> Tensor:
 
 
 def _cheapest(gaps: np.ndarray) -> int:
-    """The number of remainder bits for which the gaps take the fewest bits in all."""
+    """Return the number of remainder bits for which the gaps take the fewest bits in all."""
     most = int(gaps.max(initial=0)).bit_length()
     return min(range(most + 1), key=lambda bits: int((gaps >> bits).sum()) + len(gaps) * (1 + bits))

@@ -45,8 +45,8 @@ def save_adapter(module: nn.Module, folder: str | Path) -> Path:
 def write_described(
     described: Mapping[str, Any], weights: list[dict[str, Tensor]], folder: Path, base: str | None
 ) -> Path:
-    """Write what `AdapterStack.describe` gave, with each part's tensors, as `save_adapter` does."""
-    made = {}
+    """Write a stack by its description (`AdapterStack.describe`) and each part's tensors, as `save_adapter` does."""
+    by_name = {}
     for part, tensors in zip(described["parts"], weights, strict=True):
         config = with_scale(config_from_json(part["config"]), part["strength"])
         config.task_type = config.task_type or part.get("task_type")
@@ -54,8 +54,8 @@ def write_described(
         if hasattr(config, "compacted"):
             config, tensors = config.compacted(tensors)
         notes = {"fingerprint": described["fingerprint"], "computed": part["computed"], "record": part["record"]}
-        made[part["name"]] = (config, _unshared(tensors), notes)
-    write_folders(folder, made)
+        by_name[part["name"]] = (config, _unshared(tensors), notes)
+    write_folders(folder, by_name)
     return folder
 
 
@@ -82,17 +82,17 @@ def load_adapter(
     folders = adapter_folders(folder)
     stack, added = _stack_in(backbone), []
     stack.strict_base = strict_base
-    read = [read_folder(path) for path in folders]
-    heads = saved_heads(config for config, _, _ in read)
+    contents = [read_folder(path) for path in folders]
+    heads = saved_heads(config for config, _, _ in contents)
     with stack.reading_base_once():
-        for path, (_, _, notes) in zip(folders, read, strict=True):
+        for path, (_, _, notes) in zip(folders, contents, strict=True):
             stack.check_base(notes.get("fingerprint", {}), str(path), heads)
         try:
-            for path, (config, tensors, notes) in zip(folders, read, strict=True):
-                own = path.name if len(folders) > 1 else name or "default"
+            for path, (config, tensors, notes) in zip(folders, contents, strict=True):
+                part_name = path.name if len(folders) > 1 else name or "default"
                 config.inference_mode = injection_for(config).is_final(config, tensors)
                 part = add_read(
-                    stack, config, own, notes.get("computed", False), notes.get("record"), str(path / CONFIG)
+                    stack, config, part_name, notes.get("computed", False), notes.get("record"), str(path / CONFIG)
                 )
                 added.append(part)
                 stack.load_tensors(part, tensors, str(path), part.injection.noted)
@@ -112,7 +112,7 @@ def _stack_in(module: nn.Module) -> AdapterStack:
 
 
 def read_config(values: Mapping[str, Any], source: str) -> PeftConfig:
-    """The configuration in a checkpoint.
+    """Return the configuration in a checkpoint.
 
     Raises:
         AdapterError: it is none.
@@ -144,14 +144,14 @@ def add_read(
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own: safetensors writes no two views of the same."""
+    """Return the tensors, each with memory of its own: safetensors writes no two views of the same."""
     seen: set[int] = set()
-    made = {}
+    unshared = {}
     for key, value in tensors.items():
         memory = value.untyped_storage().data_ptr()
-        made[key] = value.clone() if memory in seen else value
+        unshared[key] = value.clone() if memory in seen else value
         seen.add(memory)
-    return made
+    return unshared
 
 
 def _base_name(backbone: nn.Module) -> str | None:

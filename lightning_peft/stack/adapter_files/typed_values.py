@@ -23,7 +23,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Fits:
-    """What a value must be besides its type, for `Annotated`."""
+    """A condition on a value besides its type, for `Annotated`."""
 
     test: Callable[[Any], bool]
     words: str
@@ -39,14 +39,14 @@ DType = Annotated[
 
 
 class Sample(TypedDict):
-    """Some values of one tensor of the base."""
+    """A sample of the values of one tensor of the base."""
 
     dtype: DType
     values: list[Number]
 
 
 class Fingerprint(TypedDict):
-    """What `tuners.backbone.fingerprint` gives."""
+    """A base's fingerprint, as `tuners.backbone.fingerprint` returns it."""
 
     names: str
     model_type: NotRequired[str | None]
@@ -58,7 +58,7 @@ class Nothing(TypedDict):
 
 
 class Notes(TypedDict):
-    """What `lightning_peft.json` holds."""
+    """The content of `lightning_peft.json`."""
 
     fingerprint: NotRequired[Fingerprint | Nothing]
     computed: NotRequired[bool]
@@ -66,7 +66,7 @@ class Notes(TypedDict):
 
 
 class Config(TypedDict):
-    """What is looked at in `adapter_config.json` before peft has taken it."""
+    """The fields of `adapter_config.json` that are checked before peft reads it."""
 
     peft_type: NotRequired[str | None]
     base_model_name_or_path: NotRequired[str | None]
@@ -76,13 +76,13 @@ class Config(TypedDict):
 
 
 class Order(TypedDict):
-    """What `stack.json` holds: the names of the parts' folders, innermost first."""
+    """The content of `stack.json`: the names of the parts' folders, innermost first."""
 
     parts: Annotated[list[Name], Fits(lambda names: 0 < len(names) == len(set(names)), "a list of different names")]
 
 
 class Described(TypedDict):
-    """One part of what `AdapterStack.describe` gives, as it stands in a checkpoint."""
+    """One part in the description of a stack (`AdapterStack.describe`), as in a checkpoint."""
 
     name: Name
     config: Config
@@ -94,7 +94,7 @@ class Described(TypedDict):
 
 
 class Backbone(TypedDict):
-    """What `AdapterStack.describe` gives."""
+    """The description of a stack, as `AdapterStack.describe` returns it."""
 
     fingerprint: Fingerprint | Nothing
     parts: Annotated[
@@ -104,7 +104,7 @@ class Backbone(TypedDict):
 
 
 class Adapters(TypedDict):
-    """What stands under `"lightning_peft"` in a Lightning checkpoint."""
+    """The entry `"lightning_peft"` of a Lightning checkpoint."""
 
     version: int
     backbones: Annotated[dict[str, Backbone], Fits(bool, "at least one backbone")]
@@ -114,7 +114,7 @@ class Adapters(TypedDict):
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         AdapterError: it cannot be read, or is not JSON.
@@ -141,7 +141,7 @@ def check_plain(value: Any, kind: Any, source: str) -> None:
 
 
 def _problem(value: Any, kind: Any, where: str) -> str | None:
-    """What is wrong with a value at some place in a file, in words; None where nothing is."""
+    """Return what is wrong with a value at some place in a file, in words; None where nothing is."""
     if _may_lack(kind):
         (kind,) = typing.get_args(kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -152,7 +152,7 @@ def _problem(value: Any, kind: Any, where: str) -> str | None:
             problem = f"{at} {reprlib.repr(value)}, not {arguments[1].words}"
         return problem
     if origin in (typing.Union, types.UnionType):
-        problems = [_problem(value, one, where) for one in arguments]
+        problems = [_problem(value, option, where) for option in arguments]
         return None if None in problems else problems[0]
     if is_typeddict(kind):
         if type(value) is not dict:
@@ -179,7 +179,7 @@ def _problem(value: Any, kind: Any, where: str) -> str | None:
         expected = type(None) if kind is None else kind
         fits = type(value) in (int, float) if expected is float else type(value) is expected
         return None if fits else f"{at} {reprlib.repr(value)}, not a {expected.__name__}"
-    return next(filter(None, (_problem(*one) for one in inner)), None)
+    return next(filter(None, (_problem(*item) for item in inner)), None)
 
 
 @functools.cache

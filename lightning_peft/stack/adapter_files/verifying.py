@@ -1,4 +1,4 @@
-"""See that a written model computes what it was made from, while nothing of it stands under its name yet.
+"""A check that a written model computes the same as its origin, before it is moved to its name.
 
 No two models are in memory together: of one its outputs for a probe and a digest of each weight are kept, then it is
 let go and the next is loaded.
@@ -28,11 +28,11 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Verification:
-    """Tell how a written model was compared with what it was made from.
+    """The comparison of a written model with its origin.
 
     Args:
         error: the largest difference of outputs, as a share of the largest output; None: only weights were compared.
-        allowed: what it may be.
+        allowed: the largest error allowed.
         unreached: adapted modules that the probe does not run, whose weights alone were compared.
     """
 
@@ -51,7 +51,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Reference:
-    """Hold what a written model is compared with.
+    """The values that a written model is compared with.
 
     Args:
         probe: the input; None where none is known.
@@ -75,7 +75,7 @@ def verify(folder: Path, cls: Any, dtype: torch.dtype, reference: Reference) -> 
         folder: of a transformers model.
         cls: its class.
         dtype: to load in.
-        reference: what it must be.
+        reference: the values it must have.
 
     Raises:
         ValueError: it lacks a weight, holds another, or computes something else.
@@ -106,24 +106,24 @@ def reference(
     dtypes: Mapping[str, torch.dtype],
     dtype: torch.dtype,
 ) -> Reference:
-    """Compute what a model that is written in some precision must be, in float32.
+    """Compute in float32 the values that a model written in some precision must have.
 
     Args:
         load: gives the base in a precision.
         adapt: puts the adapters on it.
         expected: writes them into it and gives its weights by name; after this it is let go.
         dtypes: of the weights that are written, by name.
-        dtype: what the model is written in.
+        dtype: the precision the model is written in.
     """
     model = load(torch.float32)
     probe = find_probe(model)
     plain = [] if probe is None else outputs(model, probe)
     adapt(model)
-    found: list[Tensor] = []
+    adapted: list[Tensor] = []
     unreached: tuple[str, ...] = ()
     if probe is not None:
         with _reached(model) as left:
-            found = outputs(model, probe)
+            adapted = outputs(model, probe)
         unreached = tuple(left)
     weights = expected(model)
     digests = {name: digest(weights[name].to(kind)) for name, kind in dtypes.items()}
@@ -135,13 +135,13 @@ def reference(
             allowed = ROUNDED * difference(outputs(load(dtype), probe), plain)
         except RuntimeError:  # a kernel that this device lacks
             probe = None
-    return Reference(probe, found, digests, allowed, unreached)
+    return Reference(probe, adapted, digests, allowed, unreached)
 
 
 def check_same(made: Path, source: Path) -> None:
     """Raise `ValueError` unless two adapter folders are read as the same configuration, tensors and notes."""
-    (config, tensors, notes), (own, expected, own_notes) = read_folder(made), read_folder(source)
-    if config_to_json(config) != config_to_json(own) or notes != own_notes:
+    (config, tensors, notes), (source_config, expected, own_notes) = read_folder(made), read_folder(source)
+    if config_to_json(config) != config_to_json(source_config) or notes != own_notes:
         raise _wrong(f"the configuration or notes written for {source} are not its own")
     if tensors.keys() != expected.keys():
         raise _wrong(f"the tensors written for {source} have other names than its own")
@@ -169,7 +169,7 @@ def digest(value: Tensor) -> str:
 
 @contextmanager
 def _reached(model: nn.Module) -> Iterator[list[str]]:
-    """Within, note which adapted modules run; afterwards the list holds the names of those that did not."""
+    """Watch which adapted modules run for a while; yield a list, in the end of the names of those that did not."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted: dict[str, Any] = {
@@ -188,5 +188,5 @@ def _reached(model: nn.Module) -> Iterator[list[str]]:
     left += [name for name, module in adapted.items() if module not in ran]
 
 
-def _wrong(what: str) -> ValueError:
-    return ValueError(f"{what[0].upper()}{what[1:]}: nothing was kept, so use the adapter beside its base.")
+def _wrong(problem: str) -> ValueError:
+    return ValueError(f"{problem[0].upper()}{problem[1:]}: nothing was kept, so use the adapter beside its base.")

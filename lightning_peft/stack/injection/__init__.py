@@ -1,1 +1,1 @@
-"""How peft's methods are put on a backbone that stays the same object."""
+"""The classes that put peft's methods on a backbone, which stays the same object."""

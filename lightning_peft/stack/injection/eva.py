@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Inputs:
-    """Second moments of what LoRA's layers are given, `sum x x'` over tokens, one matrix for layers given the same.
+    """Second moments of the inputs of LoRA's layers, `sum x x'` over tokens, one matrix for layers of equal input.
 
     Args:
         layers: peft's LoRA layers with a linear base; each moment is `[inputs, inputs]` in float32.
@@ -40,7 +40,7 @@ class Inputs:
             self._seen = []
 
     def sum_over(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Add up what several processes have seen, by a function that does so for one tensor."""
+        """Add up the moments of several processes, by a function that does so for one tensor."""
         for moment in {id(m): m for m in self.moments.values()}.values():
             moment.copy_(reduce(moment))
 
@@ -68,8 +68,8 @@ class Inputs:
     def _observe(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach()
         known = self.moments.get(layer)
-        for given, moment in self._seen:
-            if given is args[0] and known in (None, moment):
+        for earlier, moment in self._seen:
+            if earlier is args[0] and known in (None, moment):
                 self.moments[layer] = moment
                 return
         if known is None:

@@ -31,7 +31,7 @@ def with_heads(
     named: list[str] | str | None,
     saved: Collection[str] = (),
 ) -> dict[str, PeftConfig]:
-    """Return the configurations, the first that can do so training the backbone's heads whole.
+    """Return the configurations; the first that can do so trains the backbone's heads whole.
 
     Args:
         configs: the adapters' configurations by name, innermost first; they are not changed.
@@ -44,20 +44,20 @@ def with_heads(
         ValueError: a head that was named does not exist, or has weights that cannot be trained; a module to adapt
             ends in the name of a head, by which peft would train it whole.
     """
-    made = {name: copy.copy(config) for name, config in configs.items()}
-    able = [config for config in made.values() if hasattr(config, "modules_to_save")]
+    copies = {name: copy.copy(config) for name, config in configs.items()}
+    able = [config for config in copies.values() if hasattr(config, "modules_to_save")]
     heads = [head for head in _heads(backbone, train_head, able, named) if head not in saved] if able else []
-    for config in made.values() if heads or saved else ():
+    for config in copies.values() if heads or saved else ():
         _leave_out(config, [*heads, *saved])
         _check_apart(config, heads, backbone)
     if heads:
         first: Any = able[0]
         first.modules_to_save = list(dict.fromkeys([*(first.modules_to_save or ()), *heads]))
-    return made
+    return copies
 
 
 def saved_heads(configs: Iterable[PeftConfig]) -> set[str]:
-    """Return what these configurations train whole."""
+    """Return the modules that these configurations train whole."""
     return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()}
 
 
@@ -79,16 +79,16 @@ def _heads(
     if train_head is True:
         tasks = {str(getattr(config.task_type, "value", config.task_type)) for config in configs}
         ends = tuple(end for task in tasks for end in _PEFT_HEADS.get(task, ()))
-        found = task_heads(backbone)
-        found += [name for name in names if name.rpartition(".")[2] in ends and not _inside(name, found)]
-        found = [head for head in found if not _only_target(head, named, backbone)]
-        if packed := [head for head in found if not _trainable(backbone, head)]:
+        candidates = task_heads(backbone)
+        candidates += [name for name in names if name.rpartition(".")[2] in ends and not _inside(name, candidates)]
+        candidates = [head for head in candidates if not _only_target(head, named, backbone)]
+        if packed := [head for head in candidates if not _trainable(backbone, head)]:
             warnings.warn(
                 f"The head {packed[0]} is quantised and stays as it is: leave it out where the backbone is quantised "
                 "(skip_modules, llm_int8_skip_modules) if it is to be trained.",
                 stacklevel=2,
             )
-        return [head for head in found if head not in packed]
+        return [head for head in candidates if head not in packed]
     heads = [train_head] if isinstance(train_head, str) else list(train_head)
     for head in heads:
         if head not in names:
@@ -104,26 +104,26 @@ def _inside(name: str, heads: Collection[str]) -> bool:
 
 
 def _trainable(backbone: nn.Module, head: str) -> bool:
-    """Whether all of a module's weights can be trained: quantised ones cannot."""
+    """Return whether all of a module's weights can be trained: quantised ones cannot."""
     parameters = list(backbone.get_submodule(head).parameters())
     return bool(parameters) and all(parameter.is_floating_point() for parameter in parameters)
 
 
 def _only_target(head: str, named: list[str] | str | None, backbone: nn.Module) -> bool:
-    """Whether the user named the head, or a part of it and nothing else, as a target."""
+    """Return whether the user named the head, or a part of it and nothing else, as a target."""
     if named is None or (isinstance(named, str) and named.lower() == "all-linear"):
         return False
-    found = (matching(backbone, target)[1] for target in ([named] if isinstance(named, str) else [[n] for n in named]))
-    return any(names and all(_inside(name, [head]) for name in names) for names in found)
+    groups = (matching(backbone, target)[1] for target in ([named] if isinstance(named, str) else [[n] for n in named]))
+    return any(names and all(_inside(name, [head]) for name in names) for names in groups)
 
 
 def _leave_out(config: Any, heads: Collection[str]) -> None:
-    """Take what is inside the heads out of a configuration's lists of full names: it is trained whole."""
+    """Remove modules inside the heads from a configuration's lists of full names: heads are trained whole."""
     for field in ("target_modules", "target_parameters", "feedforward_modules", "masked"):
         value = getattr(config, field, None)
         if isinstance(value, list | set | tuple):
-            kept = [name for name in value if not _inside(name, heads)]
-            setattr(config, field, set(kept) if isinstance(value, set) else kept)
+            remaining = [name for name in value if not _inside(name, heads)]
+            setattr(config, field, set(remaining) if isinstance(value, set) else remaining)
 
 
 def _check_apart(config: Any, heads: Collection[str], backbone: nn.Module) -> None:

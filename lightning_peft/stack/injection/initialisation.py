@@ -9,7 +9,7 @@ _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_base(config: Any) -> bool:
-    """Whether putting this adapter on a model changes the model's own weights, or how often its layers run."""
+    """Return whether this adapter changes the model's own weights, or how often its layers run."""
     return bool(_change(config))
 
 
@@ -24,12 +24,12 @@ def check_repeatable(config: Any) -> None:
 
 
 def check_undoable(config: Any, name: str, what: str) -> None:
-    """Raise `ValueError` where the base cannot be had again.
+    """Raise `ValueError` where the base cannot be restored.
 
     Args:
         config: the adapter's configuration.
         name: the adapter's name.
-        what: what was asked for, e.g. `"switched off"`.
+        what: the operation, e.g. `"switched off"`.
     """
     if changes_base(config):
         raise ValueError(
@@ -39,7 +39,7 @@ def check_undoable(config: Any, name: str, what: str) -> None:
 
 
 def _change(config: Any) -> str:
-    """The setting that changes the base; empty where none does."""
+    """Return the setting that changes the base; empty where none does."""
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.lower().startswith(_CHANGING):
         return f"init_lora_weights={init!r}"

@@ -1,4 +1,4 @@
-"""How one peft method sits on a backbone: put on, named, switched and taken off, the backbone staying the same object.
+"""One peft method on a backbone: put on, named, switched and taken off, the backbone staying the same object.
 
 Most methods wrap modules in place. Those that share weights between layers keep them in their tuner, which is not
 part of the backbone: here such weights become a child of the backbone, so that optimizers, devices and checkpoints
@@ -58,7 +58,7 @@ class Injection:
             backbone: the model.
             config: the configuration.
             name: the adapter's name.
-            others: what is on the backbone already.
+            others: the adapters on the backbone already.
             computed: whether it is an edit.
         """
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -75,7 +75,7 @@ class Injection:
 
     @classmethod
     def check_others(cls, config: Any, others: list[Injection], computed: bool) -> None:
-        """Raise `ValueError` where it cannot go with what is on the backbone already."""
+        """Raise `ValueError` where it cannot go with the adapters on the backbone."""
         for other in others:
             other.check_below(config, computed)
             if other.own_forward is not None and cls.own_calls(config) is not None:
@@ -84,12 +84,12 @@ class Injection:
 
     @classmethod
     def own_calls(cls, config: Any) -> type[OwnForward] | None:
-        """Return what is done around the backbone's calls; None where everything happens inside its modules."""
+        """Return the class that acts around the backbone's calls; None where all happens inside its modules."""
         return Invocation if getattr(config, "alora_invocation_tokens", None) else cls.calls
 
     @classmethod
     def is_final(cls, config: Any, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether a folder's tensors are a result alone, without what it was computed by in training."""
+        """Return whether a folder's tensors are a result alone, without the network that computed it in training."""
         return False
 
     def check_below(self, config: Any, computed: bool) -> None:
@@ -97,7 +97,7 @@ class Injection:
 
     @classmethod
     def clean_up(cls, backbone: nn.Module, config: Any, name: str) -> None:
-        """Take out what a failed attempt left behind."""
+        """Remove the remains of a failed attempt."""
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         take_out(backbone, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls, name)
@@ -116,7 +116,7 @@ class Injection:
         self.noted: dict[str, str] = {}  # all keys when it was put on; later wrappers give other names
 
     def note_trained(self) -> None:
-        """Remember what peft would train, since others may freeze it, and the keys as they are now."""
+        """Note the parameters that peft would train, since others may freeze them, and the keys as they are now."""
         self.noted, state = self.keys(), state_tensors(self.backbone)
         self.trained = {key for key, live in self.noted.items() if state[live].requires_grad}
 
@@ -135,7 +135,7 @@ class Injection:
         return tuner
 
     def _state(self) -> dict[str, nn.Module]:
-        """What the tuner holds outside the backbone."""
+        """Return the modules that the tuner holds outside the backbone."""
         return {name: child for name, child in self.tuner.named_children() if child is not self.backbone}
 
     def _own_forward(self) -> OwnForward | None:
@@ -147,13 +147,13 @@ class Injection:
         return copy.copy(self.config)
 
     def layers(self) -> Iterator[Any]:
-        """The tuner layers (`BaseTunerLayer`) that carry the adapter."""
+        """Yield the tuner layers (`BaseTunerLayer`) that carry the adapter."""
         for module in self.backbone.modules():
             if isinstance(module, self.tuner.tuner_layer_cls) and self.name in adapters_on(module):
                 yield module
 
     def keys(self) -> dict[str, str]:
-        """The adapter's tensors: peft's key in a saved folder -> the name in the backbone's state.
+        """Return the adapter's tensors: peft's key in a saved folder -> the name in the backbone's state.
 
         Raises:
             AdapterError: two tensors would have one key.
@@ -168,17 +168,17 @@ class Injection:
         selected = get_peft_model_state_dict(
             model, state_dict=names, adapter_name=self.name, save_embedding_layers=False
         )
-        found = {id(value): name for name, value in state.items()}  # SHiRA looks up some tensors itself
-        named = {key: value if isinstance(value, str) else found[id(value)] for key, value in selected.items()}
+        state_names = {id(value): name for name, value in state.items()}  # SHiRA looks up some tensors itself
+        named = {key: value if isinstance(value, str) else state_names[id(value)] for key, value in selected.items()}
         keys: dict[str, str] = {}
         for key, name in named.items():
             live = self._live(name)
-            if (other := keys.setdefault(self._alone(key), live)) != live:
-                raise AdapterError(f"{other} and {live} would both be saved as {self._alone(key)}, and one lost.")
+            if (first_live := keys.setdefault(self._alone(key), live)) != live:
+                raise AdapterError(f"{first_live} and {live} would both be saved as {self._alone(key)}, and one lost.")
         return keys
 
     def places(self) -> list[str]:
-        """The modules the adapter is on, by the names they have without adapters."""
+        """Return the modules the adapter is on, by the names they have without adapters."""
         live = (n for n in self.keys().values() if not n.startswith(f"{STATE}.") and ".modules_to_save." not in n)
         mark = getattr(self.tuner, "child", self.tuner.prefix)
         return list(dict.fromkeys(standalone_name(self.backbone, name.split(f".{mark}")[0]) for name in live))
@@ -196,12 +196,12 @@ class Injection:
         return ValueError(f"{type(self.config).__name__} cannot be merged: no weights compute what it does.")
 
     def switch(self, on: bool) -> None:
-        """Let what is not in tuner layers act or not."""
+        """Switch on or off what is outside tuner layers."""
         if self.own_forward is not None:
             self.own_forward.switch(on)
 
     def spread(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Saved tensors under the keys that `keys` has now."""
+        """Return saved tensors under the keys that `keys` has now."""
         return tensors
 
     def take_out(self) -> None:
@@ -213,12 +213,12 @@ class Injection:
         forget_state(self.backbone, self.name)
 
     def _alone(self, key: str) -> str:
-        """Peft's key in a saved folder, as it is where no other adapter is on the backbone."""
+        """Return peft's key in a saved folder, as it is where no other adapter is on the backbone."""
         inside = key.startswith(_PREFIX)
         return _PREFIX + standalone_name(self.backbone, key.removeprefix(_PREFIX), self.name) if inside else key
 
     def _live(self, name: str) -> str:
-        """The name in the backbone's state of what `PeftModel` would call `name`."""
+        """Return the name in the backbone's state of what `PeftModel` would call `name`."""
         if name.startswith(_PREFIX):
             return name.removeprefix(_PREFIX)
         return f"{STATE}.{self.name}.{name.removeprefix(_TUNER)}"
@@ -232,7 +232,7 @@ class Injection:
 
 
 class _PeftNames(nn.Module):
-    """What peft's own functions for saving need of a `PeftModel` around the tuner, and nothing else of it."""
+    """The part of a `PeftModel` around the tuner that peft's own functions for saving need."""
 
     def __init__(self, tuner: Any, configs: dict[str, Any]) -> None:
         super().__init__()

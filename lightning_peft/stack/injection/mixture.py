@@ -13,7 +13,7 @@ from lightning_peft.stack.injection.own_forward import OwnForward
 
 
 class _Mixed(OwnForward):
-    """Each call runs twice: once on the base, for the classifier to see, and once with the experts mixed."""
+    """Run each call twice: once on the base, for the classifier to see, and once with the experts mixed."""
 
     def __init__(self, backbone: nn.Module, tuner: Any) -> None:
         super().__init__(backbone, tuner)

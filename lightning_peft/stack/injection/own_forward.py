@@ -21,7 +21,7 @@ _METHODS = ("forward", "generate")
 
 
 class OwnForward:
-    """What one adapter does around the backbone's `forward` and `generate`; subclasses say it.
+    """The action of one adapter around the backbone's `forward` and `generate`; subclasses define it.
 
     Args:
         backbone: the model; nothing is changed before `switch(True)`.
@@ -34,11 +34,11 @@ class OwnForward:
         self._turn = Turn()  # peft keeps what belongs to one call on the model, so threads call it in turn
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the backbone's `forward`, which is `original`."""
+        """Run the backbone's `forward`, which is `original`, and act around it."""
         return original(*args, **kwargs)
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the backbone's `generate`, which is `original`."""
+        """Run the backbone's `generate`, which is `original`, and act around it."""
         return original(*args, **kwargs)
 
     def switch(self, on: bool) -> None:
@@ -57,7 +57,7 @@ class OwnForward:
 
 
 def _argument(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a call gives for one of a function's arguments, by name or by place."""
+    """Return a call's value for one of a function's arguments, by name or by place."""
     return kwargs[name] if name in kwargs else inspect.signature(function).bind_partial(*args).arguments.get(name)
 
 
@@ -85,9 +85,9 @@ class Invocation(OwnForward):
         if self._prompt is None:
             offsets = self._find(ids)
         else:  # counted from the end, which moves where there is no cache; beams repeat rows
-            found, length = self._prompt
-            further, times = max(ids.shape[1] - length, 0), len(ids) // len(found)
-            offsets = [None if o is None else o + further for o in found for _ in range(times)]
+            prompt_offsets, length = self._prompt
+            further, times = max(ids.shape[1] - length, 0), len(ids) // len(prompt_offsets)
+            offsets = [None if o is None else o + further for o in prompt_offsets for _ in range(times)]
         with during_call(self.tuner, alora_offsets=offsets):
             return original(*args, **kwargs)
 
@@ -100,7 +100,7 @@ class Invocation(OwnForward):
             self._prompt = None
 
     def _find(self, ids: Tensor) -> list[int | None]:
-        """For each row, how many tokens from the end the adapter begins to act; None where nothing invokes it."""
+        """Return for each row how many tokens from the end the adapter begins to act; None where nothing invokes it."""
         from peft.tuners.lora.variants import calculate_alora_offsets
 
         (adapter,) = self.tuner.active_adapters
@@ -122,7 +122,7 @@ class Auxiliary(OwnForward):
 
 
 def task_of(backbone: Any) -> str:
-    """peft's name for what a model does, which decides how `PeftModel` calls it."""
+    """Return peft's name for a model's task, which decides how `PeftModel` calls it."""
     from transformers.models.auto import modeling_auto as auto
 
     heads = {

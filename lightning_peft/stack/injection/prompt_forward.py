@@ -1,4 +1,4 @@
-"""How a prompt gets into a model's calls, and how what comes out is that of the real tokens."""
+"""A prompt in a model's calls, and out of their output again, which is that of the real tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PREPARE = "prepare_inputs_for_generation"
 class PromptForward(OwnForward):
     """Calls of the backbone with a prompt before their tokens.
 
-    What a call gives and gets is about real tokens: logits and hidden states are theirs, in their number, and
+    The arguments and the output of a call are those of real tokens: logits and hidden states are theirs alone, and
     `attention_mask`, `position_ids`, `token_type_ids`, `labels` and `logits_to_keep` count them alone. With
     `past_key_values` that hold something, the prompt is among them already.
 
@@ -48,8 +48,8 @@ class PromptForward(OwnForward):
         if _is_filled(kwargs.get("past_key_values")):
             return original(**self._shifted(kwargs))
         self._check_checkpointing()
-        kept = ("position_ids", "token_type_ids") if not self.past else ()
-        self._call = {name: kwargs.pop(name) for name in kept if name in kwargs}
+        held_back = ("position_ids", "token_type_ids") if not self.past else ()
+        self._call = {name: kwargs.pop(name) for name in held_back if name in kwargs}
         try:
             (encoder,) = self.model.prompt_encoder.values()
             with nullcontext() if torch.is_grad_enabled() else unchanged(encoder):
@@ -75,7 +75,7 @@ class PromptForward(OwnForward):
                 handle.remove()
 
     def inner(self, **kwargs: Any) -> Any:
-        """What `PeftModel` calls: the backbone, after completing what it left out of the arguments."""
+        """Call the backbone for `PeftModel`, after completing the arguments that it left out."""
         count = self.config.num_virtual_tokens
         if (positions := self._call.get("position_ids")) is not None:
             prompt = torch.arange(count, device=positions.device).expand(len(positions), -1)
@@ -92,11 +92,11 @@ class PromptForward(OwnForward):
         return self._replaced["forward"].original(**{k: v for k, v in self._packed(kwargs).items() if v is not None})
 
     def inner_generate(self, **kwargs: Any) -> Any:
-        """What `PeftModel` generates with."""
+        """Generate for `PeftModel`."""
         return self._replaced["generate"].original(**self._packed(kwargs))
 
     def _packed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """An encoder's arguments with pads on the left put before the prompt.
+        """Return an encoder's arguments with pads on the left put before the prompt.
 
         Such models count positions themselves, pads too, and the prompt must not be further from the tokens for them.
         """
@@ -110,30 +110,30 @@ class PromptForward(OwnForward):
         return {**kwargs, "inputs_embeds": embeds.gather(1, whole), "attention_mask": mask.gather(1, order)}
 
     def _shifted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call that continues from a past with the prompt in it."""
-        count, made = self.config.num_virtual_tokens, dict(kwargs)
+        """Return the arguments of a call that continues from a past with the prompt in it."""
+        count, shifted = self.config.num_virtual_tokens, dict(kwargs)
         if (mask := kwargs.get("attention_mask")) is not None and mask.dim() == 2:
-            made["attention_mask"] = nn.functional.pad(mask, (count, 0), value=1)
+            shifted["attention_mask"] = nn.functional.pad(mask, (count, 0), value=1)
         if (positions := kwargs.get("position_ids")) is not None:
-            made["position_ids"] = positions + count
-        return made
+            shifted["position_ids"] = positions + count
+        return shifted
 
     def _prepared(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of a step of generation, with the positions that peft leaves out: pads have none.
+        """Return the arguments of a step of generation, with the positions that peft leaves out: pads have none.
 
         They are right before the call, for hooks on the backbone see them.
         """
-        given = self.model.prepare_inputs_for_generation(*args, **kwargs)
-        mask, embeds = given.get("attention_mask"), given.get("inputs_embeds")
-        tokens = given.get("input_ids") if embeds is None else embeds
+        inputs = self.model.prepare_inputs_for_generation(*args, **kwargs)
+        mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        tokens = inputs.get("input_ids") if embeds is None else embeds
         takes = "position_ids" in inspect.signature(self.backbone.forward).parameters
         if not takes or mask is None or mask.dim() != 2 or tokens is None:
-            return given
+            return inputs
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return {**given, "position_ids": positions[:, -tokens.shape[1] :]}
+        return {**inputs, "position_ids": positions[:, -tokens.shape[1] :]}
 
     def _real(self, output: Any, length: int) -> Any:
-        """The output without the virtual tokens."""
+        """Return the output without the virtual tokens."""
         count = self.config.num_virtual_tokens
 
         def cut(value: Any) -> Any:
@@ -153,7 +153,7 @@ class PromptForward(OwnForward):
         return output
 
     def _check_checkpointing(self) -> None:
-        """transformers drops a past, and so the prompt in it, where it checkpoints activations."""
+        """Refuse checkpointing of activations, in which transformers drops a past, and so the prompt in it."""
         if not self.past or not torch.is_grad_enabled():
             return
         if any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.backbone.modules()):
@@ -192,7 +192,7 @@ class _Unprompted:
 
 @contextmanager
 def unchanged(encoder: nn.Module) -> Iterator[None]:
-    """Put back an encoder's weights: CPT projects its own whenever it is asked, not only in training."""
+    """Restore an encoder's weights afterwards: CPT projects its own in every call, not only in training."""
     before = [(parameter, parameter.data) for parameter in encoder.parameters()]
     try:
         yield

@@ -33,16 +33,16 @@ class PromptInjection(Injection):
 
     @classmethod
     def check(cls, backbone: nn.Module, config: Any, name: str, others: list[Injection], computed: bool) -> None:
-        what, model = type(config).__name__, type(backbone).__name__
+        kind, model = type(config).__name__, type(backbone).__name__
         needed = "past_key_values" if cls.calls.past else "inputs_embeds"
         if not hasattr(backbone, "config") or needed not in inspect.signature(backbone.forward).parameters:
-            raise ValueError(f"{what} needs a transformers model that takes {needed}, and {model} does not.")
+            raise ValueError(f"{kind} needs a transformers model that takes {needed}, and {model} does not.")
         if cls.calls.past and not backbone.can_generate():  # type: ignore[operator]
-            raise ValueError(f"{what} gives a model a past, and {model}, which does not generate, has no use for one.")
+            raise ValueError(f"{kind} gives a model a past, and {model}, which does not generate, has no use for one.")
         if not config.num_virtual_tokens:
-            raise ValueError(f"{what} needs num_virtual_tokens, a positive number.")
+            raise ValueError(f"{kind} needs num_virtual_tokens, a positive number.")
         if computed:
-            raise ValueError(f"{what} is trained, and cannot be an edit.")
+            raise ValueError(f"{kind} is trained, and cannot be an edit.")
         cls.check_others(config, others, computed)
 
     def check_below(self, config: Any, computed: bool) -> None:
@@ -83,16 +83,16 @@ class PromptInjection(Injection):
         inner = f"{STATE}.{self.name}.prompt."
         names: dict[str, Any] = {name: name for name in state_tensors(self.backbone)}
         simple = inner + _SAVED not in names
-        found = {_key(name.removeprefix(inner), simple): name for name in names if name.startswith(inner)}
+        keys = {_key(name.removeprefix(inner), simple): name for name in names if name.startswith(inner)}
         for prefix, module in self.backbone.named_modules():  # heads saved whole
             if isinstance(module, whole) and self.name in adapters_in(module):
-                own = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
-                saved = module.adapter_state_dict(self.name, own)  # type: ignore[call-arg]
-                found |= {f"base_model.{prefix}.{key}": name for key, name in saved.items()}
-        return found
+                members = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
+                saved = module.adapter_state_dict(self.name, members)  # type: ignore[call-arg]
+                keys |= {f"base_model.{prefix}.{key}": name for key, name in saved.items()}
+        return keys
 
     def spread(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What peft saves is the prompt alone; the encoders below follow from it."""
+        """Complete saved tensors by those of the encoders, which follow from the prompt that peft saves."""
         encoder, prompt = self.tuner.prompt_encoder[self.name], tensors.get(_SAVED)
         if prompt is None or any(key.startswith(_ENCODER) for key in tensors):
             return tensors
@@ -177,6 +177,6 @@ class _Prompt(nn.Module):
 
 
 def _key(name: str, simple: bool) -> str:
-    """The key in a folder of a tensor of `_Prompt`, whose embedding is simply the prompt or is not."""
+    """Return the key in a folder of a tensor of `_Prompt`, whose embedding may simply be the prompt."""
     inner = name.removeprefix("encoder.")
     return name if name == _SAVED else _NAMES[inner] if simple else _ENCODER + inner

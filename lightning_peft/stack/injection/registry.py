@@ -1,4 +1,4 @@
-"""Which class puts a peft method on a backbone: one table, by peft's type."""
+"""The table of classes that put peft's methods on a backbone, by peft's type."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def check_merges(backbone: nn.Module, names: Sequence[str]) -> None:
     """
     tried = set()
     for layer in _outermost(backbone):
-        base, wanted = layer.get_base_layer(), [n for n in names if _carriers(layer, n)]
-        if not wanted or any(module.merged for module in _chain(layer)):
+        base, carried = layer.get_base_layer(), [n for n in names if _carriers(layer, n)]
+        if not carried or any(module.merged for module in _chain(layer)):
             continue
         if computes_weight(base):
             raise _refusal(
@@ -68,11 +68,11 @@ def check_merges(backbone: nn.Module, names: Sequence[str]) -> None:
                 "its weight is computed anew in each call; make it plain by torch.nn.utils' "
                 "parametrize.remove_parametrizations, remove_weight_norm or remove_spectral_norm",
             )
-        kind = (*(type(module) for module in _chain(layer)), repr(base), *wanted)
+        kind = (*(type(module) for module in _chain(layer)), repr(base), *carried)
         if (is_plain(base) and kind in tried) or (x := layer_input(base)) is None:
             continue
         tried.add(kind)
-        if reason := _wrong_merge(layer, x, wanted):
+        if reason := _wrong_merge(layer, x, carried):
             raise _refusal(backbone, layer, None, reason)
 
 
@@ -84,7 +84,7 @@ def check_initialized(backbone: nn.Module) -> None:
 
 
 def outside_parametrizations(config: Any, backbone: nn.Module) -> Any:
-    """Return the configuration, with what `torch.nn.utils.parametrize` hangs under layers excluded.
+    """Return the configuration, with the modules that `torch.nn.utils.parametrize` puts under layers excluded.
 
     `target_modules=["0"]` matches `0.parametrizations.weight.0` as well, which peft cannot replace.
     """
@@ -110,14 +110,14 @@ def _misfit(layer: Any, x: Tensor, expected: Any, identity: bool) -> str | None:
     trained = [p for p in layer.parameters() if p.requires_grad]
     try:
         with _evaluating(layer), torch.enable_grad():
-            found = layer(x)
-            if isinstance(found, Tensor) and trained and found.requires_grad:
-                torch.autograd.grad(found.float().sum(), trained, allow_unused=True)
+            output = layer(x)
+            if isinstance(output, Tensor) and trained and output.requires_grad:
+                torch.autograd.grad(output.float().sum(), trained, allow_unused=True)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         return f"there the method fails with {_sentence(error)!r}; choose another"
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
         return "there the method gives another shape; choose another"
-    if identity and not _same(found, expected, 32 * torch.finfo(found.dtype).eps):
+    if identity and not _same(output, expected, 32 * torch.finfo(output.dtype).eps):
         return "there the method begins as another function than the layer's own; choose another"
     return None
 
@@ -135,15 +135,15 @@ def _wrong_merge(layer: Any, x: Tensor, names: list[str]) -> str | None:
             for name in names:
                 for wrapper in _carriers(trial, name):
                     wrapper.merge(safe_merge=False, adapter_names=[name])
-            found = trial(x)
+            merged = trial(x)
         except NotImplementedError:  # on a plain layer it is the method that cannot, which it says when asked to
             return None if is_plain(layer.get_base_layer()) else "the method does not know how; choose another"
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             return f"there the method fails with {_sentence(error)!r}; choose another"
-    if not isinstance(found, Tensor) or not torch.isfinite(expected).all():
+    if not isinstance(merged, Tensor) or not torch.isfinite(expected).all():
         return None
-    if not _same(found, expected, _SAME):
-        distance = float((found - expected).abs().max() / expected.abs().max())
+    if not _same(merged, expected, _SAME):
+        distance = float((merged - expected).abs().max() / expected.abs().max())
         return f"merged it would compute something else, by {distance:.1g} of the largest output; choose another method"
     return None
 
@@ -155,7 +155,7 @@ def _copy(layer: nn.Module) -> nn.Module:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield those in dictionaries, and in dictionaries in them."""
+    """Yield tensors in dictionaries, and in dictionaries in them."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -174,7 +174,7 @@ def _refusal(backbone: nn.Module, layer: Any, config: Any, reason: str) -> Value
 
 @contextmanager
 def one_sentence(backbone: nn.Module, config: Any) -> Iterator[None]:
-    """Within, make one `ValueError` that names the layer of what peft says where it does not know a kind of layer."""
+    """Turn peft's error for a kind of layer that it does not know into one `ValueError` that names the layer."""
     try:
         yield
     except (TypeError, NotImplementedError, ValueError) as error:
@@ -187,7 +187,7 @@ def one_sentence(backbone: nn.Module, config: Any) -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what an error says, on one line and without full stops."""
+    """Return an error's message, on one line and without full stops."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"\.\s+(?=[A-Z`])", "; ", text).rstrip(".")
 
@@ -212,11 +212,11 @@ def _chain(layer: Any) -> list[Any]:
     """Return the wrappers around one module, from this one inwards."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = []
+    wrappers = []
     while isinstance(layer, BaseTunerLayer) and hasattr(layer, "base_layer"):
-        found.append(layer)
+        wrappers.append(layer)
         layer = layer.base_layer
-    return found
+    return wrappers
 
 
 def _outermost(backbone: nn.Module) -> Iterator[Any]:

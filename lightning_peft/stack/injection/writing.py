@@ -25,7 +25,7 @@ def write(backbone: nn.Module, injections: Sequence[Injection], made: list[Own])
     Args:
         backbone: the model.
         injections: the adapters, in the order in which they are to be merged.
-        made: takes up what modules were given for themselves, at once, so that it can be undone after an error.
+        made: takes up the parameters that modules got for themselves, so that this can be undone after an error.
 
     Raises:
         ValueError: a method cannot be merged, or would compute something else merged. What was merged by then stays so.
@@ -49,7 +49,7 @@ def write(backbone: nn.Module, injections: Sequence[Injection], made: list[Own])
 
 @contextmanager
 def _in_float32(layer: nn.Module) -> Iterator[None]:
-    """Within, the half-precision weights in and under a tuner layer are float32; afterwards rounded to what they were.
+    """Hold half-precision weights in and under a tuner layer in float32 for a while; round them back afterwards.
 
     Raises:
         ValueError: a weight is larger than its precision holds.
