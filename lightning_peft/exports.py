@@ -1,4 +1,4 @@
-"""What the files of a package define for its users, read from their text: nothing is imported.
+"""The names that a package's files define for its users, read from their text: nothing is imported.
 
     python lightning_peft/exports.py
 

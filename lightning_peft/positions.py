@@ -1,4 +1,4 @@
-"""Which tokens of a call an edit touches.
+"""The tokens of a call that an edit touches.
 
 A tuner layer sees only `x [B, T, ·]`. Rules on that shape ("one token, so we are decoding") break with cached
 prefixes, chunked prefill and `use_cache=False`. So each tracked model carries one `Positions` object: a forward
@@ -62,7 +62,7 @@ class PositionsError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class _Given:
-    """What is known of calls before they are made: `answering`'s start and mask, the batch's and `generate`'s start.
+    """Facts about calls, known before they are made: `answering`'s start and mask, the batch's and `generate`'s start.
 
     Of a `generate` without a prompt of tokens, the start is empty.
     """
@@ -79,7 +79,7 @@ class _Given:
 
 @dataclass
 class _Call:
-    """One forward call: `position_ids [B, T]`, `real [B, T]` (not padding), `start [B]` (or `[B, T]`), what is past."""
+    """One forward call: `position_ids [B, T]`, `real [B, T]` (not padding), `start [B]` (or `[B, T]`), its past."""
 
     position_ids: Tensor
     real: Tensor
@@ -128,7 +128,7 @@ class Positions:
 
     @contextmanager
     def giving(self, **values: Tensor | None) -> Iterator[None]:
-        """Know this of the calls that the thread or task makes inside; see `_Given` for the names."""
+        """Note this about the calls that the thread or task makes inside; see `_CallContext` for the names."""
         outer = self._given
         self._give(replace(outer, **values))
         try:
@@ -137,7 +137,7 @@ class Positions:
             self._give(outer)
 
     def note_batch(self, start: Tensor | None) -> None:
-        """Know where the answers of the batch begin, `[B]`, until the next is noted; None forgets it."""
+        """Note where the answers of the batch begin, `[B]`, until the next is noted; None forgets it."""
         self._give(replace(self._given, batch=start))
 
     def _give(self, given: _Given) -> None:
@@ -156,7 +156,7 @@ class Positions:
         return self._running.get()
 
     def mask(self, policy: str) -> Tensor:
-        """The tokens of the current call that `policy` edits, bool `[B, T]`; computed once a call.
+        """Return the tokens of the current call that `policy` edits, bool `[B, T]`; computed once a call.
 
         Raises:
             PositionsError: outside a forward call of the tracked model, or where the start of the answer is unknown.
@@ -174,18 +174,18 @@ class Positions:
 
     @property
     def generation(self) -> object | None:
-        """What stands for the running call of `generate`, the same in all of its steps; None outside of one."""
+        """A token of the running call of `generate`, the same in all of its steps; None outside of one."""
         call = self._call
         return None if call is None else call.given.prompt
 
     @property
     def by_mask(self) -> bool:
-        """Whether the edited tokens of the current call were given themselves, not where they begin."""
+        """True where the edited tokens of the current call were given themselves, not where they begin."""
         call = self._call
         return call is not None and call.given.mask is not None
 
     def everywhere(self, policy: str) -> bool:
-        """Whether `policy` is known to edit every token of the current call, so that no mask is needed.
+        """Return whether `policy` is known to edit every token of the current call, so that no mask is needed.
 
         Asked once a call, and of the values only within `generate`, which looks at values in each step anyway.
         """
@@ -225,7 +225,7 @@ class Positions:
         return tokens.mask(call.position_ids, start) & call.real
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: read this call's tokens, mask, cache and position ids."""
+        """Read this call's tokens, mask, cache and position ids; a forward pre-hook."""
         given = self._given
         arguments = dict(zip(self._arguments, args, strict=False)) | kwargs
         tokens = arguments.get("input_ids")
@@ -275,7 +275,7 @@ class Positions:
 
     @staticmethod
     def _rows(start: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
-        """A start for each row or token; beams and several returned sequences repeat a prompt's rows side by side."""
+        """Return a start for each row or token; beams and returned sequences repeat a prompt's rows side by side."""
         start = (start if start.dim() == 2 else start.reshape(-1)).to(device)
         if batch % len(start) or start.shape[1:] not in ((), (1,), (length,)):
             given = " x ".join(map(str, start.shape))
@@ -283,7 +283,7 @@ class Positions:
         return start.repeat_interleave(batch // len(start), dim=0)
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: forget the call, so that nothing stale is read.
+        """Forget the call, so that nothing stale is read; a forward hook.
 
         While gradients are recorded it is kept: checkpointed blocks run again in the backward pass. Other calls may
         come in between, so it is recalled when the gradient of its output arrives.
@@ -316,7 +316,7 @@ class Positions:
             return original(*args, **kwargs)
 
     def _prompt_lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Tokens of each prompt, `[B]`; empty where the prompt is not tokens."""
+        """Return the number of tokens of each prompt, `[B]`; empty where the prompt is not tokens."""
         prompt, embedded = args[0] if args else None, kwargs.get("inputs_embeds")
         for name in ("inputs", "input_ids"):
             prompt = kwargs.get(name) if prompt is None else prompt
@@ -338,7 +338,7 @@ class Positions:
 
 
 def track(model: nn.Module) -> Positions:
-    """The model's `Positions`, made and hooked on at the first call.
+    """Return the model's `Positions`, made and hooked on at the first call.
 
     Args:
         model: the module whose `forward` takes `input_ids` (or `inputs_embeds`), and perhaps has `generate`.
@@ -373,7 +373,7 @@ def tracking(model: nn.Module) -> Iterator[Positions]:
 
 
 def tracked(module: nn.Module) -> list[Positions]:
-    """The `Positions` of every tracked model in `module`, itself included."""
+    """Return the `Positions` of every tracked model in `module`, itself included."""
     found = (m.__dict__.get(_ATTRIBUTE) for m in module.modules())
     return [positions for positions in found if isinstance(positions, Positions)]
 
@@ -407,7 +407,7 @@ def answering_batch(module: nn.Module, batch: Any) -> AbstractContextManager[Non
 
 @contextmanager
 def calling(module: nn.Module, **tokens: Any) -> Iterator[None]:
-    """Around a call that passes by the tracked model's own `forward`, its trunk alone say: what that call is given.
+    """Note what a call is given that passes by the tracked model's own `forward`, such as one of its trunk alone.
 
     Args:
         module: a module that is or contains the tracked backbone; without one this does nothing.
@@ -444,7 +444,7 @@ def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | Non
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output, however nested."""
+    """Yield the tensors of a model's output, however nested."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -25,7 +25,7 @@ class Handle:
 
 
 class ReplacedMethod(Handle):
-    """What stands on an instance in a method's place: it passes each call on to `by`, with what was there before.
+    """A callable in a method's place on an instance: it passes each call on to `by`, with what was there before.
 
     It is copied and pickled with its owner, has the signature of the method it replaces, and several may stand on one
     another: whichever is removed, the others keep acting.
@@ -38,7 +38,7 @@ class ReplacedMethod(Handle):
 
     @property
     def original(self) -> Callable[..., Any]:
-        """What is called in place of this one, were it not there."""
+        """The method that would be called were this one not there."""
         return _of_class(self.owner, self.name) if self.below is _MISSING else self.below
 
     @property
@@ -73,7 +73,7 @@ class ReplacedMethod(Handle):
 
 
 class KeptAttribute(Handle):
-    """What stands on an instance under a name now; `remove()` brings it back, whatever others have set since."""
+    """An instance's attribute as it is now; `remove()` brings it back, whatever others have set since."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name

@@ -1,4 +1,4 @@
-"""What the closed formulas for numbers of parameters are made of, read off a bare backbone."""
+"""Terms of the closed formulas for numbers of parameters, read off a bare backbone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def shapes(
 
 
 def linear(backbone: nn.Module) -> list[Shape]:
-    """Inputs and outputs of every linear layer in the blocks."""
+    """Return the inputs and outputs of every linear layer in the blocks."""
     named = dict(backbone.named_modules())
     found = [named[name] for block in blocks(backbone) for span in block.spans() for name in span.matrices]
     return [matrix_shape(module) for module in found if is_linear(module)]
 
 
 def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
-    """Inputs of the first and outputs of the last matrix of each feed-forward part, with `attention` of those too.
+    """Return inputs of the first and outputs of the last matrix of each feed-forward part, or `attention` too.
 
     A mixture of experts, which has no such matrices, is as wide as the stream.
     """
@@ -41,13 +41,13 @@ def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
 
 
 def attention_inputs(backbone: nn.Module) -> list[int]:
-    """The width of the concatenated heads in each attention."""
+    """Return the width of the concatenated heads in each attention."""
     spans = [span for block in blocks(backbone) for span in block.attention]
     return [matrix_shape(backbone.get_submodule(span.last))[0] for span in spans]
 
 
 def prefixes(backbone: Any) -> list[Shape]:
-    """Width of the keys and of the attention's input, for each attention."""
+    """Return the width of the keys and of the attention's input, for each attention."""
     config = backbone.config
     heads = config.num_attention_heads
     share = (getattr(config, "num_key_value_heads", None) or heads) / heads
@@ -56,7 +56,7 @@ def prefixes(backbone: Any) -> list[Shape]:
 
 
 def query_and_value(backbone: nn.Module) -> list[Shape]:
-    """The matrices that give queries and values; where one gives all three, that one."""
+    """Return the shapes of the matrices that give queries and values; where one gives all three, of that one."""
     found = []
     for block in blocks(backbone):
         for span in block.attention:
@@ -67,7 +67,7 @@ def query_and_value(backbone: nn.Module) -> list[Shape]:
 
 
 def biases(backbone: Any) -> int:
-    """Every bias there is, and one for each output of a matrix without."""
+    """Count every bias there is, and one for each output of a matrix without."""
     get_output = getattr(backbone, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
     there = {id(p): p.numel() for name, p in backbone.named_parameters() if name.endswith("bias")}
@@ -76,13 +76,13 @@ def biases(backbone: Any) -> int:
 
 
 def last_blocks(backbone: nn.Module) -> int:
-    """Every parameter of the last block; of an encoder and a decoder both."""
+    """Count every parameter of the last block; of an encoder and a decoder both."""
     last = {block.stack: block.module for block in blocks(backbone)}
     return sum(parameter.numel() for module in last.values() for parameter in module.parameters())
 
 
 def everything(backbone: nn.Module) -> int:
-    """Every parameter, shared ones once."""
+    """Count every parameter, shared ones once."""
     return sum(parameter.numel() for parameter in backbone.parameters())
 
 

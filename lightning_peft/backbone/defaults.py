@@ -1,4 +1,4 @@
-"""Which matrices of a backbone to adapt where nobody says: peft's choice, or all that an adapter can act on."""
+"""Choose a backbone's matrices to adapt where nobody names any: peft's choice, or all that can be adapted."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def all_linear(backbone: nn.Module) -> list[str]:
 
 
 def is_every_linear(backbone: nn.Module) -> bool:
-    """Whether peft's `"all-linear"` reaches all of the backbone's linear layers, and none that it cannot adapt."""
+    """Return whether peft's `"all-linear"` reaches all of the backbone's linear layers, and none it cannot adapt."""
     if never_called(backbone) or read_by_kernels(backbone):
         return False
     linear = {name: module for name, module in base_modules(backbone) if is_linear(module)}
@@ -114,7 +114,7 @@ def is_every_linear(backbone: nn.Module) -> bool:
 
 @torch.no_grad()
 def takes_adapters(module: nn.Module) -> bool:
-    """Whether what a linear layer or convolution computes is what adapters take it to compute.
+    """Return whether a linear layer or convolution computes what adapters take it to compute.
 
     A depthwise convolution has no matrix of low rank, and a subclass of `nn.Linear` may give anything: it is tried.
     """

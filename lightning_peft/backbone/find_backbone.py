@@ -13,7 +13,7 @@ def is_lightning_module(module: nn.Module) -> bool:
 
 
 def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> str | None:
-    """The name of the submodule to freeze and adapt.
+    """Return the name of the submodule to freeze and adapt.
 
     Without a name it is the one transformers model in the module or, once everything is built, the only child with
     parameters. Two candidates are never guessed between.
@@ -60,7 +60,7 @@ def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> st
 
 
 def _pretrained(module: nn.Module) -> list[str]:
-    """Outermost transformers models in `module`. If transformers is not loaded there can be none."""
+    """Return the outermost transformers models in `module`. If transformers is not loaded there can be none."""
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return []

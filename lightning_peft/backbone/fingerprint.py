@@ -48,7 +48,7 @@ def blank_samples(backbone: nn.Module) -> dict[str, Any]:
 
 
 def _sampled(backbone: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of which a fingerprint holds values."""
+    """Return the tensors of which a fingerprint holds values."""
     tensors = parameters | _saved_buffers(backbone)
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
 
@@ -78,7 +78,7 @@ def without(identity: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
 
 
 def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether values agree to the coarser of the two precisions, exactly where both are the same."""
+    """Return whether values agree to the coarser of the two precisions, exactly where both are the same."""
     if a == b:
         return True
     coarse = max(torch.finfo(getattr(torch, sample["dtype"])).eps for sample in (a, b))
@@ -90,14 +90,14 @@ def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _base_parameters(backbone: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are not an adapter's, under the names they have in the bare model, each once."""
+    """Return the parameters that are not an adapter's, under their names in the bare model, each once."""
     own = {id(p) for _, module in base_modules(backbone) for p in module.parameters(recurse=False)}
     named = {eager_key(bare_name(backbone, n)): p for n, p in backbone.named_parameters() if id(p) in own}
     return dict(sorted(named.items()))
 
 
 def _saved_buffers(backbone: nn.Module) -> dict[str, Tensor]:
-    """Buffers that are part of the state, such as BatchNorm's statistics, by the names they have without adapters."""
+    """Return the buffers in the state, such as BatchNorm's statistics, by the names they have without adapters."""
     return {
         eager_key(f"{name}.{key}".lstrip(".")): buffer
         for name, module in base_modules(backbone)
@@ -119,6 +119,6 @@ def _sample(parameter: Tensor) -> dict[str, Any]:
 
 @cache
 def _places(size: int) -> Tensor:
-    """Where a tensor of this size is sampled."""
+    """Return where a tensor of this size is sampled."""
     with torch.device("cpu"):
         return torch.linspace(0, size - 1, min(_SAMPLES, size), dtype=torch.float64).long()

@@ -41,7 +41,7 @@ class HeadSite:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is read at one token."""
+        """The shape of what is read at one token."""
         return (self.num_heads, self.head_dim)
 
 
@@ -52,7 +52,7 @@ def head_sites(
     part: Part | None = None,
     within: str | None = None,
 ) -> list[HeadSite]:
-    """The head sites of a model, by layer.
+    """Return the head sites of a model, by layer.
 
     They are found by structure: the matrix that leads from an attention back to the residual stream. The number of
     heads is that of the *query* heads (with grouped queries those are what reaches the projection), as the attention
@@ -97,7 +97,7 @@ def head_sites(
 
 
 def _by_structure(model: nn.Module) -> Iterator[tuple[str, Part]]:
-    """The output projection of every attention, block by block, and which part of the model it is in."""
+    """Yield the output projection of every attention, block by block, and the part of the model it is in."""
     found, named = [block for block in blocks(model) if block.attention], dict(base_modules(model))
     for block in found:
         for i, span in enumerate(block.attention):
@@ -106,7 +106,7 @@ def _by_structure(model: nn.Module) -> Iterator[tuple[str, Part]]:
 
 
 def _check_last(named: dict[str, nn.Module], span: Span) -> None:
-    """A projection of a kind of its own is no matrix to `blocks`, and another must not pass for it."""
+    """Check that a projection of a kind of its own, no matrix to `blocks`, has not left its place to another."""
     paths = [name.split(".") for name in span.matrices]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     attention = ".".join(parts[0] for parts in shared)
@@ -121,7 +121,7 @@ def _check_last(named: dict[str, nn.Module], span: Span) -> None:
 
 
 def _part_of(name: str, found: Sequence[Block]) -> Part:
-    """An encoder is one only where another stack looks at it."""
+    """Return the part of the model a module is in; an encoder is one only where another stack looks at it."""
     crossed = {block.stack for block in found if len(block.attention) > 1}
     return "encoder" if crossed and not any(name.startswith(f"{stack}.") for stack in crossed) else "self"
 
@@ -148,7 +148,7 @@ def _site(model: nn.Module, named: dict[str, nn.Module], name: str, num_heads: i
 
 
 def _said(named: dict[str, nn.Module], name: str, keys: Sequence[str]) -> int | None:
-    """What the modules around a projection say, the nearest first: they themselves, then their configuration.
+    """Return the nearest value among the modules around a projection: of themselves, then of their configuration.
 
     An attention knows best: an encoder-decoder has two numbers of heads, and a model of pictures and text two
     configurations.
@@ -165,5 +165,5 @@ def _said(named: dict[str, nn.Module], name: str, keys: Sequence[str]) -> int | 
 
 
 def _numbers(name: str) -> tuple[int, ...]:
-    """The numbers in a name, so that layer 10 comes after layer 9."""
+    """Return the numbers in a name, so that layer 10 comes after layer 9."""
     return tuple(int(part) for part in name.split(".") if part.isdigit())

@@ -35,12 +35,12 @@ class LayerSite:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is read at one token."""
+        """The shape of what is read at one token."""
         return (self.width,)
 
 
 def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None) -> list[LayerSite]:
-    """The blocks of a model, or their attentions or feed-forward parts, in the order in which they stand.
+    """Return the blocks of a model, or their attentions or feed-forward parts, in the order in which they stand.
 
     Args:
         model: the backbone; adapters, quantised and compiled modules are looked through.
@@ -82,7 +82,7 @@ def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None
 
 
 def stream_writers(model: nn.Module) -> list[str]:
-    """The names of all that writes to the residual stream: embeddings, output projections, feed-forward parts.
+    """Return the names of what writes to the residual stream: embeddings, output projections, feed-forward parts.
 
     Of a feed-forward part it is the last matrix, or, where experts share it, the whole.
 
@@ -115,7 +115,7 @@ def stream_writers(model: nn.Module) -> list[str]:
 
 
 def _mlp(block: Block, named: dict[str, nn.Module]) -> str | None:
-    """The one child of a block that has matrices and no attention in it; else the feed-forward part's last matrix."""
+    """Return the one child of a block with matrices but no attention; else the feed-forward part's last matrix."""
     attention = [name for span in block.attention for name in span.matrices]
     children = [
         f"{block.name}.{name}"

@@ -23,7 +23,7 @@ class AdapterState(nn.ModuleDict):
 
 
 def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The backbone's own modules under the names they have without adapters, adapters' modules left out."""
+    """Yield the backbone's own modules under the names they have without adapters, adapters' modules left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     whole = whole_wrapper()
@@ -108,7 +108,7 @@ def standalone_name(root: nn.Module, name: str, adapter: str | None = None) -> s
 
 
 def _seen_through(module: nn.Module, child: str) -> nn.Module:
-    """The module that has a child, where PyTorch's own wrappers leave themselves out of the child's name."""
+    """Return the module that has a child, where PyTorch's own wrappers leave themselves out of the child's name."""
     while child not in module._modules:
         inner = next((m for n in _UNNAMED if (m := module._modules.get(n)) is not None), None)
         if inner is None:
@@ -118,7 +118,7 @@ def _seen_through(module: nn.Module, child: str) -> nn.Module:
 
 
 def _wrappers(module: nn.Module) -> list[Any]:
-    """The wrappers nested around one module, outermost first."""
+    """Return the wrappers nested around one module, outermost first."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = []
@@ -129,7 +129,7 @@ def _wrappers(module: nn.Module) -> list[Any]:
 
 
 def _depth_alone(wrappers: list[Any], own: list[Any], depth: int) -> int:
-    """How many of an adapter's own wrappers peft alone would put around what lies at a depth of the nest."""
+    """Count an adapter's own wrappers that peft alone would put around the module at a depth of the nest."""
     at = wrappers[depth] if depth < len(wrappers) else None
     if at not in own:
         return sum(wrapper in own for wrapper in wrappers[:depth])
@@ -157,22 +157,22 @@ def with_nested_keys(tensors: Mapping[str, T], expected: Collection[str]) -> Map
 
 
 def eager_key(key: str) -> str:
-    """A key as it was before `torch.compile` wrapped a module on its way."""
+    """Return a key as it was before `torch.compile` wrapped a module on its way."""
     return re.sub(r"(^|(?<=\.))_orig_mod\.", "", key)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module itself, where `torch.compile` has wrapped it; both share their weights, and run the same code."""
+    """Return the module itself, where `torch.compile` has wrapped it; both share weights, and run the same code."""
     inner = module._modules.get("_orig_mod")
     return module if inner is None else inner
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a matrix product: `nn.Linear` (quantised ones included) or transformers' Conv1D."""
+    """Return whether a module is a matrix product: `nn.Linear` (quantised ones included) or transformers' Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a module, or the one an adapter wraps, is a linear layer or a convolution."""
+    """Return whether a module, or the one an adapter wraps, is a linear layer or a convolution."""
     base = getattr(module, "get_base_layer", lambda: module)()
     return is_linear(base) or isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)

@@ -1,4 +1,4 @@
-"""Where adapters that stand at a whole part of a block go: its first and its last matrix."""
+"""Find the places of adapters at a whole part of a block: its first and its last matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_peft.backbone.targets import Layers, choose_targets, choose_with_
 
 
 def part_ends(backbone: nn.Module, attention: bool, layers: Layers | list[int] | None = None) -> list[Span]:
-    """The feed-forward parts of the backbone's blocks, and with `attention` the attention parts too, in order.
+    """Return the feed-forward parts of the backbone's blocks, with `attention` the attention parts too, in order.
 
     Args:
         backbone: any module with repeated blocks.
@@ -45,7 +45,7 @@ def part_ends(backbone: nn.Module, attention: bool, layers: Layers | list[int] |
 
 
 def attentions(backbone: nn.Module, layers: Layers | list[int] | None = None) -> list[Span]:
-    """The attentions of the backbone's blocks, cross-attention too, in order.
+    """Return the attentions of the backbone's blocks, cross-attention too, in order.
 
     Args:
         backbone: any module with repeated blocks.

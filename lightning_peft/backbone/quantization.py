@@ -23,7 +23,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Quantization:
-    """How to quantise.
+    """The settings of a quantisation.
 
     Args:
         quant_type: `"nf4"` (quantiles of a normal distribution), `"fp4"`, both in blocks of 64 values with a scale
@@ -162,17 +162,17 @@ def dequantize(backbone: nn.Module) -> list[str]:
 
 
 def quantized_layers(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The backbone's own quantised linear layers, by the names they have without adapters."""
+    """Return the backbone's own quantised linear layers, by the names they have without adapters."""
     return ((name, module) for name, module in base_modules(backbone) if is_quantized(module))
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a linear layer quantised by bitsandbytes; that is not imported for it."""
+    """Return whether a module is a linear layer quantised by bitsandbytes; that is not imported for it."""
     return any(_descends(module, cls) for cls in _FLAGS.values())
 
 
 def was_conv1d(module: nn.Module) -> bool:
-    """Whether a quantised layer took the place of a transformers `Conv1D`, whose weight is the other way round."""
+    """Return whether a quantised layer took the place of a transformers `Conv1D`, whose weight is transposed."""
     return getattr(getattr(module, "source_cls", None), "__name__", None) == "Conv1D"
 
 
@@ -193,7 +193,7 @@ def check_merge(layers: Iterable[Any], method: str) -> None:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes that the weights of a module's quantised layers take: packed values, scales and code tables."""
+    """Return the bytes that the weights of quantised layers take: packed values, scales and code tables."""
     return sum(t.nbytes for _, layer in quantized_layers(module) for t in _import_layers().stored(layer))
 
 
@@ -217,7 +217,7 @@ def _check_same(existing: dict[str, Any], how: Quantization, layers: Any) -> Non
 
 
 def _chosen(backbone: nn.Module, skip: Collection[str]) -> dict[str, Any]:
-    """What to quantise, by name."""
+    """Return the layers to quantise, by name."""
     if _has_adapters(backbone):
         raise ValueError(
             f"{type(backbone).__name__} already has adapters on its full weights: quantise it before adding any."
@@ -259,7 +259,7 @@ def _descends(module: nn.Module, cls: str) -> bool:
 
 
 def _heads(backbone: Any) -> set[nn.Module]:
-    """What makes the outputs of a transformers model: all that is outside its base model, and its output embedding."""
+    """Return what makes a transformers model's outputs: all outside its base model, and its output embedding."""
     inner = getattr(backbone, "base_model", None) if hasattr(backbone, "base_model_prefix") else None
     found: set[nn.Module] = set()
     if isinstance(inner, nn.Module) and inner is not backbone:
@@ -270,7 +270,7 @@ def _heads(backbone: Any) -> set[nn.Module]:
 
 
 def _shared(backbone: nn.Module) -> set[int]:
-    """The parameters that more than one module holds."""
+    """Return the ids of the parameters that more than one module holds."""
     owners: dict[int, set[nn.Module]] = {}
     for module in backbone.modules():
         for parameter in module.parameters(recurse=False):

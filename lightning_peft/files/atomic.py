@@ -19,7 +19,7 @@ fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl
 
 @contextmanager
 def new_file(path: str | Path, writer: str = "new") -> Iterator[Path]:
-    """Within, write the file that is given; left without an error, it takes its place, else it is gone.
+    """Yield a file to write; left without an error, it takes the place of `path`, else it is gone.
 
     Args:
         path: the file to make or replace; folders above it are made.
@@ -40,7 +40,7 @@ def new_file(path: str | Path, writer: str = "new") -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Within, write into the folder that is given; left without an error, it takes its place, else it is gone.
+    """Yield a folder to write into; left without an error, it takes the place of `path`, else it is gone.
 
     Args:
         path: a folder that does not exist yet or is empty; folders above it are made.
@@ -59,7 +59,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(path: str | Path) -> Iterator[Path]:
-    """Within, an empty folder beside a path, where what will be at the path is tried; afterwards it is gone."""
+    """Yield an empty folder beside a path, to try what will be at the path; afterwards it is gone."""
     with _beside(Path(os.path.abspath(path)), "trial") as made:
         try:
             yield made
@@ -69,7 +69,7 @@ def scratch_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, make: bool = True) -> Iterator[None]:
-    """Within, no other process is within the same folder's lock, which ends with its process.
+    """Hold a folder's lock, which one process has at a time and which ends with its process.
 
     Args:
         folder: the folder; whoever holds its lock may move it away or remove it.
@@ -116,7 +116,7 @@ def clear_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file to the disk, so that a rename cannot get there before its content."""
+    """Write a file through to the disk, so that a rename cannot get there before its content."""
     handle = os.open(path, os.O_RDWR)
     try:
         os.fsync(handle)
@@ -126,7 +126,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _beside(path: Path, writer: str) -> Iterator[Path]:
-    """Within, an empty folder beside a path, which no other process is within."""
+    """Yield an empty folder beside a path, which no other process has at the time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f".{path.name}.{writer}")
     with locked(made):

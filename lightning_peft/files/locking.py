@@ -57,7 +57,7 @@ def only_writer(folder: Path, wait: bool = False, say: Callable[[str], None] = p
 
 
 def _acquire(lock: BaseFileLock, folder: Path, wait: bool, say: Callable[[str], None]) -> bool:
-    """Whether the lock is held now; False where the file system has none."""
+    """Acquire the lock and return whether it is held; False where the file system has none."""
     from filelock import Timeout
 
     try:

@@ -76,7 +76,7 @@ def read_record(path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] |
 
 
 def file_sums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files of a folder, and of all files of folders in it, by their paths within it.
+    """Return size and SHA-256 of files of a folder, and of all files of folders in it, by their paths within it.
 
     Args:
         folder: the folder.

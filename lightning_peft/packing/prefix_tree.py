@@ -60,7 +60,7 @@ def pack(sequences: Sequence[Sequence[int]], skip: int, budget: int) -> Iterator
 
 
 def packed_length(sequences: Sequence[Sequence[int]], skip: int) -> int:
-    """How many tokens a row of all these texts has.
+    """Return the number of tokens in a row of all these texts.
 
     Example:
         >>> packed_length([[7, 8, 9], [7, 8, 4], [7, 8, 9]], skip=1)
@@ -72,7 +72,7 @@ def packed_length(sequences: Sequence[Sequence[int]], skip: int) -> int:
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens at the beginning all texts share."""
+    """Return the number of tokens at the beginning that all texts share."""
     ordered = sorted(map(tuple, sequences))
     return _shared(ordered[0], ordered[-1]) if ordered else 0  # the extremes differ the earliest
 

@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
         _initialise(self, config.init)
 
     def forward(self, z: Tensor, rule: Tensor | None = None) -> Tensor:
-        """`rule [n, n, n]` is what all layers of a Kronecker adapter share."""
+        """Apply the branch; `rule [n, n, n]` is what all layers of a Kronecker adapter share."""
         shared = () if rule is None else (rule,)
         hidden = self.down(z, *shared)
         if self.activation != "linear":
@@ -69,7 +69,7 @@ class Bottleneck(nn.Module):
         return out if self.gate is None else out * torch.sigmoid(self.gate(z))
 
     def matrix(self, rule: Tensor | None = None) -> Tensor:
-        """The whole map as a matrix `[outputs, inputs]`, for a linear one without biases and gate."""
+        """Return the whole map as a matrix `[outputs, inputs]`, for a linear one without biases and gate."""
         product = _matrix(self.up, rule) @ _matrix(self.down, rule)
         return product if self.scale is None else product * self.scale[:, None]
 

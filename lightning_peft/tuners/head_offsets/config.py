@@ -1,4 +1,4 @@
-"""What a head-offsets adapter needs to know about its model."""
+"""The configuration of a head-offsets adapter."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class HeadOffsetsConfig(PeftConfig):
             self.target_modules = sorted(self.heads)
 
     def compacted(self, tensors: Mapping[str, Tensor]) -> tuple[HeadOffsetsConfig, dict[str, Tensor]]:
-        """This adapter as it is written to a folder: once its heads are chosen, the offsets of those alone.
+        """Return this adapter as it is written to a folder: once its heads are chosen, the offsets of those alone.
 
         Args:
             tensors: under the keys of a saved peft folder.

@@ -15,7 +15,7 @@ from lightning_peft.tuners.ssb.config import SSBConfig
 
 
 class SSBLayer(nn.Module, BaseTunerLayer):
-    """Scales what a linear layer is given by v and what its weight gives by u: `u ⊙ W (v ⊙ x) + b`.
+    """Scale what a linear layer is given by v and what its weight gives by u: `u ⊙ W (v ⊙ x) + b`.
 
     The weight itself is not read, so that it may be quantised, or wrapped by another adapter.
     """
@@ -98,7 +98,7 @@ class SSBLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _scale(self, vectors: nn.ParameterDict, adapters: list[str]) -> Tensor | None:
-        """The product of some adapters' vectors at their strength; None where nothing is scaled."""
+        """Return the product of some adapters' vectors at their strength; None where nothing is scaled."""
         product: Tensor | None = None
         for name in adapters:
             strength = self.scaling.get(name, 0.0)
@@ -108,7 +108,7 @@ class SSBLayer(nn.Module, BaseTunerLayer):
         return product
 
     def _bias(self, x: Tensor) -> Tensor | None:
-        """What the layer gives for no input, which u does not scale."""
+        """Return what the layer gives for no input, which u does not scale."""
         base: Any = self.get_base_layer()
         if self.base_layer is base or base.bias is None:
             return base.bias

@@ -1,4 +1,4 @@
-"""Which of a backbone's parameters to train: by block, by part of a block, from the top, biases, matrices."""
+"""Choose a backbone's parameters to train: by block, by part of a block, from the top, biases, matrices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _QUERY = re.compile(r"q|query|q_proj|q_lin|wq")
 def choose_parameters(
     backbone: nn.Module, layers: Layers | list[int] | None = None, within: Within | None = None
 ) -> list[str]:
-    """Full names of the backbone's parameters, all of them or those of some blocks.
+    """Return the full names of the backbone's parameters, all of them or those of some blocks.
 
     Args:
         backbone: any module, with or without adapters; parameters that modules share are named once.
@@ -41,7 +41,7 @@ def choose_biases(
     layers: Layers | list[int] | None = None,
     within: Within | None = None,
 ) -> list[str]:
-    """Full names of the backbone's biases.
+    """Return the full names of the backbone's biases.
 
     Args:
         backbone: any module, with or without adapters.
@@ -72,7 +72,7 @@ def choose_biases(
 
 
 def choose_top(backbone: nn.Module, k: int, final_norm: bool = True, head: bool = True) -> list[str]:
-    """Full names of the parameters of the last k blocks, and of what stands after them.
+    """Return the full names of the parameters of the last k blocks, and of what stands after them.
 
     Args:
         backbone: any module with repeated blocks; the last k of an encoder's and of a decoder's are both taken.
@@ -103,7 +103,7 @@ def choose_top(backbone: nn.Module, k: int, final_norm: bool = True, head: bool 
 
 
 def choose_matrices(backbone: nn.Module) -> list[str]:
-    """Full names of the weights of linear layers and convolutions, without those shared with an embedding."""
+    """Return the full names of the weights of linear layers and convolutions that no embedding shares."""
     return [
         where[0].full_name
         for where in places(backbone)

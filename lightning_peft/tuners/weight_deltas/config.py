@@ -1,4 +1,4 @@
-"""What a weight-deltas adapter needs to know about its model."""
+"""The configuration of a weight-deltas adapter."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class WeightDeltasConfig(PeftConfig):
             raise ValueError("WeightDeltasConfig takes target_parameters, the full names of parameters, not modules.")
 
     def compacted(self, tensors: Mapping[str, Tensor]) -> tuple[WeightDeltasConfig, dict[str, Tensor]]:
-        """This adapter as it is written to a folder: of masked deltas only the entries that the mask lets act.
+        """Return this adapter as it is written to a folder: of masked deltas only the entries that the mask lets act.
 
         Args:
             tensors: under the keys of a saved peft folder.
@@ -85,17 +85,17 @@ class WeightDeltasConfig(PeftConfig):
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Eight truth values `[n]` a byte: `[ceil(n / 8)]`."""
+    """Pack truth values `[n]`, eight a byte: `[ceil(n / 8)]`."""
     eights = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).reshape(-1, 8)
     return (eights << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(bits: Tensor, count: int) -> Tensor:
-    """The first `count` truth values that `pack` put there."""
+    """Return the first `count` truth values that `pack` put there."""
     eights = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (eights & 1).bool().reshape(-1)[:count]
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:
-    """The precision of a delta for a parameter of this precision: float32 where that is less."""
+    """Return the precision of a delta for a parameter of this precision: float32 where that is less."""
     return torch.promote_types(dtype, torch.float32)

@@ -73,7 +73,7 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
         attach(self._owner[0], self, set(names))
 
     def effective(self, name: str) -> Tensor | None:
-        """The owner's parameter `name` with the active adapters' deltas added, or the parameter itself without any."""
+        """Return the owner's parameter `name` with the active adapters' deltas added, or as it is without any."""
         if name in self.links:
             layer, other = self.links[name]
             return layer.effective(other)
@@ -121,7 +121,7 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
             detach(self._owner[0])
 
     def get_base_layer(self) -> nn.Module:
-        """A module without anything: no other is wrapped."""
+        """Return a module without anything: no other is wrapped."""
         return nn.Module()
 
     def _get_available_adapters(self) -> set[str]:
@@ -131,7 +131,7 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
         return name in self._of(self.values, adapter)
 
     def _sum(self, name: str, parameter: Tensor | None, adapters: list[str]) -> Tensor:
-        """`parameter + scaling * change`, computed in the deltas' precision."""
+        """Return `parameter + scaling * change`, computed in the deltas' precision."""
         _, dtype, _ = self._form(name)
         before = self._before_merge.get(name, parameter)
         total = None if parameter is None else parameter.to(storage(dtype))
@@ -144,7 +144,7 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
         return total.to(dtype)
 
     def _change(self, adapter: str, name: str, base: Tensor | None) -> Tensor:
-        """What one adapter adds at strength 1, in the shape of the parameter."""
+        """Return what one adapter adds at strength 1, in the shape of the parameter."""
         value: Tensor = self._of(self.values, adapter)[name]
         indices, bits, masks = (self._of(c, adapter) for c in (self.indices, self.bits, self.masks))
         if name not in indices and name not in bits and name not in masks:
@@ -162,11 +162,11 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def _of(container: nn.ModuleDict, adapter: str) -> Any:
-        """One adapter's tensors by parameter, or nothing."""
+        """Return one adapter's tensors by parameter, or nothing."""
         return container[adapter] if adapter in container else {}  # noqa: SIM401 - it has no `get`
 
     def _form(self, name: str) -> tuple[torch.Size, torch.dtype, torch.device]:
-        """Shape, precision and device of the owner's parameter; of a bias that is missing, as it would be."""
+        """Return shape, precision and device of the owner's parameter; of a missing bias, as they would be."""
         owner = self._owner[0]
         parameter = owner._parameters.get(name)
         if parameter is not None:

@@ -30,7 +30,7 @@ class Delta:
 
 
 def deltas(backbone: nn.Module, adapter: str) -> list[Delta]:
-    """The deltas of an adapter whose every target exists and is stored densely, in order."""
+    """Return the deltas of an adapter whose every target exists and is stored densely, in order."""
     found = []
     for name, layer in backbone.named_modules():
         if isinstance(layer, WeightDeltasLayer):
@@ -44,7 +44,7 @@ def deltas(backbone: nn.Module, adapter: str) -> list[Delta]:
 
 
 def keep_largest(scores: Sequence[Tensor], among: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of exactly `count` true entries in all: where the scores are largest, the first ones where they tie.
+    """Return masks of exactly `count` true entries in all: the largest scores, the first ones where they tie.
 
     Args:
         scores: one tensor a parameter, any shapes.

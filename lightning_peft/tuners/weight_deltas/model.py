@@ -19,7 +19,7 @@ from lightning_peft.tuners.weight_deltas.view import ATTRIBUTE
 
 
 class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
-    """Gives modules a `WeightDeltasLayer` each; see `WeightDeltasConfig`. No module is replaced and no name changes.
+    """Give modules a `WeightDeltasLayer` each; see `WeightDeltasConfig`. No module is replaced and no name changes.
 
     Example:
         >>> from torch import nn
@@ -101,7 +101,7 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
 
 
 def _chosen(model: nn.Module, config: WeightDeltasConfig) -> dict[str, list[Place]]:
-    """Where each targeted parameter is, by its first full name, after checking that it can have a delta."""
+    """Return the places of each targeted parameter by its first full name; check that it can have a delta."""
     known = places(model, missing=config.add_missing)
     first = {place.full_name: where[0].full_name for where in known for place in where}
     by_name = {where[0].full_name: where for where in known}

@@ -1,4 +1,4 @@
-"""Which module owns which parameter, as the model is without adapters."""
+"""Find the module that owns each parameter, as the model is without adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Place:
 
 
 def places(backbone: nn.Module, missing: bool = False) -> list[list[Place]]:
-    """Every parameter of the backbone, adapters' left out, in order.
+    """Return every parameter of the backbone, adapters' left out, in order.
 
     Args:
         backbone: any module, with or without adapters.

@@ -53,7 +53,7 @@ def _read_all(module: Any) -> list[Any]:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """How such a module is pickled and copied: its class cannot be found by name."""
+    """Pickle and copy such a module by its plain class: its own cannot be found by name."""
     cls: Any = type(module)
     return _rebuild, (getattr(cls, _PLAIN), tuple(sorted(cls._lightning_peft_names))), module.__getstate__()
 
