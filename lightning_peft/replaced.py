@@ -39,7 +39,7 @@ class ReplacedMethod(Handle):
     @property
     def original(self) -> Callable[..., Any]:
         """The method that would be called were this one not there."""
-        return _of_class(self.owner, self.name) if self.below is _MISSING else self.below
+        return _class_attribute(self.owner, self.name) if self.below is _MISSING else self.below
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -151,7 +151,7 @@ def replaced_attribute(owner: Any, name: str, value: Any) -> ReplacedAttribute:
     return ReplacedAttribute(owner, name, value)
 
 
-def _of_class(owner: Any, name: str) -> Any:
+def _class_attribute(owner: Any, name: str) -> Any:
     """Return what the owner's class has under a name, bound to the owner, whatever stands on the instance."""
     for cls in type(owner).__mro__:
         if name in cls.__dict__:

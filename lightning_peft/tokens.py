@@ -56,14 +56,14 @@ class Tokens:
         Raises:
             ValueError: an unknown phase, or a window that is none.
         """
-        found = _FORM.fullmatch(_SHORT.get(text, text))
-        if found is None or found[1] not in PHASES:
+        match = _FORM.fullmatch(_SHORT.get(text, text))
+        if match is None or match[1] not in PHASES:
             raise ValueError(
                 f"positions must be one of {', '.join((*PHASES, *_SHORT))}, or a phase with a window such as "
                 f"'answer[0:3]', got {text!r}."
             )
-        start, stop = (None if bound is None else int(bound) for bound in found.group(2, 3))
-        return Tokens(found[1], start, stop)
+        start, stop = (None if bound is None else int(bound) for bound in match.group(2, 3))
+        return Tokens(match[1], start, stop)
 
     @property
     def needs_start(self) -> bool:

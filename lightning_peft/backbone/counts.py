@@ -25,8 +25,8 @@ def shapes(
 def linear(backbone: nn.Module) -> list[Shape]:
     """Return the inputs and outputs of every linear layer in the blocks."""
     named = dict(backbone.named_modules())
-    found = [named[name] for block in blocks(backbone) for span in block.spans() for name in span.matrices]
-    return [matrix_shape(module) for module in found if is_linear(module)]
+    matrices = [named[name] for block in blocks(backbone) for span in block.spans() for name in span.matrices]
+    return [matrix_shape(module) for module in matrices if is_linear(module)]
 
 
 def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
@@ -34,9 +34,9 @@ def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
 
     A mixture of experts, which has no such matrices, is as wide as the stream.
     """
-    found = [block for block in blocks(backbone) if block.mlp or block.experts]
+    with_mlp = [block for block in blocks(backbone) if block.mlp or block.experts]
     stream = (width(backbone), width(backbone))
-    ends = [_ends(backbone, block.mlp) if block.mlp and not block.experts else stream for block in found]
+    ends = [_ends(backbone, block.mlp) if block.mlp and not block.experts else stream for block in with_mlp]
     return ends + (_attentions(backbone) if attention else [])
 
 
@@ -57,22 +57,22 @@ def prefixes(backbone: Any) -> list[Shape]:
 
 def query_and_value(backbone: nn.Module) -> list[Shape]:
     """Return the shapes of the matrices that give queries and values; where one gives all three, of that one."""
-    found = []
+    projections = []
     for block in blocks(backbone):
         for span in block.attention:
             shapes = [matrix_shape(backbone.get_submodule(name)) for name in span.matrices[:-1]]
             # query, key and value stand in this order, but for OPT's key, value, query
-            found += [shapes[0], shapes[-1]] if len(shapes) == 3 and shapes[0][1] >= shapes[2][1] else shapes[:1]
-    return found
+            projections += [shapes[0], shapes[-1]] if len(shapes) == 3 and shapes[0][1] >= shapes[2][1] else shapes[:1]
+    return projections
 
 
 def biases(backbone: Any) -> int:
     """Count every bias there is, and one for each output of a matrix without."""
     get_output = getattr(backbone, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    there = {id(p): p.numel() for name, p in backbone.named_parameters() if name.endswith("bias")}
+    sizes = {id(p): p.numel() for name, p in backbone.named_parameters() if name.endswith("bias")}
     missing = [m for m in backbone.modules() if is_matrix(m) and m is not output and getattr(m, "bias", None) is None]
-    return sum(there.values()) + sum(matrix_shape(m)[1] for m in missing)
+    return sum(sizes.values()) + sum(matrix_shape(m)[1] for m in missing)
 
 
 def last_blocks(backbone: nn.Module) -> int:

@@ -28,10 +28,10 @@ def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> st
     """
     if name is not None:
         try:
-            found = module.get_submodule(name)
+            submodule = module.get_submodule(name)
         except AttributeError:
-            found = None
-        if isinstance(found, nn.Module) and any(True for _ in found.parameters()):
+            submodule = None
+        if isinstance(submodule, nn.Module) and any(True for _ in submodule.parameters()):
             return name
         if final:
             raise ValueError(
@@ -64,11 +64,11 @@ def _pretrained(module: nn.Module) -> list[str]:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return []
-    found: list[str] = []
+    names: list[str] = []
     for name, m in module.named_modules():
-        if isinstance(m, modeling.PreTrainedModel) and not any(name.startswith(f + ".") for f in found):
-            found.append(name)
-    return found
+        if isinstance(m, modeling.PreTrainedModel) and not any(name.startswith(f + ".") for f in names):
+            names.append(name)
+    return names
 
 
 def _children(module: nn.Module) -> str:

@@ -62,10 +62,10 @@ def mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
         kinds = f"{expected.get('model_type')} and {found.get('model_type')}"
         return f"their parameters have other names or shapes (model types {kinds})"
     both = [name for name in expected["samples"] if name in found["samples"]]
-    if not (other := [name for name in both if not _alike(expected["samples"][name], found["samples"][name])]):
+    if not (differing := [name for name in both if not _alike(expected["samples"][name], found["samples"][name])]):
         return None
-    named = ", ".join(other[:3]) + (", …" if len(other) > 3 else "")
-    return f"{len(other)} of {len(both)} tensors hold other values: {named}"
+    named = ", ".join(differing[:3]) + (", …" if len(differing) > 3 else "")
+    return f"{len(differing)} of {len(both)} tensors hold other values: {named}"
 
 
 def without(identity: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def without(identity: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
     inside = tuple(f".{module}." for module in modules)
     samples = identity.get("samples", {})
     # peft, too, finds a module by the end of its name
-    kept = {name: sample for name, sample in samples.items() if not any(end in f".{name}" for end in inside)}
-    return identity | {"samples": kept} if identity else identity
+    outside = {name: sample for name, sample in samples.items() if not any(end in f".{name}" for end in inside)}
+    return identity | {"samples": outside} if identity else identity
 
 
 def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -91,8 +91,8 @@ def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def _base_parameters(backbone: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that are not an adapter's, under their names in the bare model, each once."""
-    own = {id(p) for _, module in base_modules(backbone) for p in module.parameters(recurse=False)}
-    named = {eager_key(bare_name(backbone, n)): p for n, p in backbone.named_parameters() if id(p) in own}
+    base_ids = {id(p) for _, module in base_modules(backbone) for p in module.parameters(recurse=False)}
+    named = {eager_key(bare_name(backbone, n)): p for n, p in backbone.named_parameters() if id(p) in base_ids}
     return dict(sorted(named.items()))
 
 

@@ -37,13 +37,13 @@ def read_by_kernels(backbone: nn.Module) -> set[str]:
     Which they are depends on the model and on whether its kernels are installed: the time step's almost everywhere,
     the output's and others in a fused kernel. The first linear layer, which takes the mixer's input, is none of them.
     """
-    found = set()
+    unreached = set()
     for name, module in base_modules(backbone):
         if {"A_log", "D"} <= module._parameters.keys():
             children = {n: child for n, child in module.named_children() if is_matrix(child)}
             first = next((n for n, child in children.items() if is_linear(child)), None)
-            found |= {f"{name}.{n}" for n in children if n != first}
-    return found
+            unreached |= {f"{name}.{n}" for n in children if n != first}
+    return unreached
 
 
 def check_called(targets: Iterable[str], backbone: nn.Module) -> None:

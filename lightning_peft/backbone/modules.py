@@ -54,20 +54,20 @@ def state_tensors(module: nn.Module) -> dict[str, Tensor]:
     their state is taken. What adapters keep beside the modules is asked, since a prompt may follow from an encoder.
     """
     fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, fsdp):  # nothing but its own state knows the shapes of what it has flattened
             return nn.Module.state_dict(module, keep_vars=True)
         start = f"{name}." if name else ""
         if isinstance(part, AdapterState):
-            found |= part.state_dict(prefix=start, keep_vars=True)
+            tensors |= part.state_dict(prefix=start, keep_vars=True)
         for key, value in part._parameters.items():
             if value is not None:
-                found[start + key] = value
+                tensors[start + key] = value
         for key, buffer in part._buffers.items():
             if buffer is not None and key not in part._non_persistent_buffers_set:
-                found[start + key] = buffer
-    return found
+                tensors[start + key] = buffer
+    return tensors
 
 
 def standalone_name(root: nn.Module, name: str, adapter: str | None = None) -> str:
@@ -87,7 +87,7 @@ def standalone_name(root: nn.Module, name: str, adapter: str | None = None) -> s
     """
     whole = whole_wrapper()
 
-    parts, kept = name.split("."), []
+    parts, new_parts = name.split("."), []
     module: nn.Module | None = root
     while parts:
         wrappers = [] if module is None else _wrappers(module := _seen_through(module, parts[0]))
@@ -96,15 +96,15 @@ def standalone_name(root: nn.Module, name: str, adapter: str | None = None) -> s
             while depth < len(wrappers) and parts[depth : depth + 1] == ["base_layer"]:
                 depth += 1
             parts = parts[depth:]
-            own = [w for w in wrappers if adapters_on(w) & ({adapter} if adapter else set(parts))]
-            kept += ["base_layer"] * _depth_alone(wrappers, own, depth)
+            adapter_wrappers = [w for w in wrappers if adapters_on(w) & ({adapter} if adapter else set(parts))]
+            new_parts += ["base_layer"] * _depth_alone(wrappers, adapter_wrappers, depth)
             module = [*wrappers, wrappers[-1].base_layer][depth]
         if parts:
             part = parts.pop(0)
             if not (part == "original_module" and isinstance(module, whole)):
-                kept.append(part)
+                new_parts.append(part)
             module = None if module is None else module._modules.get(part)
-    return ".".join(kept)
+    return ".".join(new_parts)
 
 
 def _seen_through(module: nn.Module, child: str) -> nn.Module:
@@ -121,25 +121,25 @@ def _wrappers(module: nn.Module) -> list[Any]:
     """Return the wrappers nested around one module, outermost first."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = []
+    nested = []
     while isinstance(module, BaseTunerLayer) and (base := module._modules.get("base_layer")) is not None:
-        found.append(module)
+        nested.append(module)
         module = _seen_through(base, "base_layer")
-    return found
+    return nested
 
 
-def _depth_alone(wrappers: list[Any], own: list[Any], depth: int) -> int:
+def _depth_alone(wrappers: list[Any], adapter_wrappers: list[Any], depth: int) -> int:
     """Count an adapter's own wrappers that peft alone would put around the module at a depth of the nest."""
     at = wrappers[depth] if depth < len(wrappers) else None
-    if at not in own:
-        return sum(wrapper in own for wrapper in wrappers[:depth])
+    if at not in adapter_wrappers:
+        return sum(wrapper in adapter_wrappers for wrapper in wrappers[:depth])
     # peft wraps a module once for each parameter, in the order in which the module registers them; in a stack, a
     # wrapper that another adapter has put there already is used again, so that the order may be another
     order = parameter_order(wrappers[-1].base_layer)
-    names = [getattr(wrapper, "parameter_name", None) for wrapper in own]
+    names = [getattr(wrapper, "parameter_name", None) for wrapper in adapter_wrappers]
     if all(name in order for name in names):
-        own = sorted(own, key=lambda wrapper: -order.index(wrapper.parameter_name))
-    return own.index(at)
+        adapter_wrappers = sorted(adapter_wrappers, key=lambda wrapper: -order.index(wrapper.parameter_name))
+    return adapter_wrappers.index(at)
 
 
 def flat_key(key: str) -> str:

@@ -208,12 +208,12 @@ def _import_layers() -> Any:
 
 
 def _check_same(existing: dict[str, Any], how: Quantization, layers: Any) -> None:
-    wanted = {"quant_type": how.quant_type, "double_quant": how.double_quant}
+    expected = {"quant_type": how.quant_type, "double_quant": how.double_quant}
     for name, layer in existing.items():
-        found = layers.settings_of(layer)
-        if different := [f"{key}={value!r}" for key, value in found.items() if value != wanted[key]]:
-            asked = ", ".join(f"{key}={wanted[key]!r}" for key in found)
-            raise ValueError(f"{name} is quantised already with {', '.join(different)}, but {asked} is asked for.")
+        settings = layers.settings_of(layer)
+        if different := [f"{key}={value!r}" for key, value in settings.items() if value != expected[key]]:
+            requested = ", ".join(f"{key}={expected[key]!r}" for key in settings)
+            raise ValueError(f"{name} is quantised already with {', '.join(different)}, but {requested} is asked for.")
 
 
 def _chosen(backbone: nn.Module, skip: Collection[str]) -> dict[str, Any]:
@@ -228,10 +228,10 @@ def _chosen(backbone: nn.Module, skip: Collection[str]) -> dict[str, Any]:
             near = nearest_names(name, names)
             raise ValueError(f"No module of the backbone is called {name!r}; the nearest names are {near}.")
     # some of these are asked by their parents for the dtype to compute in, such as T5's wo
-    kept = {name for m in backbone.modules() for key in _FLOAT32 for name in getattr(m, key, None) or ()}
+    float32_names = {name for m in backbone.modules() for key in _FLOAT32 for name in getattr(m, key, None) or ()}
     left = _heads(backbone) | {m for head in task_heads(backbone) for m in backbone.get_submodule(head).modules()}
     for n, module in backbone.named_modules():
-        if any(n == name or n.endswith(f".{name}") for name in skip) or kept & set(n.split(".")):
+        if any(n == name or n.endswith(f".{name}") for name in skip) or float32_names & set(n.split(".")):
             left |= set(module.modules())
     shared = _shared(backbone)
     # a subclass of nn.Linear has some reason of its own to be one, such as a parent that reads its weight
@@ -261,12 +261,12 @@ def _descends(module: nn.Module, cls: str) -> bool:
 def _heads(backbone: Any) -> set[nn.Module]:
     """Return what makes a transformers model's outputs: all outside its base model, and its output embedding."""
     inner = getattr(backbone, "base_model", None) if hasattr(backbone, "base_model_prefix") else None
-    found: set[nn.Module] = set()
+    outside: set[nn.Module] = set()
     if isinstance(inner, nn.Module) and inner is not backbone:
-        found |= set(backbone.modules()) - set(inner.modules())
+        outside |= set(backbone.modules()) - set(inner.modules())
     get_output = getattr(backbone, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    return found | ({output} if isinstance(output, nn.Module) else set())
+    return outside | ({output} if isinstance(output, nn.Module) else set())
 
 
 def _shared(backbone: nn.Module) -> set[int]:

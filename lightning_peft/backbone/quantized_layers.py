@@ -177,23 +177,23 @@ def make(linear: Any, transposed: bool, quant_type: str, double_quant: bool, dty
     outputs, inputs = weight.shape
     with torch.device("meta"):  # their own weights are never made
         if quant_type == "int8":
-            made: Any = Linear8bit(inputs, outputs, False, has_fp16_weights=False, threshold=threshold)
+            layer: Any = Linear8bit(inputs, outputs, False, has_fp16_weights=False, threshold=threshold)
         else:
-            made = Linear4bit(inputs, outputs, False, dtype, double_quant, quant_type)
+            layer = Linear4bit(inputs, outputs, False, dtype, double_quant, quant_type)
     if quant_type == "int8":
-        made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        made.weight._quantize(weight.device)
-        settle(made)
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        layer.weight._quantize(weight.device)
+        settle(layer)
     else:
-        made.weight = bnb.nn.Params4bit(
-            weight, compress_statistics=double_quant, quant_type=quant_type, module=made, requires_grad=False
+        layer.weight = bnb.nn.Params4bit(
+            weight, compress_statistics=double_quant, quant_type=quant_type, module=layer, requires_grad=False
         )
-        made.weight._quantize(weight.device)
+        layer.weight._quantize(weight.device)
         if weight.is_meta and double_quant:  # a state is saved with this by its value, also where only shapes matter
-            made.weight.quant_state.offset = torch.zeros((), device="cpu")
-    made.bias = linear.bias
-    made.train(linear.training)
-    return made
+            layer.weight.quant_state.offset = torch.zeros((), device="cpu")
+    layer.bias = linear.bias
+    layer.train(linear.training)
+    return layer
 
 
 def weight_of(layer: Any) -> Tensor:

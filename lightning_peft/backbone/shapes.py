@@ -44,8 +44,8 @@ def _from_config(cls: Any, pretrained: str, *args: Any, config: Any = None, **kw
     from transformers import PreTrainedConfig
 
     if not isinstance(config, PreTrainedConfig):
-        found = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
-        config = cls.config_class.from_pretrained(config or pretrained, **found)
+        loading = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
+        config = cls.config_class.from_pretrained(config or pretrained, **loading)
     if kwargs.get("quantization_config", getattr(config, "quantization_config", None)) is not None:
         raise ValueError(
             f"{pretrained} is quantised while it is loaded, of which there are no shapes without its weights: leave "

@@ -63,25 +63,25 @@ class Sharing:
         Returns:
             What was given, to be undone in reverse order; nothing where nothing is shared.
         """
-        made: list[Own] = []
+        owned: list[Own] = []
         base = wrapper._modules.get("base_layer")
         if base is None:
-            return made
+            return owned
         if self.is_shared(base):
             alone = copy.copy(base)
             for children in ("_parameters", "_buffers", "_modules"):
                 alone.__dict__[children] = dict(getattr(base, children))
-            made.append(Own(wrapper, "base_layer", base))
+            owned.append(Own(wrapper, "base_layer", base))
             wrapper._modules["base_layer"] = base = alone
         for name, parameter in list(base._parameters.items()):
-            if parameter is not None and (made or self.is_shared(parameter)):
-                made.append(Own(base, name, parameter))
-                own = parameter.detach().clone()
-                base._parameters[name] = nn.Parameter(own, requires_grad=parameter.requires_grad)
-        return made
+            if parameter is not None and (owned or self.is_shared(parameter)):
+                owned.append(Own(base, name, parameter))
+                clone = parameter.detach().clone()
+                base._parameters[name] = nn.Parameter(clone, requires_grad=parameter.requires_grad)
+        return owned
 
 
 def undo(made: Iterable[Own]) -> None:
     """Put back all that modules shared."""
-    for own in reversed(list(made)):
-        own.undo()
+    for replacement in reversed(list(made)):
+        replacement.undo()

@@ -116,10 +116,10 @@ def _block(name: str, stack: str, number: int, module: nn.Module, named: dict[st
     spans = tuple(Span(_output_last(names, stream, named)) for names in inner if names)
     rest = tuple(n for n in matrices if not any(n.startswith(f"{a}.") for a in attentions))
     experts = [
-        f"{n}.{own}"
+        f"{n}.{key}"
         for n, m in inside.items()
         if not any(f"{n}.".startswith(f"{a}.") for a in attentions)
-        for own, parameter in m.named_parameters(recurse=False)
+        for key, parameter in m.named_parameters(recurse=False)
         if is_fused(m, parameter)
     ]
     return Block(name, stack, number, spans, Span(rest) if rest else None, tuple(experts), module)

@@ -151,8 +151,8 @@ def choose_with_experts(
         if not names and not unknown and not parameters:
             raise ValueError(f"None of the target modules is in the {within} of a block.")
     if layers is not None:
-        kept = _in_layers(names + parameters, layers, checked=not unknown)
-        names, parameters = [n for n in names if n in kept], [n for n in parameters if n in kept]
+        in_layers = _in_layers(names + parameters, layers, checked=not unknown)
+        names, parameters = [n for n in names if n in in_layers], [n for n in parameters if n in in_layers]
     return names + unknown, parameters  # what matches nothing is kept, to be refused with the nearest names
 
 
@@ -172,35 +172,35 @@ def beside_experts(backbone: nn.Module, modules: list[str] | str, parameters: li
 def _full_names(backbone: nn.Module, parameters: list[str]) -> list[str]:
     """Return the full names of the parameters given by their ends, in the model's order."""
     names = [standalone_name(backbone, name) for name, _ in backbone.named_parameters()] if parameters else []
-    found = [name for name in names if any(name == p or name.endswith(f".{p}") for p in parameters)]
+    full_names = [name for name in names if any(name == p or name.endswith(f".{p}") for p in parameters)]
     for parameter in parameters:
-        if not any(name == parameter or name.endswith(f".{parameter}") for name in found):
+        if not any(name == parameter or name.endswith(f".{parameter}") for name in full_names):
             near = nearest_names(parameter, names)
             raise ValueError(f"No parameter of the backbone is called {parameter!r}; the nearest names are {near}.")
-    return found
+    return full_names
 
 
 def _parts(backbone: nn.Module, within: Within) -> dict[str, bool]:
     """Return the names of the matrices in all blocks' parts of this kind, in order; True where one is a module."""
     if within not in ("attention", "mlp"):
         raise ValueError(f'within must be "attention" or "mlp", got {within!r}.')
-    found: dict[str, bool] = {}
+    is_module: dict[str, bool] = {}
     named, unreached = dict(base_modules(backbone)), read_by_kernels(backbone)
     for block in blocks(backbone):
         spans = block.attention if within == "attention" else (block.mlp,) if block.mlp else ()
         names = [name for span in spans for name in span.matrices if name not in unreached]
-        found |= dict.fromkeys((name for name in names if takes_adapters(named[name])), True)
-        found |= dict.fromkeys(block.experts if within == "mlp" else (), False)
-    if not found:
+        is_module |= dict.fromkeys((name for name in names if takes_adapters(named[name])), True)
+        is_module |= dict.fromkeys(block.experts if within == "mlp" else (), False)
+    if not is_module:
         raise ValueError(f"{type(backbone).__name__} has no block with {within} in it: name the target_modules.")
-    return found
+    return is_module
 
 
 def matching(backbone: nn.Module, targets: list[str] | str) -> tuple[list[str], list[str]]:
     """Return the targets that match nothing, and the full names that match."""
     names = list(dict.fromkeys(name for name, _ in base_modules(backbone) if name))
     if isinstance(targets, str):
-        return ([], found) if (found := [n for n in names if re.fullmatch(targets, n)]) else ([targets], [])
+        return ([], full_names) if (full_names := [n for n in names if re.fullmatch(targets, n)]) else ([targets], [])
     unknown = {t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)}
     ends = tuple(f".{t}" for t in targets)
     exact = set(targets)

@@ -91,8 +91,8 @@ def _transformers_heads(model: Any) -> list[str]:
     if model.get_output_embeddings() is not None or model.can_generate():
         return []
     has_base = model.base_model is not model
-    own = not type(model).__module__.startswith("transformers.")
-    if not (_is_task_model(model) or (own and has_base)):
+    users_own = not type(model).__module__.startswith("transformers.")
+    if not (_is_task_model(model) or (users_own and has_base)):
         return []
     held = {name for name, child in model.named_children() if any(map(_is_transformers, child.modules()))}
     if has_base:
@@ -122,8 +122,8 @@ def _classifiers(model: Any) -> list[str]:
     classifiers = model.get_classifier()
     classifiers = classifiers if isinstance(classifiers, list | tuple) else [classifiers]
     named = {module: name for name, module in base_modules(model) if name}
-    own = [_without_adapters(classifier) for classifier in classifiers]
-    return [named[c] for c in own if c in named and any(True for _ in c.parameters())]
+    bare = [_without_adapters(classifier) for classifier in classifiers]
+    return [named[c] for c in bare if c in named and any(True for _ in c.parameters())]
 
 
 def _without_adapters(module: Any) -> nn.Module:
@@ -151,11 +151,11 @@ def _with_weights(module: nn.Module) -> list[str]:
 
 def _outermost(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the models of a library in a module, without those that are inside another."""
-    found: list[tuple[str, nn.Module]] = []
+    models: list[tuple[str, nn.Module]] = []
     for name, module in base_modules(backbone):
-        if not any(name.startswith(f"{outer}.") for outer, _ in found) and _library_heads(module) is not None:
-            found.append((name, module))
-    return found
+        if not any(name.startswith(f"{outer}.") for outer, _ in models) and _library_heads(module) is not None:
+            models.append((name, module))
+    return models
 
 
 def _beside(backbone: nn.Module, inner: str) -> Iterator[tuple[str, str]]:

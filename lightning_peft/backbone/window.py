@@ -38,7 +38,7 @@ class Window:
 
 
 _known: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Window | None]] = WeakKeyDictionary()
-_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def context_window(backbone: nn.Module) -> Window | None:
@@ -109,9 +109,9 @@ def check_lengths(
             f"{sentence}: shorten them, or have fewer demonstrations before them (few_shot, or fit_window, which "
             "leaves out as many as need be)."
         )
-    said = _said.setdefault(backbone, set())
-    if what not in said and (whole or not said):
-        said.add(what)
+    warned = _warned.setdefault(backbone, set())
+    if what not in warned and (whole or not warned):
+        warned.add(what)
         beyond = "what is beyond is left out" if cut else "what it computes beyond is not to be relied on"
         warnings.warn(f"{sentence}: {beyond}.", ContextWindowWarning, stacklevel=3)
 

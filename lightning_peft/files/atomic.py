@@ -27,14 +27,14 @@ def new_file(path: str | Path, writer: str = "new") -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{writer}")
-    clear(made)
+    temporary = path.with_name(f".{path.name}.{writer}")
+    clear(temporary)
     try:
-        yield made
-        sync(made)
-        os.replace(made, path)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
     except BaseException:
-        clear(made)
+        clear(temporary)
         raise
 
 
@@ -46,25 +46,25 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         path: a folder that does not exist yet or is empty; folders above it are made.
     """
     path = Path(os.path.realpath(path))
-    with _beside(path, "new") as made:
+    with _beside(path, "new") as temporary:
         try:
-            yield made
+            yield temporary
             if os.name == "nt" and path.exists():
                 path.rmdir()  # elsewhere a rename takes the place of an empty folder at once
-            os.replace(made, path)
+            os.replace(temporary, path)
         except BaseException:
-            clear(made)
+            clear(temporary)
             raise
 
 
 @contextmanager
 def scratch_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside a path, to try what will be at the path; afterwards it is gone."""
-    with _beside(Path(os.path.abspath(path)), "trial") as made:
+    with _beside(Path(os.path.abspath(path)), "trial") as scratch:
         try:
-            yield made
+            yield scratch
         finally:
-            clear(made)
+            clear(scratch)
 
 
 @contextmanager
@@ -128,10 +128,10 @@ def sync(path: Path) -> None:
 def _beside(path: Path, writer: str) -> Iterator[Path]:
     """Yield an empty folder beside a path, which no other process has at the time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{writer}")
-    with locked(made):
-        clear_folder(made)
-        yield made
+    folder = path.with_name(f".{path.name}.{writer}")
+    with locked(folder):
+        clear_folder(folder)
+        yield folder
 
 
 def _make(folder: Path) -> None:

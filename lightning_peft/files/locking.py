@@ -76,8 +76,8 @@ def _acquire(lock: BaseFileLock, folder: Path, wait: bool, say: Callable[[str], 
 def _holder(folder: Path) -> str:
     """Say who has a folder, as far as it is known."""
     try:
-        found = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
-        who = f"process {found['pid']} on {found['host']}, since {found['since']}"
+        holder = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # it is only just beginning
         who = "another process"
     return f"{folder} is in use by {who}"

@@ -26,8 +26,8 @@ def write_atomically(path: Path, text: str) -> None:
         path: of the file; folders above it are made.
         text: its content.
     """
-    with new_file(path, f"{uuid4().hex}.tmp") as made:
-        made.write_text(text, encoding="utf-8")
+    with new_file(path, f"{uuid4().hex}.tmp") as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def write_record(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
@@ -82,8 +82,8 @@ def file_sums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         folder: the folder.
         names: of files and folders in it; those that are not there are passed over.
     """
-    found = [folder / name for name in names]
-    files = [path for top in found for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
+    paths = [folder / name for name in names]
+    files = [path for top in paths for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): _described(path) for path in sorted(files)}
 
 

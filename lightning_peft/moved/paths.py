@@ -32,8 +32,8 @@ class OldPaths(MetaPathFinder):
     ) -> ModuleSpec | None:
         new = new_path(fullname, self.modules)
         if fullname in self.packages and self._is_scattered(fullname, new):
-            kept = PathFinder.find_spec(fullname, path) if new is None else None
-            if kept is not None and kept.loader is not None:
+            spec = PathFinder.find_spec(fullname, path) if new is None else None
+            if spec is not None and spec.loader is not None:
                 return None
             return ModuleSpec(fullname, _Scattered(self.modules), is_package=True)
         real = importlib.util.find_spec(new) if new else None

@@ -67,7 +67,7 @@ def packed_length(sequences: Sequence[Sequence[int]], skip: int) -> int:
         3
     """
     ordered = sorted(map(tuple, sequences))
-    shared = [skip, *(max(_shared(one, other), skip) for one, other in pairwise(ordered))]
+    shared = [skip, *(max(_shared(text, following), skip) for text, following in pairwise(ordered))]
     return sum(len(text) - begin for text, begin in zip(ordered, shared, strict=True))
 
 
@@ -77,9 +77,9 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return _shared(ordered[0], ordered[-1]) if ordered else 0  # the extremes differ the earliest
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    shortest = min(len(one), len(other))
-    return next((i for i in range(shortest) if one[i] != other[i]), shortest)
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    shortest = min(len(first), len(second))
+    return next((i for i in range(shortest) if first[i] != second[i]), shortest)
 
 
 def _row(sequences: Sequence[Sequence[int]], chosen: list[int], skip: int) -> Packed:

@@ -35,9 +35,9 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, outputs: int, config: BottleneckConfig) -> None:
         super().__init__()
         size, n = config.size_for(outputs), config.kronecker
-        for what, features in (("input", inputs), ("output", outputs), ("bottleneck", size)):
+        for side, features in (("input", inputs), ("output", outputs), ("bottleneck", size)):
             if n and features % n:
-                raise ValueError(f"The {what} has {features} features, which kronecker={n} does not divide.")
+                raise ValueError(f"The {side} has {features} features, which kronecker={n} does not divide.")
         self.down: nn.Linear | KroneckerLinear
         self.up: nn.Linear | KroneckerLinear
         if n:
@@ -63,8 +63,8 @@ class Bottleneck(nn.Module):
         if self.scale is not None:
             out = out * self.scale
         if self.training and self.drop_path:
-            kept = out.new_empty(len(out), *[1] * (out.dim() - 1)).bernoulli_(1 - self.drop_path)
-            out = out * kept / (1 - self.drop_path)
+            mask = out.new_empty(len(out), *[1] * (out.dim() - 1)).bernoulli_(1 - self.drop_path)
+            out = out * mask / (1 - self.drop_path)
         out = self.dropout(out)
         return out if self.gate is None else out * torch.sigmoid(self.gate(z))
 

@@ -174,10 +174,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         z = noted.pop(adapter_name, None)
         self._noted.set(noted)
         if z is None or z.shape[:-1] != y.shape[:-1]:
-            found = "it was not called before" if z is None else f"it had an input of shape {tuple(z.shape)}"
+            reason = "it was not called before" if z is None else f"it had an input of shape {tuple(z.shape)}"
             raise RuntimeError(
                 f"Parallel adapter {adapter_name!r} adds to an output of shape {tuple(y.shape)} and reads the input of "
-                f"another matrix of the same part, but {found}."
+                f"another matrix of the same part, but {reason}."
             )
         return z
 

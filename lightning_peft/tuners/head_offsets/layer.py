@@ -47,7 +47,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._bias_before_merge: Tensor | None = None
         self._positions = positions
-        self._kept: dict[str, tuple[tuple[Any, ...], Tensor]] = {}  # per adapter: what for, and the change
+        self._changes: dict[str, tuple[tuple[Any, ...], Tensor]] = {}  # by adapter: its key and the change
         # of a module of another kind it is (None, None), which `update_layer` refuses
         self.in_features, self.out_features = cast("tuple[int, int]", _get_in_out_features(self.get_base_layer()))
         self._active_adapter = adapter_name
@@ -128,20 +128,20 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         for adapter_name in self.active_adapters:
             # strength 0 edits nothing, and must not need to know where the answer begins
             if self.scaling.get(adapter_name) and adapter_name not in self.merged_adapters:
-                change, policy = self._kept_change(adapter_name, x), self.policies[adapter_name]
+                change, policy = self._cached_change(adapter_name, x), self.policies[adapter_name]
                 whole = self._positions.everywhere(policy)
                 x = x + (change if whole else where(self._positions, policy, x) * change)
         return self.base_layer(x, *args, **kwargs)
 
-    def _kept_change(self, adapter_name: str, x: Tensor) -> Tensor:
+    def _cached_change(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return `change`, computed once for all short steps of one `generate` where it is the same in each."""
-        made_for = (self._positions.generation, self.scaling[adapter_name], x.dtype)
-        before, change = self._kept.get(adapter_name, (None, x))
-        if before is not None and before[0] is made_for[0] and before[1:] == made_for[1:]:
+        key = (self._positions.generation, self.scaling[adapter_name], x.dtype)
+        before, change = self._changes.get(adapter_name, (None, x))
+        if before is not None and before[0] is key[0] and before[1:] == key[1:]:
             return change
         change = self.change(adapter_name, x)
-        if made_for[0] is not None and change.dim() == 1:  # a vector, the same for every token
-            self._kept[adapter_name] = (made_for, change)
+        if key[0] is not None and change.dim() == 1:  # a vector, the same for every token
+            self._changes[adapter_name] = (key, change)
         return change
 
     def check_merge(self, adapter_names: list[str]) -> None:

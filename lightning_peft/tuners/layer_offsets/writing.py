@@ -83,20 +83,20 @@ def final_matrices(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module
         backbone: in evaluation mode or not; adapters act as they stand.
         names: of the modules, adapters' wrappers left out.
     """
-    named, found = dict(base_modules(backbone)), {}
+    named, last_names = dict(base_modules(backbone)), {}
     for block in blocks(backbone):
         for name in names:
             if name == block.name:
-                found[name] = block.spans()[-1].last
+                last_names[name] = block.spans()[-1].last
             for span in block.spans():
                 if all(matrix.startswith(f"{name}.") for matrix in span.matrices) and name.startswith(f"{block.name}."):
-                    found[name] = span.last
+                    last_names[name] = span.last
     if next(backbone.parameters()).is_meta:  # without values nothing can be tried; with them it will be
-        return {name: named[last] for name, last in found.items()}
+        return {name: named[last] for name, last in last_names.items()}
     call = _call(backbone)
     exact: dict[str, nn.Module] = {}
     handles = []
-    for name, last in found.items() if call else ():
+    for name, last in last_names.items() if call else ():
         matrix = named[last]
 
         def attempt(

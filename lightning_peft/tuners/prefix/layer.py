@@ -72,7 +72,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
     def prefix(self, adapter_name: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the keys and values `[B, heads_kv, length, head_dim]` that go before `key` and `value`, and the gate
         of every query, `[B, T, 1]` or None."""
-        made = []
+        expanded = []
         for states, prefix in ((key, self.prefix_key[adapter_name]), (value, self.prefix_value[adapter_name])):
             rows, heads, _, size = states.shape
             if prefix.shape[1] != heads * size:
@@ -80,7 +80,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
                     f"The prefix is {prefix.shape[1]} wide, but the attention has {heads} heads of {size} features."
                 )
             split = prefix.to(states.dtype).view(-1, heads, size).transpose(0, 1)
-            made.append(split.expand(rows, -1, -1, -1))
+            expanded.append(split.expand(rows, -1, -1, -1))
         gate = None
         if adapter_name in self.prefix_gate:
             gates = dict(self._gates.get() or {})
@@ -88,7 +88,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             self._gates.set(gates)
             if gate is None:
                 raise RuntimeError(f"The gate of prefix {adapter_name!r} was not computed: its projection did not run.")
-        return made[0], made[1], gate
+        return expanded[0], expanded[1], gate
 
     def strength(self, adapter_name: str) -> Tensor | float | None:
         """Return the factor of the prefix's change of the output; None for 1."""

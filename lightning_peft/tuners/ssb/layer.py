@@ -92,9 +92,9 @@ class SSBLayer(nn.Module, BaseTunerLayer):
         """Put the layer's own weight back, bit for bit."""
         if self._weight_before_merge is not None:
             base: Any = self.get_base_layer()
-            own, self._weight_before_merge = self._weight_before_merge, None
-            own.data = own.data.to(base.weight.device)
-            base.weight = own
+            weight, self._weight_before_merge = self._weight_before_merge, None
+            weight.data = weight.data.to(base.weight.device)
+            base.weight = weight
         self.merged_adapters.clear()
 
     def _scale(self, vectors: nn.ParameterDict, adapters: list[str]) -> Tensor | None:

@@ -63,25 +63,25 @@ class WeightDeltasConfig(PeftConfig):
         Returns:
             The configuration and the tensors of an adapter that computes the same, bit for bit.
         """
-        kept, packed, made, bare = dict(self.kept or {}), list(self.packed or ()), dict(tensors), set()
+        counts, packed, compact, bare = dict(self.kept or {}), list(self.packed or ()), dict(tensors), set()
         for key in [key for key in tensors if _MASKS in key]:
-            mask, value = made.pop(key).reshape(-1), key.replace(_MASKS, _VALUES)
+            mask, value = compact.pop(key).reshape(-1), key.replace(_MASKS, _VALUES)
             name = key.removeprefix("base_model.model.").replace(_MASKS.removeprefix("."), "")
             count, entries = int(mask.sum()), mask.numel()
             if count == entries:
                 bare.add(name)
                 continue
-            made[value] = tensors[value].reshape(-1)[mask]
-            kept[name] = count
+            compact[value] = tensors[value].reshape(-1)[mask]
+            counts[name] = count
             if 32 * count < entries < 2**31:  # four bytes an index, or a bit for each entry
-                made[key.replace(_MASKS, _INDICES)] = mask.nonzero()[:, 0].int()
+                compact[key.replace(_MASKS, _INDICES)] = mask.nonzero()[:, 0].int()
             else:
-                made[key.replace(_MASKS, _BITS)] = pack(mask)
+                compact[key.replace(_MASKS, _BITS)] = pack(mask)
                 packed.append(name)
         config = copy.deepcopy(self)
-        config.kept, config.packed = kept or None, packed or None
-        config.masked = [name for name in self.masked or () if name not in kept and name not in bare] or None
-        return config, made
+        config.kept, config.packed = counts or None, packed or None
+        config.masked = [name for name in self.masked or () if name not in counts and name not in bare] or None
+        return config, compact
 
 
 def pack(mask: Tensor) -> Tensor:
