@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def public_classes(package: Path) -> dict[str, list[str]]:
-    """Return what the modules below a package export: those in a module's `__all__`, else its public classes.
+    """Return the names that the modules below a package export: those in a module's `__all__`, else its public classes.
 
     Args:
         package: the package's folder.

@@ -44,7 +44,7 @@ _ATTRIBUTE = "_lightning_peft_positions"
 
 
 def check_policy(policy: str) -> None:
-    """Refuse positions that no edit can have.
+    """Check that positions are such as an edit can have.
 
     Raises:
         ValueError: an unknown selection, or one counted from the end of a text, which an edit cannot see coming.
@@ -64,7 +64,7 @@ class PositionsError(RuntimeError):
 class _CallContext:
     """Facts about calls, known before they are made: `answering`'s start and mask, the batch's and `generate`'s start.
 
-    Of a `generate` without a prompt of tokens, the start is empty.
+    `prompt` is empty for a `generate` without a prompt of tokens.
     """
 
     start: Tensor | None = None
@@ -96,7 +96,7 @@ _CONTEXTS: ContextVar[Mapping[Positions, _CallContext]] = ContextVar("_CONTEXTS"
 
 
 class Positions:
-    """The positions of the current call of one model. Made by `track`; read by tuner layers through `mask`.
+    """The positions of the current call of one model. `track` makes them; tuner layers read them through `mask`.
 
     Args:
         model: the backbone whose `forward` is called.
@@ -128,7 +128,7 @@ class Positions:
 
     @contextmanager
     def giving(self, **values: Tensor | None) -> Iterator[None]:
-        """Note this about the calls that the thread or task makes inside; see `_CallContext` for the names."""
+        """Note these values for the calls that the thread or task makes inside; `_CallContext` has their names."""
         outer = self._context
         self._set_context(replace(outer, **values))
         try:
@@ -174,7 +174,7 @@ class Positions:
 
     @property
     def generation(self) -> object | None:
-        """A token of the running call of `generate`, the same in all of its steps; None outside of one."""
+        """An object that stands for the running call of `generate`, the same in all its steps; None outside of one."""
         call = self._call
         return None if call is None else call.context.prompt
 
@@ -187,7 +187,7 @@ class Positions:
     def everywhere(self, policy: str) -> bool:
         """Return whether `policy` is known to edit every token of the current call, so that no mask is needed.
 
-        Asked once a call, and of the values only within `generate`, which looks at values in each step anyway.
+        The mask's values are looked at once a call, and only within `generate`, whose steps look at values anyway.
         """
         if policy == "all":
             return True
@@ -299,7 +299,7 @@ class Positions:
     def _recall(self, call: _Call) -> None:
         """Let the blocks that this backward pass runs again see the call they belong to.
 
-        Passes of several threads share autograd's own, and one may run in several, so it is kept by the pass.
+        The call is kept by the pass: passes of several threads share autograd's own, and one may run in several.
         """
         backward = torch._C._current_graph_task_id()
         if backward not in self._recalled:
@@ -362,7 +362,7 @@ def untrack(model: nn.Module) -> None:
 
 @contextmanager
 def tracking(model: nn.Module) -> Iterator[Positions]:
-    """Give the model's `Positions` for a while, to what reads them without being a layer."""
+    """Give the model's `Positions` for a while, to readers that are no layers."""
     positions = track(model)
     positions.borrowed += 1
     try:
@@ -407,7 +407,7 @@ def answering_batch(module: nn.Module, batch: Any) -> AbstractContextManager[Non
 
 @contextmanager
 def calling(module: nn.Module, **tokens: Any) -> Iterator[None]:
-    """Note what a call is given that passes by the tracked model's own `forward`, such as one of its trunk alone.
+    """Note the inputs of a call that bypasses the tracked model's own `forward`, such as one of its trunk alone.
 
     Args:
         module: a module that is or contains the tracked backbone; without one this does nothing.
@@ -427,7 +427,7 @@ def calling(module: nn.Module, **tokens: Any) -> Iterator[None]:
 def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | None = None) -> Iterator[None]:
     """Say, for the calls inside, where the answers begin. Without a tracked model in `module` it does nothing.
 
-    It says so to the thread (or asyncio task) that enters it, and to no other.
+    Only the thread (or asyncio task) that enters it is concerned.
 
     Args:
         module: a module that is or contains the tracked backbone.

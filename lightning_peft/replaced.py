@@ -14,7 +14,7 @@ class Handle:
     """A replacement that can be taken off; a context manager that does so at its end."""
 
     def remove(self) -> None:
-        """Take the replacement off; what was there before acts again. Taking it off twice does nothing."""
+        """Take the replacement off; what was there before acts again. A second time does nothing."""
         raise NotImplementedError
 
     def __enter__(self) -> Handle:
@@ -137,7 +137,7 @@ def replaced(
 
 
 def replacements(owner: Any, name: str, by: Callable[..., Any] | type) -> list[ReplacedMethod]:
-    """Return what replaces a method of an instance by this function, or by a method of this class; uppermost first."""
+    """Return the replacements of an instance's method by this function or a method of this class; uppermost first."""
     links, top = [], owner.__dict__.get(name)
     while isinstance(top, ReplacedMethod):
         if top.by is by or (isinstance(by, type) and isinstance(getattr(top.by, "__self__", None), by)):

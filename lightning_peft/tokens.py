@@ -1,6 +1,6 @@
 """A language of selections: the tokens of a text to capture or to steer.
 
-A selection is a phase, named for what tokens are, and a window of it in Python's own notation, half-open:
+A selection is a phase and a half-open window of it, in Python's own notation:
 
 | phase | tokens |
 |---|---|

@@ -16,7 +16,7 @@ Shape = tuple[int, int]
 def shapes(
     backbone: nn.Module, modules: list[str] | str, parameters: list[str]
 ) -> tuple[list[Shape], list[tuple[int, int, int]]]:
-    """Return the inputs and outputs of each named matrix, and the number, inputs and outputs of each fused experts."""
+    """Return inputs and outputs of each named matrix, and number, inputs and outputs of each fused mixture."""
     named = (backbone.get_submodule(name) for name in matching(backbone, modules)[1])
     experts = [p.shape for name, p in backbone.named_parameters() if any(name.endswith(end) for end in parameters)]
     return [matrix_shape(module) for module in named], [(e, i, o) for e, i, o in experts]
@@ -30,7 +30,7 @@ def linear(backbone: nn.Module) -> list[Shape]:
 
 
 def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
-    """Return inputs of the first and outputs of the last matrix of each feed-forward part, or `attention` too.
+    """Return inputs of the first and outputs of the last matrix of each feed-forward part; `attention`: of those too.
 
     A mixture of experts, which has no such matrices, is as wide as the stream.
     """

@@ -39,7 +39,7 @@ def default_targets(backbone: nn.Module) -> list[str] | str:
 
 
 def known_targets(backbone: nn.Module, mapping: Mapping[str, Sequence[str]]) -> list[str] | str | None:
-    """Return what a table of peft's has for the model's type, as far as this model has such modules, else None.
+    """Return the entry for the model's type in a table of peft's, as far as this model has such modules, else None.
 
     transformers renames modules, and the tables keep names of other releases.
     """
@@ -51,7 +51,7 @@ def known_targets(backbone: nn.Module, mapping: Mapping[str, Sequence[str]]) -> 
 
 
 def every_matrix(backbone: nn.Module) -> list[str]:
-    """Return the full names of all linear layers but the output embedding; of the convolutions in a net of them.
+    """Return the full names of all linear layers but the output embedding; in a net of convolutions, of these too.
 
     Left out are layers that an adapter could not act on: those whose weights are read without calling them, and
     subclasses of `nn.Linear` that compute something else, such as a router that gives a choice. A net with at least
@@ -77,7 +77,7 @@ def every_matrix(backbone: nn.Module) -> list[str]:
 
 
 def unambiguous(backbone: nn.Module, names: list[str]) -> list[str]:
-    """Return those of the full names of modules that peft does not take for the experts of older models."""
+    """Return the names of modules that peft does not take for the experts of older models; all where none is left."""
     taken = taken_for_experts(backbone)
     return [name for name in names if name.rpartition(".")[2] not in taken] or names
 

@@ -56,7 +56,7 @@ def head_sites(
 
     They are found by structure: the matrix that leads from an attention back to the residual stream. The number of
     heads is that of the *query* heads (with grouped queries those are what reaches the projection), as the attention
-    module or the nearest configuration says it; the head size is the projection's input width divided by it, since
+    module or the nearest configuration gives it; the head size is the projection's input width divided by it, since
     `hidden_size / num_heads` is wrong where a configuration sets `head_dim`.
 
     Args:
@@ -148,7 +148,7 @@ def _site(model: nn.Module, named: dict[str, nn.Module], name: str, num_heads: i
 
 
 def _declared(named: dict[str, nn.Module], name: str, keys: Sequence[str]) -> int | None:
-    """Return the nearest value among the modules around a projection: of themselves, then of their configuration.
+    """Return the value that the nearest module around a projection declares, itself or in its configuration.
 
     An attention knows best: an encoder-decoder has two numbers of heads, and a model of pictures and text two
     configurations.

@@ -84,7 +84,7 @@ def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None
 def stream_writers(model: nn.Module) -> list[str]:
     """Return the names of what writes to the residual stream: embeddings, output projections, feed-forward parts.
 
-    Of a feed-forward part it is the last matrix, or, where experts share it, the whole.
+    A feed-forward part writes by its last matrix, or, where experts share it, as a whole.
 
     Raises:
         ValueError: there is no embedding of that width, as in a model of pictures.

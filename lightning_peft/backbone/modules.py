@@ -50,8 +50,8 @@ def bare_name(backbone: nn.Module, name: str) -> str:
 def state_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module under the names they have in its `state_dict()`.
 
-    That is not called: it may be a user's own, which leaves entries out or renames them, and some layers change when
-    their state is taken. What adapters keep beside the modules is asked, since a prompt may follow from an encoder.
+    `state_dict()` is not called: a user's own may leave entries out or rename them, and some layers change when their
+    state is taken. Adapters' own state is asked for, since a prompt may follow from an encoder.
     """
     fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     tensors: dict[str, Any] = {}
@@ -148,7 +148,7 @@ def flat_key(key: str) -> str:
 
 
 def with_nested_keys(tensors: Mapping[str, T], expected: Collection[str]) -> Mapping[str, T]:
-    """Return saved tensors under the keys expected, where they have flat ones that tell all of them apart."""
+    """Return saved tensors under the expected keys, where their flat keys tell all of them apart."""
     nested = {flat_key(key): key for key in expected}
     if set(tensors) == set(expected) or len(nested) < len(expected):
         return tensors

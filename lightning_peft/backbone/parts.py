@@ -10,7 +10,7 @@ from lightning_peft.backbone.targets import Layers, choose_targets, choose_with_
 
 
 def part_ends(backbone: nn.Module, attention: bool, layers: Layers | list[int] | None = None) -> list[Span]:
-    """Return the feed-forward parts of the backbone's blocks, with `attention` the attention parts too, in order.
+    """Return the feed-forward parts of the backbone's blocks, with `attention` those parts too, in order.
 
     Args:
         backbone: any module with repeated blocks.

@@ -117,7 +117,7 @@ def quantize(
 
 
 def protect(module: nn.Module) -> None:
-    """Keep 4-bit layers that bitsandbytes made from changing while they are used; what they compute stays the same."""
+    """Keep 4-bit layers of bitsandbytes from changing while they are used; what they compute stays the same."""
     for part in list(module.modules()):
         if _descends(part, "Linear4bit"):
             _import_layers().protect(part)

@@ -57,7 +57,7 @@ class Linear4bit(bnb.nn.Linear4bit):
 
 
 class Loaded4bit(Linear4bit):
-    """A 4-bit layer that bitsandbytes made: it computes what it did, bit for bit, and its weight stays as it is.
+    """A 4-bit layer of bitsandbytes whose weight stays as it is: it computes what it did, bit for bit.
 
     Where bitsandbytes would repack the weight for a CPU's own kernel, a copy is packed and kept beside it: whoever
     reads the weight (gradients, DoRA, `state_dict`, another device) finds it in the one known layout.

@@ -1,4 +1,4 @@
-"""Weights that more than one module has, and giving one of these modules its own while an adapter is merged into it."""
+"""Give one of several modules that share weights its own, while an adapter is merged into it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Sharing:
                         self._places.setdefault(id(child), set()).add((id(module), name))
 
     def is_shared(self, child: nn.Module | nn.Parameter) -> bool:
-        """Return whether it stands in more than one place."""
+        """Return whether a module or parameter stands in more than one place."""
         return len(self._places.get(id(child), ())) > 1
 
     def separate(self, wrapper: nn.Module) -> list[Own]:
-        """Give the module that adapters wrap everything for itself that it shares with modules they do not wrap.
+        """Give the module that adapters wrap its own copy of all it shares with modules they do not wrap.
 
         Written into a weight in place, an adapter would act wherever else that weight is used: a tied output embedding
         under an adapter of the input's, a layer that peft's `layer_replication` repeats, a module with two names of

@@ -1,4 +1,4 @@
-"""The task heads inside a backbone: what maps its features to classes, labels, spans or numbers, often newly made."""
+"""The task heads in a backbone, often newly made: they map features to classes, labels, spans or numbers."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _PART = 0.75  # of all parameters: what holds more of a network than this is no 
 def task_heads(backbone: nn.Module) -> list[str]:
     """Return the names of the modules that are a task's head, in order; none where a head cannot be told.
 
-    Told are: in transformers' models for a task, what stands beside the base model; in a network with a
+    These are: in transformers' models for a task, what stands beside the base model; in a network with a
     `get_classifier` (timm's convention), what that returns; in a torchvision network, its last child; in a module
-    around one such model, what stands outside it. Never told are language-model heads, outputs of pretraining, and
-    weights that are used elsewhere too.
+    around one such model, what stands outside it. Never among them are language-model heads, outputs of pretraining
+    and weights that are used elsewhere too.
 
     Args:
         backbone: any module, with or without adapters.

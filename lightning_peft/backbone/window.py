@@ -127,7 +127,7 @@ def check_batch(backbone: nn.Module, batch: Mapping[str, Any], what: str = "text
 
 
 def lengths_of(item: Any) -> list[int]:
-    """Return the lengths of an example's or a batch's texts, with the tokens to be written after them that are read.
+    """Return the lengths of an example's or a batch's texts, with the tokens to be written after them but the last.
 
     Args:
         item: a mapping with `input_ids` (a list, `[T]` or `[B, T]`), perhaps `attention_mask`, and `max_new_tokens`.

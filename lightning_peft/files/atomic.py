@@ -102,7 +102,7 @@ def locked(folder: Path, make: bool = True) -> Iterator[None]:
 
 
 def clear(path: Path) -> None:
-    """Remove what stands there, of a link the link alone."""
+    """Remove a file or folder; of a link the link alone."""
     if _is_folder(path):
         shutil.rmtree(path)
     else:

@@ -29,7 +29,7 @@ class FolderInUseError(OSError):
 def only_writer(folder: Path, wait: bool = False, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold a folder for this thread until the block ends.
 
-    The lock is the system's (`flock`), so it ends with its process, however that ends; the thread that holds it may
+    The lock is the system's (`flock`) and ends with its process; the thread that holds it may
     enter again. Where the folder's file system has no locks the run goes on without one, with a warning.
 
     Args:

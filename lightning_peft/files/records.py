@@ -1,4 +1,4 @@
-"""Files that a later run relies on: written whole or not at all, and with sums by which damage is noticed."""
+"""Files that a later run relies on: written whole or not at all, with sums that show damage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DamagedError(ValueError):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name of its own and rename, so that neither a crash nor a second writer leaves a mixture.
+    """Write a file under a temporary name and rename it: neither a crash nor a second writer leaves a mixture.
 
     Args:
         path: of the file; folders above it are made.
@@ -44,7 +44,7 @@ def write_record(path: Path, values: Mapping[str, Any], indent: int | None = Non
 
 
 def read_record(path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] | None = None) -> dict[str, Any]:
-    """Read what `write_record` wrote; a record of a release that wrote no sum is checked for names and types alone.
+    """Read what `write_record` wrote; a record without a sum, of an old release, is checked for names and types alone.
 
     Args:
         path: of the file.

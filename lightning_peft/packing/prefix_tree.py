@@ -1,4 +1,4 @@
-"""Several texts as one row of tokens, in which what they share at their beginnings stands once."""
+"""Several texts as one row of tokens, in which shared beginnings stand once."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Bottleneck(nn.Module):
-    """`z [..., inputs] -> gate(z) * scale * up(f(down(z)))`, `[..., outputs]`; see `BottleneckConfig`.
+    """A network `z [..., inputs] -> gate(z) * scale * up(f(down(z)))`, `[..., outputs]`; see `BottleneckConfig`.
 
     Args:
         inputs: features of z.

@@ -74,11 +74,11 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
         return self._owner[0]
 
     def write_to(self, matrix: nn.Module | None) -> None:
-        """Say which matrix's bias is one of the owner's output, where that is no matrix itself."""
+        """Set the matrix whose bias is one of the owner's output, where the owner is no matrix itself."""
         self._writes = None if matrix is None else (matrix,)
 
     def forget_merged(self) -> None:
-        """Let what is merged stay for good."""
+        """Forget the parameters from before a merge, so that it stays for good."""
         self._before_merge.clear()
 
     def update_layer(self, adapter_name: str, config: LayerOffsetsConfig) -> None:

@@ -15,7 +15,7 @@ from lightning_peft.tuners.ssb.config import SSBConfig
 
 
 class SSBLayer(nn.Module, BaseTunerLayer):
-    """Scale what a linear layer is given by v and what its weight gives by u: `u ⊙ W (v ⊙ x) + b`.
+    """Scale a linear layer's input by v and its weight's output by u: `u ⊙ W (v ⊙ x) + b`.
 
     The weight itself is not read, so that it may be quantised, or wrapped by another adapter.
     """
@@ -108,7 +108,7 @@ class SSBLayer(nn.Module, BaseTunerLayer):
         return product
 
     def _bias(self, x: Tensor) -> Tensor | None:
-        """Return what the layer gives for no input, which u does not scale."""
+        """Return the layer's output for an input of zeros, which u does not scale."""
         base: Any = self.get_base_layer()
         if self.base_layer is base or base.bias is None:
             return base.bias

@@ -15,7 +15,7 @@ from lightning_peft.tuners.weight_deltas.view import attach, detach
 
 
 class WeightDeltasLayer(nn.Module, BaseTunerLayer):
-    """A child of the module whose parameters it changes; `effective` is what those parameters then read as.
+    """A child of the module whose parameters it changes; `effective` gives what they then read as.
 
     Args:
         owner: the module; it is not registered as a child of this one, which is the owner's child.

@@ -1,4 +1,4 @@
-"""Let a module's parameters read as what they are with their deltas added, for the module itself and for anyone else.
+"""Let a module's parameters read with their deltas added, for the module itself and for anyone else.
 
 The module's class becomes a subclass, of the same name, in which those parameters are properties; its `_parameters`,
 and so its names, state and identity, stay as they are. PyTorch does likewise for FSDP2. A wrapper around the module
