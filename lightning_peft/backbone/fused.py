@@ -27,7 +27,7 @@ def unfuse(backbone: nn.Module, acting: bool) -> None:
 
 
 def never_called(backbone: nn.Module) -> set[str]:
-    """Return the names of linear layers that are only read, not called: output projections of PyTorch's own attention."""
+    """Return the names of linear layers that are read, not called: `nn.MultiheadAttention`'s output projections."""
     return {f"{n}.out_proj" for n, m in base_modules(backbone) if isinstance(m, nn.MultiheadAttention)}
 
 
