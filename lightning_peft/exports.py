@@ -1,4 +1,4 @@
-"""What the files of a package define for its users, read from their text: nothing is imported.
+"""The names that a package's files define for its users, read from their text: nothing is imported.
 
     python lightning_peft/exports.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def public_classes(package: Path) -> dict[str, list[str]]:
-    """Return what the modules below a package export: those in a module's `__all__`, else its public classes.
+    """Return the names that the modules below a package export: those in a module's `__all__`, else its public classes.
 
     Args:
         package: the package's folder.

@@ -11,7 +11,7 @@ T = TypeVar("T")
 class PerThread(Generic[T]):
     """A value that each thread has of its own, None at first; copies and pickles begin empty.
 
-    Compiled code may read and set it; a subclass of `threading.local` it would take for one value.
+    Compiled code may read and set it; it would take a subclass of `threading.local` for one value.
 
     Example:
         >>> noted: PerThread[int] = PerThread()

@@ -1,4 +1,4 @@
-"""Which tokens of a call an edit touches.
+"""The tokens of a call that an edit touches.
 
 A tuner layer sees only `x [B, T, ·]`. Rules on that shape ("one token, so we are decoding") break with cached
 prefixes, chunked prefill and `use_cache=False`. So each tracked model carries one `Positions` object: a forward
@@ -44,7 +44,7 @@ _ATTRIBUTE = "_lightning_peft_positions"
 
 
 def check_policy(policy: str) -> None:
-    """Refuse positions that no edit can have.
+    """Check that positions are such as an edit can have.
 
     Raises:
         ValueError: an unknown selection, or one counted from the end of a text, which an edit cannot see coming.
@@ -61,10 +61,10 @@ class PositionsError(RuntimeError):
 
 
 @dataclass(frozen=True, eq=False)
-class _Given:
-    """What is known of calls before they are made: `answering`'s start and mask, the batch's and `generate`'s start.
+class _CallContext:
+    """Facts about calls, known before they are made: `answering`'s start and mask, the batch's and `generate`'s start.
 
-    Of a `generate` without a prompt of tokens, the start is empty.
+    `prompt` is empty for a `generate` without a prompt of tokens.
     """
 
     start: Tensor | None = None
@@ -79,24 +79,24 @@ class _Given:
 
 @dataclass
 class _Call:
-    """One forward call: `position_ids [B, T]`, `real [B, T]` (not padding), `start [B]` (or `[B, T]`), what is past."""
+    """One forward call: `position_ids [B, T]`, `real [B, T]` (not padding), `start [B]` (or `[B, T]`), its past."""
 
     position_ids: Tensor
     real: Tensor
     start: Tensor | None
-    given: _Given
+    context: _CallContext
     has_past: bool
-    made: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, bool] = field(default_factory=dict)
 
 
 # asyncio's tasks share a thread
-_NOTHING = _Given()
-_GIVEN: ContextVar[Mapping[Positions, _Given]] = ContextVar("_GIVEN", default={})  # noqa: B039 - never changed in place
+_NO_CONTEXT = _CallContext()
+_CONTEXTS: ContextVar[Mapping[Positions, _CallContext]] = ContextVar("_CONTEXTS", default={})  # noqa: B039 - never changed in place
 
 
 class Positions:
-    """The positions of the current call of one model. Made by `track`; read by tuner layers through `mask`.
+    """The positions of the current call of one model. `track` makes them; tuner layers read them through `mask`.
 
     Args:
         model: the backbone whose `forward` is called.
@@ -106,7 +106,7 @@ class Positions:
         self.model = model
         self.borrowed = 0  # by how many contexts, besides the layers of adapters
         self._running: PerThread[_Call] = PerThread()
-        self._known: PerThread[_Given] = PerThread()  # as `_GIVEN`, for compiled code
+        self._compiled: PerThread[_CallContext] = PerThread()  # as `_CONTEXTS`, for compiled code
         self._recalled: dict[int, _Call] = {}  # by the backward pass that runs some of its blocks again
         self._arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles: list[Any] = [
@@ -122,29 +122,29 @@ class Positions:
             handle.remove()
 
     @property
-    def _given(self) -> _Given:
+    def _context(self) -> _CallContext:
         # compiled code cannot read a context variable
-        return (self._known.get() if torch.compiler.is_compiling() else _GIVEN.get().get(self)) or _NOTHING
+        return (self._compiled.get() if torch.compiler.is_compiling() else _CONTEXTS.get().get(self)) or _NO_CONTEXT
 
     @contextmanager
     def giving(self, **values: Tensor | None) -> Iterator[None]:
-        """Know this of the calls that the thread or task makes inside; see `_Given` for the names."""
-        outer = self._given
-        self._give(replace(outer, **values))
+        """Note these values for the calls that the thread or task makes inside; `_CallContext` has their names."""
+        outer = self._context
+        self._set_context(replace(outer, **values))
         try:
             yield
         finally:
-            self._give(outer)
+            self._set_context(outer)
 
     def note_batch(self, start: Tensor | None) -> None:
-        """Know where the answers of the batch begin, `[B]`, until the next is noted; None forgets it."""
-        self._give(replace(self._given, batch=start))
+        """Note where the answers of the batch begin, `[B]`, until the next is noted; None forgets it."""
+        self._set_context(replace(self._context, batch=start))
 
-    def _give(self, given: _Given) -> None:
-        others = {positions: known for positions, known in _GIVEN.get().items() if positions is not self}
-        known = any(value is not None for value in vars(given).values())
-        _GIVEN.set({**others, self: given} if known else others)
-        self._known.set(given)
+    def _set_context(self, context: _CallContext) -> None:
+        others = {positions: known for positions, known in _CONTEXTS.get().items() if positions is not self}
+        known = any(value is not None for value in vars(context).values())
+        _CONTEXTS.set({**others, self: context} if known else others)
+        self._compiled.set(context)
 
     @property
     def _call(self) -> _Call | None:
@@ -156,51 +156,51 @@ class Positions:
         return self._running.get()
 
     def mask(self, policy: str) -> Tensor:
-        """The tokens of the current call that `policy` edits, bool `[B, T]`; computed once a call.
+        """Return the tokens of the current call that `policy` edits, bool `[B, T]`; computed once a call.
 
         Raises:
             PositionsError: outside a forward call of the tracked model, or where the start of the answer is unknown.
         """
         call = self._call
         if call is None:
-            self._check_prompt(self._given)
+            self._check_prompt(self._context)
             raise PositionsError(
                 f"An edit limited to {policy!r} positions ran outside {type(self.model).__name__}.forward, so its "
                 "positions are unknown; call the backbone itself, not one of its submodules."
             )
-        if policy not in call.made:
-            call.made[policy] = self._make(call, policy)
-        return call.made[policy]
+        if policy not in call.masks:
+            call.masks[policy] = self._make(call, policy)
+        return call.masks[policy]
 
     @property
     def generation(self) -> object | None:
-        """What stands for the running call of `generate`, the same in all of its steps; None outside of one."""
+        """An object that stands for the running call of `generate`, the same in all its steps; None outside of one."""
         call = self._call
-        return None if call is None else call.given.prompt
+        return None if call is None else call.context.prompt
 
     @property
     def by_mask(self) -> bool:
-        """Whether the edited tokens of the current call were given themselves, not where they begin."""
+        """True where the edited tokens of the current call were given themselves, not where they begin."""
         call = self._call
-        return call is not None and call.given.mask is not None
+        return call is not None and call.context.mask is not None
 
     def everywhere(self, policy: str) -> bool:
-        """Whether `policy` is known to edit every token of the current call, so that no mask is needed.
+        """Return whether `policy` is known to edit every token of the current call, so that no mask is needed.
 
-        Asked once a call, and of the values only within `generate`, which looks at values in each step anyway.
+        The mask's values are looked at once a call, and only within `generate`, whose steps look at values anyway.
         """
         if policy == "all":
             return True
         call = self._call
-        if call is None or call.given.prompt is None or torch.compiler.is_compiling():
+        if call is None or call.context.prompt is None or torch.compiler.is_compiling():
             return False
         if policy not in call.whole:
             call.whole[policy] = bool(self.mask(policy).all())
         return call.whole[policy]
 
     @staticmethod
-    def _check_prompt(given: _Given) -> None:
-        if given.lacks_prompt:
+    def _check_prompt(context: _CallContext) -> None:
+        if context.lacks_prompt:
             raise PositionsError(
                 "`generate` was called without a prompt of tokens, so where the answer begins is unknown: pass "
                 'input_ids or inputs_embeds, or let the edit act at positions="all".'
@@ -209,12 +209,12 @@ class Positions:
     def _make(self, call: _Call, policy: str) -> Tensor:
         if policy == "all":
             return call.real
-        if call.given.mask is not None:
-            return call.given.mask.to(call.real.device, torch.bool) & call.real
+        if call.context.mask is not None:
+            return call.context.mask.to(call.real.device, torch.bool) & call.real
         tokens = Tokens.parse(policy)
         start = call.start
         if start is None and tokens.needs_start:
-            self._check_prompt(call.given)
+            self._check_prompt(call.context)
             if call.has_past:
                 raise PositionsError(
                     "The call continues a cached past but nothing says where the answer began; use `generate`, or "
@@ -225,8 +225,8 @@ class Positions:
         return tokens.mask(call.position_ids, start) & call.real
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: read this call's tokens, mask, cache and position ids."""
-        given = self._given
+        """Read this call's tokens, mask, cache and position ids; a forward pre-hook."""
+        context = self._context
         arguments = dict(zip(self._arguments, args, strict=False)) | kwargs
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
@@ -251,16 +251,16 @@ class Positions:
         else:
             position_ids = (past_length + torch.arange(length, device=tokens.device)).expand(batch, length)
 
-        if given.mask is not None and given.mask.shape != (batch, length):
+        if context.mask is not None and context.mask.shape != (batch, length):
             raise PositionsError(
-                f"The explicit position mask has shape {tuple(given.mask.shape)} but this call has {(batch, length)}."
+                f"The explicit position mask has shape {tuple(context.mask.shape)} but this call has {(batch, length)}."
             )
-        start = None if given.mask is not None else self._start(given, position_ids, arguments.get("labels"))
-        self._running.set(_Call(position_ids, real, start, given, past_length > 0))
+        start = None if context.mask is not None else self._start(context, position_ids, arguments.get("labels"))
+        self._running.set(_Call(position_ids, real, start, context, past_length > 0))
 
-    def _start(self, given: _Given, position_ids: Tensor, labels: Any) -> Tensor | None:
+    def _start(self, context: _CallContext, position_ids: Tensor, labels: Any) -> Tensor | None:
         batch, length = position_ids.shape
-        for start in (given.start, given.batch):
+        for start in (context.start, context.batch):
             if start is not None:
                 return self._rows(start, batch, length, position_ids.device)
         if isinstance(labels, Tensor) and labels.shape == position_ids.shape:
@@ -269,21 +269,21 @@ class Positions:
             start = position_ids.gather(1, first[:, None].to(position_ids.device)).squeeze(1)
             # a row without any label has no answer: nothing of it is edited
             return start.masked_fill(~answered.any(-1).to(start.device), torch.iinfo(torch.long).max)
-        if given.prompt is not None and not given.lacks_prompt:
-            return self._rows(given.prompt, batch, length, position_ids.device)
+        if context.prompt is not None and not context.lacks_prompt:
+            return self._rows(context.prompt, batch, length, position_ids.device)
         return None
 
     @staticmethod
     def _rows(start: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
-        """A start for each row or token; beams and several returned sequences repeat a prompt's rows side by side."""
+        """Return a start for each row or token; beams and returned sequences repeat a prompt's rows side by side."""
         start = (start if start.dim() == 2 else start.reshape(-1)).to(device)
         if batch % len(start) or start.shape[1:] not in ((), (1,), (length,)):
-            given = " x ".join(map(str, start.shape))
-            raise PositionsError(f"{given} answer starts were given for a call of {batch} rows of {length} tokens.")
+            sizes = " x ".join(map(str, start.shape))
+            raise PositionsError(f"{sizes} answer starts were given for a call of {batch} rows of {length} tokens.")
         return start.repeat_interleave(batch // len(start), dim=0)
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: forget the call, so that nothing stale is read.
+        """Forget the call, so that nothing stale is read; a forward hook.
 
         While gradients are recorded it is kept: checkpointed blocks run again in the backward pass. Other calls may
         come in between, so it is recalled when the gradient of its output arrives.
@@ -299,7 +299,7 @@ class Positions:
     def _recall(self, call: _Call) -> None:
         """Let the blocks that this backward pass runs again see the call they belong to.
 
-        Passes of several threads share autograd's own, and one may run in several, so it is kept by the pass.
+        The call is kept by the pass: passes of several threads share autograd's own, and one may run in several.
         """
         backward = torch._C._current_graph_task_id()
         if backward not in self._recalled:
@@ -316,7 +316,7 @@ class Positions:
             return original(*args, **kwargs)
 
     def _prompt_lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Tokens of each prompt, `[B]`; empty where the prompt is not tokens."""
+        """Return the number of tokens of each prompt, `[B]`; empty where the prompt is not tokens."""
         prompt, embedded = args[0] if args else None, kwargs.get("inputs_embeds")
         for name in ("inputs", "input_ids"):
             prompt = kwargs.get(name) if prompt is None else prompt
@@ -338,7 +338,7 @@ class Positions:
 
 
 def track(model: nn.Module) -> Positions:
-    """The model's `Positions`, made and hooked on at the first call.
+    """Return the model's `Positions`, made and hooked on at the first call.
 
     Args:
         model: the module whose `forward` takes `input_ids` (or `inputs_embeds`), and perhaps has `generate`.
@@ -362,7 +362,7 @@ def untrack(model: nn.Module) -> None:
 
 @contextmanager
 def tracking(model: nn.Module) -> Iterator[Positions]:
-    """Give the model's `Positions` for a while, to what reads them without being a layer."""
+    """Give the model's `Positions` for a while, to readers that are no layers."""
     positions = track(model)
     positions.borrowed += 1
     try:
@@ -373,9 +373,9 @@ def tracking(model: nn.Module) -> Iterator[Positions]:
 
 
 def tracked(module: nn.Module) -> list[Positions]:
-    """The `Positions` of every tracked model in `module`, itself included."""
-    found = (m.__dict__.get(_ATTRIBUTE) for m in module.modules())
-    return [positions for positions in found if isinstance(positions, Positions)]
+    """Return the `Positions` of every tracked model in `module`, itself included."""
+    candidates = (m.__dict__.get(_ATTRIBUTE) for m in module.modules())
+    return [positions for positions in candidates if isinstance(positions, Positions)]
 
 
 def note_batch(noted: list[Positions], module: nn.Module, batch: Any) -> list[Positions]:
@@ -407,19 +407,19 @@ def answering_batch(module: nn.Module, batch: Any) -> AbstractContextManager[Non
 
 @contextmanager
 def calling(module: nn.Module, **tokens: Any) -> Iterator[None]:
-    """Around a call that passes by the tracked model's own `forward`, its trunk alone say: what that call is given.
+    """Note the inputs of a call that bypasses the tracked model's own `forward`, such as one of its trunk alone.
 
     Args:
         module: a module that is or contains the tracked backbone; without one this does nothing.
         **tokens: `input_ids [B, T]`, `attention_mask`, `position_ids`, as `forward` would get them.
     """
-    found = tracked(module)
-    for positions in found:
+    affected = tracked(module)
+    for positions in affected:
         positions.before_forward(positions.model, (), tokens)
     try:
         yield
     finally:
-        for positions in found:
+        for positions in affected:
             positions._running.set(None)
 
 
@@ -427,7 +427,7 @@ def calling(module: nn.Module, **tokens: Any) -> Iterator[None]:
 def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | None = None) -> Iterator[None]:
     """Say, for the calls inside, where the answers begin. Without a tracked model in `module` it does nothing.
 
-    It says so to the thread (or asyncio task) that enters it, and to no other.
+    Only the thread (or asyncio task) that enters it is concerned.
 
     Args:
         module: a module that is or contains the tracked backbone.
@@ -444,7 +444,7 @@ def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | Non
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output, however nested."""
+    """Yield the tensors of a model's output, however nested."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""Where the prompts of a batch end: the field `prompt_end`, checked against what else the batch says."""
+"""The ends of a batch's prompts: the field `prompt_end`, checked against what else the batch says."""
 
 from __future__ import annotations
 

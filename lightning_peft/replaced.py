@@ -14,7 +14,7 @@ class Handle:
     """A replacement that can be taken off; a context manager that does so at its end."""
 
     def remove(self) -> None:
-        """Take the replacement off; what was there before acts again. Taking it off twice does nothing."""
+        """Take the replacement off; what was there before acts again. A second time does nothing."""
         raise NotImplementedError
 
     def __enter__(self) -> Handle:
@@ -25,7 +25,7 @@ class Handle:
 
 
 class ReplacedMethod(Handle):
-    """What stands on an instance in a method's place: it passes each call on to `by`, with what was there before.
+    """A callable in a method's place on an instance: it passes each call on to `by`, with what was there before.
 
     It is copied and pickled with its owner, has the signature of the method it replaces, and several may stand on one
     another: whichever is removed, the others keep acting.
@@ -38,8 +38,8 @@ class ReplacedMethod(Handle):
 
     @property
     def original(self) -> Callable[..., Any]:
-        """What is called in place of this one, were it not there."""
-        return _of_class(self.owner, self.name) if self.below is _MISSING else self.below
+        """The method that would be called were this one not there."""
+        return _class_attribute(self.owner, self.name) if self.below is _MISSING else self.below
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ class ReplacedMethod(Handle):
 
 
 class KeptAttribute(Handle):
-    """What stands on an instance under a name now; `remove()` brings it back, whatever others have set since."""
+    """An instance's attribute as it is now; `remove()` brings it back, whatever others have set since."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name
@@ -137,7 +137,7 @@ def replaced(
 
 
 def replacements(owner: Any, name: str, by: Callable[..., Any] | type) -> list[ReplacedMethod]:
-    """Return what replaces a method of an instance by this function, or by a method of this class; uppermost first."""
+    """Return the replacements of an instance's method by this function or a method of this class; uppermost first."""
     links, top = [], owner.__dict__.get(name)
     while isinstance(top, ReplacedMethod):
         if top.by is by or (isinstance(by, type) and isinstance(getattr(top.by, "__self__", None), by)):
@@ -151,7 +151,7 @@ def replaced_attribute(owner: Any, name: str, value: Any) -> ReplacedAttribute:
     return ReplacedAttribute(owner, name, value)
 
 
-def _of_class(owner: Any, name: str) -> Any:
+def _class_attribute(owner: Any, name: str) -> Any:
     """Return what the owner's class has under a name, bound to the owner, whatever stands on the instance."""
     for cls in type(owner).__mro__:
         if name in cls.__dict__:

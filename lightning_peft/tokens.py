@@ -1,6 +1,6 @@
-"""One language for which tokens of a text are meant, to capture and to steer.
+"""A language of selections: the tokens of a text to capture or to steer.
 
-A selection is a phase, named for what tokens are, and a window of it in Python's own notation, half-open:
+A selection is a phase and a half-open window of it, in Python's own notation:
 
 | phase | tokens |
 |---|---|
@@ -56,27 +56,27 @@ class Tokens:
         Raises:
             ValueError: an unknown phase, or a window that is none.
         """
-        found = _FORM.fullmatch(_SHORT.get(text, text))
-        if found is None or found[1] not in PHASES:
+        match = _FORM.fullmatch(_SHORT.get(text, text))
+        if match is None or match[1] not in PHASES:
             raise ValueError(
                 f"positions must be one of {', '.join((*PHASES, *_SHORT))}, or a phase with a window such as "
                 f"'answer[0:3]', got {text!r}."
             )
-        start, stop = (None if bound is None else int(bound) for bound in found.group(2, 3))
-        return Tokens(found[1], start, stop)
+        start, stop = (None if bound is None else int(bound) for bound in match.group(2, 3))
+        return Tokens(match[1], start, stop)
 
     @property
     def needs_start(self) -> bool:
-        """Whether it must be known where the prompt ends."""
+        """True where it must be known where the prompt ends."""
         return self.phase != "all"
 
     @property
     def needs_end(self) -> bool:
-        """Whether it must be known where the text ends, which is not so while it is generated."""
+        """True where it must be known where the text ends, which it is not while the text is generated."""
         return self.phase != "prompt" and any(bound is not None and bound < 0 for bound in (self.start, self.stop))
 
     def mask(self, places: Tensor, start: Tensor | None = None, length: Tensor | None = None) -> Tensor:
-        """The tokens meant, bool `[B, T]`; padding, whose places are no matter, is for the caller to leave out.
+        """Return the selected tokens, bool `[B, T]`; padding, at whatever places, is for the caller to leave out.
 
         Args:
             places: `[B, T]`, each token's number in its text, from 0.

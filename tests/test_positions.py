@@ -201,7 +201,7 @@ def test_nothing_is_left_over_from_a_call(tokens: Tensor) -> None:
     with torch.no_grad(), answering(model, start=torch.tensor([4])):
         model(input_ids=tokens)
     positions = track(model)
-    assert positions._call is None and not any(vars(positions._given).values())
+    assert positions._call is None and not any(vars(positions._context).values())
 
 
 def on_it(model: nn.Module) -> dict[str, object]:

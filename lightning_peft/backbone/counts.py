@@ -1,4 +1,4 @@
-"""What the closed formulas for numbers of parameters are made of, read off a bare backbone."""
+"""Terms of the closed formulas for numbers of parameters, read off a bare backbone."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ Shape = tuple[int, int]
 def shapes(
     backbone: nn.Module, modules: list[str] | str, parameters: list[str]
 ) -> tuple[list[Shape], list[tuple[int, int, int]]]:
-    """Return the inputs and outputs of each named matrix, and the number, inputs and outputs of each fused experts."""
+    """Return inputs and outputs of each named matrix, and number, inputs and outputs of each fused mixture."""
     named = (backbone.get_submodule(name) for name in matching(backbone, modules)[1])
     experts = [p.shape for name, p in backbone.named_parameters() if any(name.endswith(end) for end in parameters)]
     return [matrix_shape(module) for module in named], [(e, i, o) for e, i, o in experts]
 
 
 def linear(backbone: nn.Module) -> list[Shape]:
-    """Inputs and outputs of every linear layer in the blocks."""
+    """Return the inputs and outputs of every linear layer in the blocks."""
     named = dict(backbone.named_modules())
-    found = [named[name] for block in blocks(backbone) for span in block.spans() for name in span.matrices]
-    return [matrix_shape(module) for module in found if is_linear(module)]
+    matrices = [named[name] for block in blocks(backbone) for span in block.spans() for name in span.matrices]
+    return [matrix_shape(module) for module in matrices if is_linear(module)]
 
 
 def parts(backbone: nn.Module, attention: bool = False) -> list[Shape]:
-    """Inputs of the first and outputs of the last matrix of each feed-forward part, with `attention` of those too.
+    """Return inputs of the first and outputs of the last matrix of each feed-forward part; `attention`: of those too.
 
     A mixture of experts, which has no such matrices, is as wide as the stream.
     """
-    found = [block for block in blocks(backbone) if block.mlp or block.experts]
+    with_mlp = [block for block in blocks(backbone) if block.mlp or block.experts]
     stream = (width(backbone), width(backbone))
-    ends = [_ends(backbone, block.mlp) if block.mlp and not block.experts else stream for block in found]
+    ends = [_ends(backbone, block.mlp) if block.mlp and not block.experts else stream for block in with_mlp]
     return ends + (_attentions(backbone) if attention else [])
 
 
 def attention_inputs(backbone: nn.Module) -> list[int]:
-    """The width of the concatenated heads in each attention."""
+    """Return the width of the concatenated heads in each attention."""
     spans = [span for block in blocks(backbone) for span in block.attention]
     return [matrix_shape(backbone.get_submodule(span.last))[0] for span in spans]
 
 
 def prefixes(backbone: Any) -> list[Shape]:
-    """Width of the keys and of the attention's input, for each attention."""
+    """Return the width of the keys and of the attention's input, for each attention."""
     config = backbone.config
     heads = config.num_attention_heads
     share = (getattr(config, "num_key_value_heads", None) or heads) / heads
@@ -56,33 +56,33 @@ def prefixes(backbone: Any) -> list[Shape]:
 
 
 def query_and_value(backbone: nn.Module) -> list[Shape]:
-    """The matrices that give queries and values; where one gives all three, that one."""
-    found = []
+    """Return the shapes of the matrices that give queries and values; where one gives all three, of that one."""
+    projections = []
     for block in blocks(backbone):
         for span in block.attention:
             shapes = [matrix_shape(backbone.get_submodule(name)) for name in span.matrices[:-1]]
             # query, key and value stand in this order, but for OPT's key, value, query
-            found += [shapes[0], shapes[-1]] if len(shapes) == 3 and shapes[0][1] >= shapes[2][1] else shapes[:1]
-    return found
+            projections += [shapes[0], shapes[-1]] if len(shapes) == 3 and shapes[0][1] >= shapes[2][1] else shapes[:1]
+    return projections
 
 
 def biases(backbone: Any) -> int:
-    """Every bias there is, and one for each output of a matrix without."""
+    """Count every bias there is, and one for each output of a matrix without."""
     get_output = getattr(backbone, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    there = {id(p): p.numel() for name, p in backbone.named_parameters() if name.endswith("bias")}
+    sizes = {id(p): p.numel() for name, p in backbone.named_parameters() if name.endswith("bias")}
     missing = [m for m in backbone.modules() if is_matrix(m) and m is not output and getattr(m, "bias", None) is None]
-    return sum(there.values()) + sum(matrix_shape(m)[1] for m in missing)
+    return sum(sizes.values()) + sum(matrix_shape(m)[1] for m in missing)
 
 
 def last_blocks(backbone: nn.Module) -> int:
-    """Every parameter of the last block; of an encoder and a decoder both."""
+    """Count every parameter of the last block; of an encoder and a decoder both."""
     last = {block.stack: block.module for block in blocks(backbone)}
     return sum(parameter.numel() for module in last.values() for parameter in module.parameters())
 
 
 def everything(backbone: nn.Module) -> int:
-    """Every parameter, shared ones once."""
+    """Count every parameter, shared ones once."""
     return sum(parameter.numel() for parameter in backbone.parameters())
 
 

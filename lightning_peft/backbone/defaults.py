@@ -1,4 +1,4 @@
-"""Which matrices of a backbone to adapt where nobody says: peft's choice, or all that an adapter can act on."""
+"""Choose a backbone's matrices to adapt where nobody names any: peft's choice, or all that can be adapted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def default_targets(backbone: nn.Module) -> list[str] | str:
 
 
 def known_targets(backbone: nn.Module, mapping: Mapping[str, Sequence[str]]) -> list[str] | str | None:
-    """Return what a table of peft's has for the model's type, as far as this model has such modules, else None.
+    """Return the entry for the model's type in a table of peft's, as far as this model has such modules, else None.
 
     transformers renames modules, and the tables keep names of other releases.
     """
@@ -51,7 +51,7 @@ def known_targets(backbone: nn.Module, mapping: Mapping[str, Sequence[str]]) -> 
 
 
 def every_matrix(backbone: nn.Module) -> list[str]:
-    """Return the full names of all linear layers but the output embedding; of the convolutions in a net of them.
+    """Return the full names of all linear layers but the output embedding; in a net of convolutions, of these too.
 
     Left out are layers that an adapter could not act on: those whose weights are read without calling them, and
     subclasses of `nn.Linear` that compute something else, such as a router that gives a choice. A net with at least
@@ -77,7 +77,7 @@ def every_matrix(backbone: nn.Module) -> list[str]:
 
 
 def unambiguous(backbone: nn.Module, names: list[str]) -> list[str]:
-    """Return those of the full names of modules that peft does not take for the experts of older models."""
+    """Return the names of modules that peft does not take for the experts of older models; all where none is left."""
     taken = taken_for_experts(backbone)
     return [name for name in names if name.rpartition(".")[2] not in taken] or names
 
@@ -104,7 +104,7 @@ def all_linear(backbone: nn.Module) -> list[str]:
 
 
 def is_every_linear(backbone: nn.Module) -> bool:
-    """Whether peft's `"all-linear"` reaches all of the backbone's linear layers, and none that it cannot adapt."""
+    """Return whether peft's `"all-linear"` reaches all of the backbone's linear layers, and none it cannot adapt."""
     if never_called(backbone) or read_by_kernels(backbone):
         return False
     linear = {name: module for name, module in base_modules(backbone) if is_linear(module)}
@@ -114,7 +114,7 @@ def is_every_linear(backbone: nn.Module) -> bool:
 
 @torch.no_grad()
 def takes_adapters(module: nn.Module) -> bool:
-    """Whether what a linear layer or convolution computes is what adapters take it to compute.
+    """Return whether a linear layer or convolution computes what adapters take it to compute.
 
     A depthwise convolution has no matrix of low rank, and a subclass of `nn.Linear` may give anything: it is tried.
     """

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run within with every module in evaluation mode; afterwards those that were in training are again.
+    """Put every module in evaluation mode for a while; afterwards those that were in training are again.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())

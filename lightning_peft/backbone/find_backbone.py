@@ -13,7 +13,7 @@ def is_lightning_module(module: nn.Module) -> bool:
 
 
 def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> str | None:
-    """The name of the submodule to freeze and adapt.
+    """Return the name of the submodule to freeze and adapt.
 
     Without a name it is the one transformers model in the module or, once everything is built, the only child with
     parameters. Two candidates are never guessed between.
@@ -28,10 +28,10 @@ def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> st
     """
     if name is not None:
         try:
-            found = module.get_submodule(name)
+            submodule = module.get_submodule(name)
         except AttributeError:
-            found = None
-        if isinstance(found, nn.Module) and any(True for _ in found.parameters()):
+            submodule = None
+        if isinstance(submodule, nn.Module) and any(True for _ in submodule.parameters()):
             return name
         if final:
             raise ValueError(
@@ -60,15 +60,15 @@ def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> st
 
 
 def _pretrained(module: nn.Module) -> list[str]:
-    """Outermost transformers models in `module`. If transformers is not loaded there can be none."""
+    """Return the outermost transformers models in `module`. If transformers is not loaded there can be none."""
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return []
-    found: list[str] = []
+    names: list[str] = []
     for name, m in module.named_modules():
-        if isinstance(m, modeling.PreTrainedModel) and not any(name.startswith(f + ".") for f in found):
-            found.append(name)
-    return found
+        if isinstance(m, modeling.PreTrainedModel) and not any(name.startswith(f + ".") for f in names):
+            names.append(name)
+    return names
 
 
 def _children(module: nn.Module) -> str:

@@ -48,7 +48,7 @@ def blank_samples(backbone: nn.Module) -> dict[str, Any]:
 
 
 def _sampled(backbone: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of which a fingerprint holds values."""
+    """Return the tensors of which a fingerprint holds values."""
     tensors = parameters | _saved_buffers(backbone)
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
 
@@ -62,10 +62,10 @@ def mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
         kinds = f"{expected.get('model_type')} and {found.get('model_type')}"
         return f"their parameters have other names or shapes (model types {kinds})"
     both = [name for name in expected["samples"] if name in found["samples"]]
-    if not (other := [name for name in both if not _alike(expected["samples"][name], found["samples"][name])]):
+    if not (differing := [name for name in both if not _alike(expected["samples"][name], found["samples"][name])]):
         return None
-    named = ", ".join(other[:3]) + (", …" if len(other) > 3 else "")
-    return f"{len(other)} of {len(both)} tensors hold other values: {named}"
+    named = ", ".join(differing[:3]) + (", …" if len(differing) > 3 else "")
+    return f"{len(differing)} of {len(both)} tensors hold other values: {named}"
 
 
 def without(identity: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
@@ -73,12 +73,12 @@ def without(identity: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
     inside = tuple(f".{module}." for module in modules)
     samples = identity.get("samples", {})
     # peft, too, finds a module by the end of its name
-    kept = {name: sample for name, sample in samples.items() if not any(end in f".{name}" for end in inside)}
-    return identity | {"samples": kept} if identity else identity
+    outside = {name: sample for name, sample in samples.items() if not any(end in f".{name}" for end in inside)}
+    return identity | {"samples": outside} if identity else identity
 
 
 def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether values agree to the coarser of the two precisions, exactly where both are the same."""
+    """Return whether values agree to the coarser of the two precisions, exactly where both are the same."""
     if a == b:
         return True
     coarse = max(torch.finfo(getattr(torch, sample["dtype"])).eps for sample in (a, b))
@@ -90,14 +90,14 @@ def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _base_parameters(backbone: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are not an adapter's, under the names they have in the bare model, each once."""
-    own = {id(p) for _, module in base_modules(backbone) for p in module.parameters(recurse=False)}
-    named = {eager_key(bare_name(backbone, n)): p for n, p in backbone.named_parameters() if id(p) in own}
+    """Return the parameters that are not an adapter's, under their names in the bare model, each once."""
+    base_ids = {id(p) for _, module in base_modules(backbone) for p in module.parameters(recurse=False)}
+    named = {eager_key(bare_name(backbone, n)): p for n, p in backbone.named_parameters() if id(p) in base_ids}
     return dict(sorted(named.items()))
 
 
 def _saved_buffers(backbone: nn.Module) -> dict[str, Tensor]:
-    """Buffers that are part of the state, such as BatchNorm's statistics, by the names they have without adapters."""
+    """Return the buffers in the state, such as BatchNorm's statistics, by the names they have without adapters."""
     return {
         eager_key(f"{name}.{key}".lstrip(".")): buffer
         for name, module in base_modules(backbone)
@@ -119,6 +119,6 @@ def _sample(parameter: Tensor) -> dict[str, Any]:
 
 @cache
 def _places(size: int) -> Tensor:
-    """Where a tensor of this size is sampled."""
+    """Return where a tensor of this size is sampled."""
     with torch.device("cpu"):
         return torch.linspace(0, size - 1, min(_SAMPLES, size), dtype=torch.float64).long()

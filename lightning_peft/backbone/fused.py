@@ -1,4 +1,4 @@
-"""Where PyTorch reads weights without calling the layer that holds them, an adapter on that layer would do nothing."""
+"""Layers whose weights PyTorch reads without calling them: an adapter on such a layer would do nothing."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def unfuse(backbone: nn.Module, acting: bool) -> None:
 
 
 def never_called(backbone: nn.Module) -> set[str]:
-    """The names of linear layers whose weights only are read: output projections in `nn.MultiheadAttention`."""
+    """Return the names of linear layers that are read, not called: `nn.MultiheadAttention`'s output projections."""
     return {f"{n}.out_proj" for n, m in base_modules(backbone) if isinstance(m, nn.MultiheadAttention)}
 
 
 def read_by_kernels(backbone: nn.Module) -> set[str]:
-    """The names of matrices in state-space mixers, such as Mamba's, that are read without being called.
+    """Return the names of matrices in state-space mixers, such as Mamba's, that are read without being called.
 
     Which they are depends on the model and on whether its kernels are installed: the time step's almost everywhere,
     the output's and others in a fused kernel. The first linear layer, which takes the mixer's input, is none of them.
     """
-    found = set()
+    unreached = set()
     for name, module in base_modules(backbone):
         if {"A_log", "D"} <= module._parameters.keys():
             children = {n: child for n, child in module.named_children() if is_matrix(child)}
             first = next((n for n, child in children.items() if is_linear(child)), None)
-            found |= {f"{name}.{n}" for n in children if n != first}
-    return found
+            unreached |= {f"{name}.{n}" for n in children if n != first}
+    return unreached
 
 
 def check_called(targets: Iterable[str], backbone: nn.Module) -> None:

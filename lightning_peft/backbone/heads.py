@@ -41,7 +41,7 @@ class HeadSite:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is read at one token."""
+        """The shape of what is read at one token."""
         return (self.num_heads, self.head_dim)
 
 
@@ -52,11 +52,11 @@ def head_sites(
     part: Part | None = None,
     within: str | None = None,
 ) -> list[HeadSite]:
-    """The head sites of a model, by layer.
+    """Return the head sites of a model, by layer.
 
     They are found by structure: the matrix that leads from an attention back to the residual stream. The number of
     heads is that of the *query* heads (with grouped queries those are what reaches the projection), as the attention
-    module or the nearest configuration says it; the head size is the projection's input width divided by it, since
+    module or the nearest configuration gives it; the head size is the projection's input width divided by it, since
     `hidden_size / num_heads` is wrong where a configuration sets `head_dim`.
 
     Args:
@@ -81,32 +81,32 @@ def head_sites(
     """
     named = dict(base_modules(model))
     if pattern is None:
-        found = list(_by_structure(model))
+        outputs = list(_by_structure(model))
     else:
         ends_like = re.compile(rf"(?:^|.*\.)(?:{pattern})$")
-        found = [(name, _part_of(name, ())) for name in sorted(filter(ends_like.match, named), key=_numbers)]
-    found = [(name, of) for name, of in found if within is None or name.startswith(f"{within}.")]
-    found = [(name, of) for name, of in found if part is None or of == part]
-    if not found:
+        outputs = [(name, _part_of(name, ())) for name in sorted(filter(ends_like.match, named), key=_numbers)]
+    outputs = [(name, role) for name, role in outputs if within is None or name.startswith(f"{within}.")]
+    outputs = [(name, role) for name, role in outputs if part is None or role == part]
+    if not outputs:
         raise ValueError(
             f"No attention output projection was found in {type(model).__name__}: give the end of their names as "
             r"a regular expression, e.g. pattern=r'attn\.proj'."
         )
-    sites = [_site(model, named, name, num_heads) for name, _ in found]
-    return [replace(site, layer=i, part=of) for i, (site, (_, of)) in enumerate(zip(sites, found, strict=True))]
+    sites = [_site(model, named, name, num_heads) for name, _ in outputs]
+    return [replace(site, layer=i, part=role) for i, (site, (_, role)) in enumerate(zip(sites, outputs, strict=True))]
 
 
 def _by_structure(model: nn.Module) -> Iterator[tuple[str, Part]]:
-    """The output projection of every attention, block by block, and which part of the model it is in."""
-    found, named = [block for block in blocks(model) if block.attention], dict(base_modules(model))
-    for block in found:
+    """Yield the output projection of every attention, block by block, and the part of the model it is in."""
+    attending, named = [block for block in blocks(model) if block.attention], dict(base_modules(model))
+    for block in attending:
         for i, span in enumerate(block.attention):
             _check_last(named, span)
-            yield span.last, "cross" if i else _part_of(block.name, found)
+            yield span.last, "cross" if i else _part_of(block.name, attending)
 
 
 def _check_last(named: dict[str, nn.Module], span: Span) -> None:
-    """A projection of a kind of its own is no matrix to `blocks`, and another must not pass for it."""
+    """Check that a projection of a kind of its own, no matrix to `blocks`, has not left its place to another."""
     paths = [name.split(".") for name in span.matrices]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     attention = ".".join(parts[0] for parts in shared)
@@ -120,9 +120,9 @@ def _check_last(named: dict[str, nn.Module], span: Span) -> None:
             )
 
 
-def _part_of(name: str, found: Sequence[Block]) -> Part:
-    """An encoder is one only where another stack looks at it."""
-    crossed = {block.stack for block in found if len(block.attention) > 1}
+def _part_of(name: str, attending: Sequence[Block]) -> Part:
+    """Return the part of the model a module is in; an encoder is one only where another stack looks at it."""
+    crossed = {block.stack for block in attending if len(block.attention) > 1}
     return "encoder" if crossed and not any(name.startswith(f"{stack}.") for stack in crossed) else "self"
 
 
@@ -133,7 +133,7 @@ def _site(model: nn.Module, named: dict[str, nn.Module], name: str, num_heads: i
         raise ValueError(
             f"{name} is a {type(named[name]).__name__}, not a projection: give a pattern that ends there."
         ) from None
-    count = num_heads or _said(named, name, _COUNTS)
+    count = num_heads or _declared(named, name, _COUNTS)
     if not count:
         raise ValueError(
             f"{type(model).__name__} has no configuration that says how many heads it has: give num_heads (ITI's "
@@ -141,14 +141,14 @@ def _site(model: nn.Module, named: dict[str, nn.Module], name: str, num_heads: i
         )
     if width % count:
         raise ValueError(f"{name} takes {width} features, which {count} heads cannot share equally.")
-    declared = None if num_heads else _said(named, name, _WIDTHS)
+    declared = None if num_heads else _declared(named, name, _WIDTHS)
     if declared and declared * count != width:
         raise ValueError(f"{name} takes {width} features, but the configuration says {count} heads of {declared}.")
     return HeadSite(name, 0, count, width // count)
 
 
-def _said(named: dict[str, nn.Module], name: str, keys: Sequence[str]) -> int | None:
-    """What the modules around a projection say, the nearest first: they themselves, then their configuration.
+def _declared(named: dict[str, nn.Module], name: str, keys: Sequence[str]) -> int | None:
+    """Return the value that the nearest module around a projection declares, itself or in its configuration.
 
     An attention knows best: an encoder-decoder has two numbers of heads, and a model of pictures and text two
     configurations.
@@ -165,5 +165,5 @@ def _said(named: dict[str, nn.Module], name: str, keys: Sequence[str]) -> int | 
 
 
 def _numbers(name: str) -> tuple[int, ...]:
-    """The numbers in a name, so that layer 10 comes after layer 9."""
+    """Return the numbers in a name, so that layer 10 comes after layer 9."""
     return tuple(int(part) for part in name.split(".") if part.isdigit())

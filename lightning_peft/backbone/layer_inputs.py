@@ -1,4 +1,4 @@
-"""Which kinds of layers methods are made for, and an input that a layer takes, by its own shape."""
+"""The kinds of layers that methods are made for, and an input that a layer takes, by its own shape."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def computes_weight(layer: nn.Module) -> bool:
 
 
 def _extent(layer: Any) -> tuple[int, ...]:
-    """A length for each dimension that a convolution slides over: its reach, its padding and two steps more."""
+    """Return a length for each dimension that a convolution slides over: its reach, its padding and two steps."""
     padding = [0] * len(layer.kernel_size) if isinstance(layer.padding, str) else layer.padding
     reach = ((k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
     return tuple(max(r, p + 1) + 2 * s for r, p, s in zip(reach, padding, layer.stride, strict=True))

@@ -35,12 +35,12 @@ class LayerSite:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is read at one token."""
+        """The shape of what is read at one token."""
         return (self.width,)
 
 
 def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None) -> list[LayerSite]:
-    """The blocks of a model, or their attentions or feed-forward parts, in the order in which they stand.
+    """Return the blocks of a model, or their attentions or feed-forward parts, in the order in which they stand.
 
     Args:
         model: the backbone; adapters, quantised and compiled modules are looked through.
@@ -60,31 +60,31 @@ def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    named, found = dict(base_modules(model)), blocks(model)
-    crossed = {block.stack for block in found if len(block.attention) > 1}
+    named, all_blocks = dict(base_modules(model)), blocks(model)
+    crossed = {block.stack for block in all_blocks if len(block.attention) > 1}
     sites: list[tuple[str, int, Part]] = []
-    for block in found:
-        of: Part = "encoder" if crossed and block.stack not in crossed else "self"
+    for block in all_blocks:
+        role: Part = "encoder" if crossed and block.stack not in crossed else "self"
         if kind == "attention":
             for i, span in enumerate(block.attention):
-                sites.append((span.last, matrix_shape(named[span.last])[1], "cross" if i else of))
+                sites.append((span.last, matrix_shape(named[span.last])[1], "cross" if i else role))
             continue
         inner = [*block.attention, *([block.mlp] if block.mlp else [])]
         if not inner:
             continue
         name = block.name if kind == "block" else _mlp(block, named)
         if name is not None:
-            sites.append((name, matrix_shape(named[inner[0].last])[1], of))
+            sites.append((name, matrix_shape(named[inner[0].last])[1], role))
     sites = [site for site in sites if part is None or site[2] == part]
     if not sites:
         raise ValueError(f"{type(model).__name__} has no {kind} whose output could be read.")
-    return [LayerSite(name, i, kind, width, of) for i, (name, width, of) in enumerate(sites)]
+    return [LayerSite(name, i, kind, width, role) for i, (name, width, role) in enumerate(sites)]
 
 
 def stream_writers(model: nn.Module) -> list[str]:
-    """The names of all that writes to the residual stream: embeddings, output projections, feed-forward parts.
+    """Return the names of what writes to the residual stream: embeddings, output projections, feed-forward parts.
 
-    Of a feed-forward part it is the last matrix, or, where experts share it, the whole.
+    A feed-forward part writes by its last matrix, or, where experts share it, as a whole.
 
     Raises:
         ValueError: there is no embedding of that width, as in a model of pictures.
@@ -96,17 +96,17 @@ def stream_writers(model: nn.Module) -> list[str]:
         >>> stream_writers(model)
         ['model.embed_tokens', 'model.layers.0.self_attn.o_proj', 'model.layers.0.mlp.down_proj']
     """
-    named, found, size = dict(base_modules(model)), blocks(model), width(model)
+    named, all_blocks, size = dict(base_modules(model)), blocks(model), width(model)
     names = [
         name
         for name, module in named.items()
         if isinstance(module, nn.Embedding)
         and module.embedding_dim == size
-        and not any(name.startswith(f"{block.name}.") for block in found)
+        and not any(name.startswith(f"{block.name}.") for block in all_blocks)
     ]
     if not names:
         raise ValueError(f"{type(model).__name__} has no embedding of width {size} that writes to its residual stream.")
-    for block in found:
+    for block in all_blocks:
         names += [span.last for span in block.attention]
         if block.mlp is not None:
             experts = any(p.dim() > 2 for p in block.module.parameters())
@@ -115,7 +115,7 @@ def stream_writers(model: nn.Module) -> list[str]:
 
 
 def _mlp(block: Block, named: dict[str, nn.Module]) -> str | None:
-    """The one child of a block that has matrices and no attention in it; else the feed-forward part's last matrix."""
+    """Return the one child of a block with matrices but no attention; else the feed-forward part's last matrix."""
     attention = [name for span in block.attention for name in span.matrices]
     children = [
         f"{block.name}.{name}"

@@ -23,7 +23,7 @@ class AdapterState(nn.ModuleDict):
 
 
 def base_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The backbone's own modules under the names they have without adapters, adapters' modules left out."""
+    """Yield the backbone's own modules under the names they have without adapters, adapters' modules left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     whole = whole_wrapper()
@@ -50,24 +50,24 @@ def bare_name(backbone: nn.Module, name: str) -> str:
 def state_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module under the names they have in its `state_dict()`.
 
-    That is not called: it may be a user's own, which leaves entries out or renames them, and some layers change when
-    their state is taken. What adapters keep beside the modules is asked, since a prompt may follow from an encoder.
+    `state_dict()` is not called: a user's own may leave entries out or rename them, and some layers change when their
+    state is taken. Adapters' own state is asked for, since a prompt may follow from an encoder.
     """
     fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, fsdp):  # nothing but its own state knows the shapes of what it has flattened
             return nn.Module.state_dict(module, keep_vars=True)
         start = f"{name}." if name else ""
         if isinstance(part, AdapterState):
-            found |= part.state_dict(prefix=start, keep_vars=True)
+            tensors |= part.state_dict(prefix=start, keep_vars=True)
         for key, value in part._parameters.items():
             if value is not None:
-                found[start + key] = value
+                tensors[start + key] = value
         for key, buffer in part._buffers.items():
             if buffer is not None and key not in part._non_persistent_buffers_set:
-                found[start + key] = buffer
-    return found
+                tensors[start + key] = buffer
+    return tensors
 
 
 def standalone_name(root: nn.Module, name: str, adapter: str | None = None) -> str:
@@ -87,7 +87,7 @@ def standalone_name(root: nn.Module, name: str, adapter: str | None = None) -> s
     """
     whole = whole_wrapper()
 
-    parts, kept = name.split("."), []
+    parts, new_parts = name.split("."), []
     module: nn.Module | None = root
     while parts:
         wrappers = [] if module is None else _wrappers(module := _seen_through(module, parts[0]))
@@ -96,19 +96,19 @@ def standalone_name(root: nn.Module, name: str, adapter: str | None = None) -> s
             while depth < len(wrappers) and parts[depth : depth + 1] == ["base_layer"]:
                 depth += 1
             parts = parts[depth:]
-            own = [w for w in wrappers if adapters_on(w) & ({adapter} if adapter else set(parts))]
-            kept += ["base_layer"] * _depth_alone(wrappers, own, depth)
+            adapter_wrappers = [w for w in wrappers if adapters_on(w) & ({adapter} if adapter else set(parts))]
+            new_parts += ["base_layer"] * _depth_alone(wrappers, adapter_wrappers, depth)
             module = [*wrappers, wrappers[-1].base_layer][depth]
         if parts:
             part = parts.pop(0)
             if not (part == "original_module" and isinstance(module, whole)):
-                kept.append(part)
+                new_parts.append(part)
             module = None if module is None else module._modules.get(part)
-    return ".".join(kept)
+    return ".".join(new_parts)
 
 
 def _seen_through(module: nn.Module, child: str) -> nn.Module:
-    """The module that has a child, where PyTorch's own wrappers leave themselves out of the child's name."""
+    """Return the module that has a child, where PyTorch's own wrappers leave themselves out of the child's name."""
     while child not in module._modules:
         inner = next((m for n in _UNNAMED if (m := module._modules.get(n)) is not None), None)
         if inner is None:
@@ -118,28 +118,28 @@ def _seen_through(module: nn.Module, child: str) -> nn.Module:
 
 
 def _wrappers(module: nn.Module) -> list[Any]:
-    """The wrappers nested around one module, outermost first."""
+    """Return the wrappers nested around one module, outermost first."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = []
+    nested = []
     while isinstance(module, BaseTunerLayer) and (base := module._modules.get("base_layer")) is not None:
-        found.append(module)
+        nested.append(module)
         module = _seen_through(base, "base_layer")
-    return found
+    return nested
 
 
-def _depth_alone(wrappers: list[Any], own: list[Any], depth: int) -> int:
-    """How many of an adapter's own wrappers peft alone would put around what lies at a depth of the nest."""
+def _depth_alone(wrappers: list[Any], adapter_wrappers: list[Any], depth: int) -> int:
+    """Count an adapter's own wrappers that peft alone would put around the module at a depth of the nest."""
     at = wrappers[depth] if depth < len(wrappers) else None
-    if at not in own:
-        return sum(wrapper in own for wrapper in wrappers[:depth])
+    if at not in adapter_wrappers:
+        return sum(wrapper in adapter_wrappers for wrapper in wrappers[:depth])
     # peft wraps a module once for each parameter, in the order in which the module registers them; in a stack, a
     # wrapper that another adapter has put there already is used again, so that the order may be another
     order = parameter_order(wrappers[-1].base_layer)
-    names = [getattr(wrapper, "parameter_name", None) for wrapper in own]
+    names = [getattr(wrapper, "parameter_name", None) for wrapper in adapter_wrappers]
     if all(name in order for name in names):
-        own = sorted(own, key=lambda wrapper: -order.index(wrapper.parameter_name))
-    return own.index(at)
+        adapter_wrappers = sorted(adapter_wrappers, key=lambda wrapper: -order.index(wrapper.parameter_name))
+    return adapter_wrappers.index(at)
 
 
 def flat_key(key: str) -> str:
@@ -148,7 +148,7 @@ def flat_key(key: str) -> str:
 
 
 def with_nested_keys(tensors: Mapping[str, T], expected: Collection[str]) -> Mapping[str, T]:
-    """Return saved tensors under the keys expected, where they have flat ones that tell all of them apart."""
+    """Return saved tensors under the expected keys, where their flat keys tell all of them apart."""
     nested = {flat_key(key): key for key in expected}
     if set(tensors) == set(expected) or len(nested) < len(expected):
         return tensors
@@ -157,22 +157,22 @@ def with_nested_keys(tensors: Mapping[str, T], expected: Collection[str]) -> Map
 
 
 def eager_key(key: str) -> str:
-    """A key as it was before `torch.compile` wrapped a module on its way."""
+    """Return a key as it was before `torch.compile` wrapped a module on its way."""
     return re.sub(r"(^|(?<=\.))_orig_mod\.", "", key)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module itself, where `torch.compile` has wrapped it; both share their weights, and run the same code."""
+    """Return the module itself, where `torch.compile` has wrapped it; both share weights, and run the same code."""
     inner = module._modules.get("_orig_mod")
     return module if inner is None else inner
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a matrix product: `nn.Linear` (quantised ones included) or transformers' Conv1D."""
+    """Return whether a module is a matrix product: `nn.Linear` (quantised ones included) or transformers' Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a module, or the one an adapter wraps, is a linear layer or a convolution."""
+    """Return whether a module, or the one an adapter wraps, is a linear layer or a convolution."""
     base = getattr(module, "get_base_layer", lambda: module)()
     return is_linear(base) or isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)

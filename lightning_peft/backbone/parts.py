@@ -1,4 +1,4 @@
-"""Where adapters that stand at a whole part of a block go: its first and its last matrix."""
+"""Find the places of adapters at a whole part of a block: its first and its last matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_peft.backbone.targets import Layers, choose_targets, choose_with_
 
 
 def part_ends(backbone: nn.Module, attention: bool, layers: Layers | list[int] | None = None) -> list[Span]:
-    """The feed-forward parts of the backbone's blocks, and with `attention` the attention parts too, in order.
+    """Return the feed-forward parts of the backbone's blocks, with `attention` those parts too, in order.
 
     Args:
         backbone: any module with repeated blocks.
@@ -21,12 +21,12 @@ def part_ends(backbone: nn.Module, attention: bool, layers: Layers | list[int] |
         ValueError: there are none, a block that was asked for does not exist, a feed-forward part is a mixture of fused
             experts, or a part's output is not as wide as its input: there its last matrix is not what gives the output.
     """
-    found, named = blocks(backbone), dict(base_modules(backbone))
-    spans = {span.last: span for block in found for span in (block.spans() if attention else (block.mlp,)) if span}
-    mixtures = {block.experts[0]: block for block in found if block.experts}
+    members, named = blocks(backbone), dict(base_modules(backbone))
+    spans = {span.last: span for block in members for span in (block.spans() if attention else (block.mlp,)) if span}
+    mixtures = {block.experts[0]: block for block in members if block.experts}
     if not spans and not mixtures:
-        what = "an attention or feed-forward part" if attention else "a feed-forward part"
-        raise ValueError(f"{type(backbone).__name__} has no block with {what}: name the target_modules.")
+        needed = "an attention or feed-forward part" if attention else "a feed-forward part"
+        raise ValueError(f"{type(backbone).__name__} has no block with {needed}: name the target_modules.")
     if choose_with_experts(backbone, list(spans), list(mixtures), layers)[1]:
         raise ValueError(
             f"The feed-forward parts of {type(backbone).__name__} are mixtures of experts, fused into parameters such "
@@ -45,7 +45,7 @@ def part_ends(backbone: nn.Module, attention: bool, layers: Layers | list[int] |
 
 
 def attentions(backbone: nn.Module, layers: Layers | list[int] | None = None) -> list[Span]:
-    """The attentions of the backbone's blocks, cross-attention too, in order.
+    """Return the attentions of the backbone's blocks, cross-attention too, in order.
 
     Args:
         backbone: any module with repeated blocks.

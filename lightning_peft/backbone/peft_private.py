@@ -1,4 +1,4 @@
-"""What peft keeps to itself and this package needs: the one file to read when peft changes."""
+"""Access to what peft keeps to itself and this package needs: the one file to read when peft changes."""
 
 from __future__ import annotations
 

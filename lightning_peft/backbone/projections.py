@@ -1,4 +1,4 @@
-"""Which of an attention's matrices give its queries, its keys and its values."""
+"""Find the matrices of an attention that give its queries, its keys and its values."""
 
 from __future__ import annotations
 

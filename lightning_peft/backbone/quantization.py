@@ -23,7 +23,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Quantization:
-    """How to quantise.
+    """The settings of a quantisation.
 
     Args:
         quant_type: `"nf4"` (quantiles of a normal distribution), `"fp4"`, both in blocks of 64 values with a scale
@@ -117,7 +117,7 @@ def quantize(
 
 
 def protect(module: nn.Module) -> None:
-    """Keep 4-bit layers that bitsandbytes made from changing while they are used; what they compute stays the same."""
+    """Keep 4-bit layers of bitsandbytes from changing while they are used; what they compute stays the same."""
     for part in list(module.modules()):
         if _descends(part, "Linear4bit"):
             _import_layers().protect(part)
@@ -162,17 +162,17 @@ def dequantize(backbone: nn.Module) -> list[str]:
 
 
 def quantized_layers(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The backbone's own quantised linear layers, by the names they have without adapters."""
+    """Return the backbone's own quantised linear layers, by the names they have without adapters."""
     return ((name, module) for name, module in base_modules(backbone) if is_quantized(module))
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a linear layer quantised by bitsandbytes; that is not imported for it."""
+    """Return whether a module is a linear layer quantised by bitsandbytes; that is not imported for it."""
     return any(_descends(module, cls) for cls in _FLAGS.values())
 
 
 def was_conv1d(module: nn.Module) -> bool:
-    """Whether a quantised layer took the place of a transformers `Conv1D`, whose weight is the other way round."""
+    """Return whether a quantised layer took the place of a transformers `Conv1D`, whose weight is transposed."""
     return getattr(getattr(module, "source_cls", None), "__name__", None) == "Conv1D"
 
 
@@ -193,7 +193,7 @@ def check_merge(layers: Iterable[Any], method: str) -> None:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes that the weights of a module's quantised layers take: packed values, scales and code tables."""
+    """Return the bytes that the weights of quantised layers take: packed values, scales and code tables."""
     return sum(t.nbytes for _, layer in quantized_layers(module) for t in _import_layers().stored(layer))
 
 
@@ -208,16 +208,16 @@ def _import_layers() -> Any:
 
 
 def _check_same(existing: dict[str, Any], how: Quantization, layers: Any) -> None:
-    wanted = {"quant_type": how.quant_type, "double_quant": how.double_quant}
+    expected = {"quant_type": how.quant_type, "double_quant": how.double_quant}
     for name, layer in existing.items():
-        found = layers.settings_of(layer)
-        if different := [f"{key}={value!r}" for key, value in found.items() if value != wanted[key]]:
-            asked = ", ".join(f"{key}={wanted[key]!r}" for key in found)
-            raise ValueError(f"{name} is quantised already with {', '.join(different)}, but {asked} is asked for.")
+        settings = layers.settings_of(layer)
+        if different := [f"{key}={value!r}" for key, value in settings.items() if value != expected[key]]:
+            requested = ", ".join(f"{key}={expected[key]!r}" for key in settings)
+            raise ValueError(f"{name} is quantised already with {', '.join(different)}, but {requested} is asked for.")
 
 
 def _chosen(backbone: nn.Module, skip: Collection[str]) -> dict[str, Any]:
-    """What to quantise, by name."""
+    """Return the layers to quantise, by name."""
     if _has_adapters(backbone):
         raise ValueError(
             f"{type(backbone).__name__} already has adapters on its full weights: quantise it before adding any."
@@ -228,10 +228,10 @@ def _chosen(backbone: nn.Module, skip: Collection[str]) -> dict[str, Any]:
             near = nearest_names(name, names)
             raise ValueError(f"No module of the backbone is called {name!r}; the nearest names are {near}.")
     # some of these are asked by their parents for the dtype to compute in, such as T5's wo
-    kept = {name for m in backbone.modules() for key in _FLOAT32 for name in getattr(m, key, None) or ()}
+    float32_names = {name for m in backbone.modules() for key in _FLOAT32 for name in getattr(m, key, None) or ()}
     left = _heads(backbone) | {m for head in task_heads(backbone) for m in backbone.get_submodule(head).modules()}
     for n, module in backbone.named_modules():
-        if any(n == name or n.endswith(f".{name}") for name in skip) or kept & set(n.split(".")):
+        if any(n == name or n.endswith(f".{name}") for name in skip) or float32_names & set(n.split(".")):
             left |= set(module.modules())
     shared = _shared(backbone)
     # a subclass of nn.Linear has some reason of its own to be one, such as a parent that reads its weight
@@ -259,18 +259,18 @@ def _descends(module: nn.Module, cls: str) -> bool:
 
 
 def _heads(backbone: Any) -> set[nn.Module]:
-    """What makes the outputs of a transformers model: all that is outside its base model, and its output embedding."""
+    """Return what makes a transformers model's outputs: all outside its base model, and its output embedding."""
     inner = getattr(backbone, "base_model", None) if hasattr(backbone, "base_model_prefix") else None
-    found: set[nn.Module] = set()
+    outside: set[nn.Module] = set()
     if isinstance(inner, nn.Module) and inner is not backbone:
-        found |= set(backbone.modules()) - set(inner.modules())
+        outside |= set(backbone.modules()) - set(inner.modules())
     get_output = getattr(backbone, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    return found | ({output} if isinstance(output, nn.Module) else set())
+    return outside | ({output} if isinstance(output, nn.Module) else set())
 
 
 def _shared(backbone: nn.Module) -> set[int]:
-    """The parameters that more than one module holds."""
+    """Return the ids of the parameters that more than one module holds."""
     owners: dict[int, set[nn.Module]] = {}
     for module in backbone.modules():
         for parameter in module.parameters(recurse=False):

@@ -22,7 +22,7 @@ logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda r: "input
 
 
 class Linear4bit(bnb.nn.Linear4bit):
-    """`[..., inputs] -> [..., outputs]` with a frozen weight in 4 bits.
+    """A linear map `[..., inputs] -> [..., outputs]` with a frozen weight in 4 bits.
 
     It computes in `compute_dtype` and answers in the input's; where that is None, it does as `nn.Linear` would.
     """
@@ -57,7 +57,7 @@ class Linear4bit(bnb.nn.Linear4bit):
 
 
 class Loaded4bit(Linear4bit):
-    """A 4-bit layer that bitsandbytes made: it computes what it did, bit for bit, and its weight stays as it is.
+    """A 4-bit layer of bitsandbytes whose weight stays as it is: it computes what it did, bit for bit.
 
     Where bitsandbytes would repack the weight for a CPU's own kernel, a copy is packed and kept beside it: whoever
     reads the weight (gradients, DoRA, `state_dict`, another device) finds it in the one known layout.
@@ -76,7 +76,7 @@ class Loaded4bit(Linear4bit):
         return bnb.matmul_4bit(rows, weight, quant_state=state, bias=bias).to(x.dtype)
 
     def _repacks(self, x: Tensor) -> bool:
-        """Whether bitsandbytes would compute this by the CPU's own kernel, which has no gradient."""
+        """Return whether bitsandbytes would compute this by the CPU's own kernel, which has no gradient."""
         if x.device.type != "cpu" or not getattr(self, "support_avx512bf16_for_cpu", False):
             return False
         (outputs, inputs), block = self.weight.quant_state.shape, self.weight.quant_state.blocksize
@@ -91,7 +91,7 @@ class Loaded4bit(Linear4bit):
 
 
 class Linear8bit(bnb.nn.Linear8bitLt):
-    """`[..., inputs] -> [..., outputs]` with a frozen weight in 8 bits; on GPUs so is the input, by row."""
+    """A linear map `[..., inputs] -> [..., outputs]` with a frozen weight in 8 bits; on GPUs its input too, by row."""
 
     weight: Any
 
@@ -112,7 +112,7 @@ class Linear8bit(bnb.nn.Linear8bitLt):
 
 
 def _prepared(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """The input as rows (gradients of a bias are right for no other shape) and the bias, in the dtype to compute in."""
+    """Return the input as rows, the one shape with right gradients of a bias, and the bias, in the dtype to use."""
     if not x.is_floating_point():
         raise TypeError(
             f"A quantised layer was given {x.dtype}, as by a module that casts to the dtype of its weight: name the "
@@ -160,7 +160,7 @@ def _unpack(weight: Any) -> None:
 
 
 def make(linear: Any, transposed: bool, quant_type: str, double_quant: bool, dtype: Any, threshold: float) -> Any:
-    """The quantised twin of a linear layer, with its bias, on its device.
+    """Make the quantised twin of a linear layer, with its bias, on its device.
 
     Args:
         linear: the layer; its weight is read, not changed.
@@ -177,27 +177,27 @@ def make(linear: Any, transposed: bool, quant_type: str, double_quant: bool, dty
     outputs, inputs = weight.shape
     with torch.device("meta"):  # their own weights are never made
         if quant_type == "int8":
-            made: Any = Linear8bit(inputs, outputs, False, has_fp16_weights=False, threshold=threshold)
+            layer: Any = Linear8bit(inputs, outputs, False, has_fp16_weights=False, threshold=threshold)
         else:
-            made = Linear4bit(inputs, outputs, False, dtype, double_quant, quant_type)
+            layer = Linear4bit(inputs, outputs, False, dtype, double_quant, quant_type)
     if quant_type == "int8":
-        made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        made.weight._quantize(weight.device)
-        settle(made)
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        layer.weight._quantize(weight.device)
+        settle(layer)
     else:
-        made.weight = bnb.nn.Params4bit(
-            weight, compress_statistics=double_quant, quant_type=quant_type, module=made, requires_grad=False
+        layer.weight = bnb.nn.Params4bit(
+            weight, compress_statistics=double_quant, quant_type=quant_type, module=layer, requires_grad=False
         )
-        made.weight._quantize(weight.device)
+        layer.weight._quantize(weight.device)
         if weight.is_meta and double_quant:  # a state is saved with this by its value, also where only shapes matter
-            made.weight.quant_state.offset = torch.zeros((), device="cpu")
-    made.bias = linear.bias
-    made.train(linear.training)
-    return made
+            layer.weight.quant_state.offset = torch.zeros((), device="cpu")
+    layer.bias = linear.bias
+    layer.train(linear.training)
+    return layer
 
 
 def weight_of(layer: Any) -> Tensor:
-    """The weight `[outputs, inputs]` that a quantised layer computes with."""
+    """Return the weight `[outputs, inputs]` that a quantised layer computes with."""
     if _is_4bit(layer):
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
@@ -205,14 +205,14 @@ def weight_of(layer: Any) -> Tensor:
 
 
 def settings_of(layer: Any) -> dict[str, Any]:
-    """How a layer was quantised: `quant_type`, and `double_quant` where there is such a thing."""
+    """Return the settings a layer was quantised with: `quant_type`, and `double_quant` where there is such a thing."""
     if _is_4bit(layer):
         return {"quant_type": layer.weight.quant_type, "double_quant": bool(layer.weight.compress_statistics)}
     return {"quant_type": "int8"}
 
 
 def stored(layer: Any) -> list[Tensor]:
-    """Every tensor that stands for a quantised layer's weight: packed values, scales, code tables."""
+    """Return every tensor that stands for a quantised layer's weight: packed values, scales, code tables."""
     if not _is_4bit(layer):
         return [layer.weight.data, layer.state.SCB]
     state = layer.weight.quant_state

@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Within, modules are made on the meta device, and transformers' `from_pretrained` reads no weights.
+    """Make modules on the meta device for a while; transformers' `from_pretrained` then reads no weights.
 
     A transformers model is built from its `config.json` alone (a local folder's, else the hub's), in the dtype that
     `from_pretrained` would give it. Without this, transformers refuses `from_pretrained` on the meta device.
@@ -40,12 +40,12 @@ def shapes_only() -> Iterator[None]:
 
 
 def _from_config(cls: Any, pretrained: str, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-    """Stands in for `PreTrainedModel.from_pretrained`."""
+    """Build a model from its config, in the place of `PreTrainedModel.from_pretrained`."""
     from transformers import PreTrainedConfig
 
     if not isinstance(config, PreTrainedConfig):
-        found = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
-        config = cls.config_class.from_pretrained(config or pretrained, **found)
+        loading = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
+        config = cls.config_class.from_pretrained(config or pretrained, **loading)
     if kwargs.get("quantization_config", getattr(config, "quantization_config", None)) is not None:
         raise ValueError(
             f"{pretrained} is quantised while it is loaded, of which there are no shapes without its weights: leave "

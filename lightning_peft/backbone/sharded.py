@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a `DTensor`."""
+    """Return whether a tensor is a `DTensor`."""
     dtensor: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     return isinstance(tensor, dtensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on every process; for a sharded one all processes must ask for it together."""
+    """Return the whole of a tensor, on every process; all processes must ask for a sharded one together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor; nothing is sent."""
+    """Return what this process holds of a tensor; nothing is sent."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
@@ -41,6 +41,6 @@ def write(target: Tensor, value: Tensor) -> None:
 
 
 def has_shards(module: nn.Module) -> bool:
-    """Whether some parameter of a module is spread over processes, by FSDP2, tensor parallelism or FSDP1."""
+    """Return whether some parameter of a module is spread over processes, by FSDP2, tensor parallelism or FSDP1."""
     fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     return any(is_sharded(p) for p in module.parameters()) or any(isinstance(m, fsdp) for m in module.modules())

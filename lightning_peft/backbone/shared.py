@@ -1,4 +1,4 @@
-"""Weights that more than one module has, and giving one of these modules its own while an adapter is merged into it."""
+"""Give one of several modules that share weights its own, while an adapter is merged into it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Sharing:
                         self._places.setdefault(id(child), set()).add((id(module), name))
 
     def is_shared(self, child: nn.Module | nn.Parameter) -> bool:
-        """Return whether it stands in more than one place."""
+        """Return whether a module or parameter stands in more than one place."""
         return len(self._places.get(id(child), ())) > 1
 
     def separate(self, wrapper: nn.Module) -> list[Own]:
-        """Give the module that adapters wrap everything for itself that it shares with modules they do not wrap.
+        """Give the module that adapters wrap its own copy of all it shares with modules they do not wrap.
 
         Written into a weight in place, an adapter would act wherever else that weight is used: a tied output embedding
         under an adapter of the input's, a layer that peft's `layer_replication` repeats, a module with two names of
@@ -63,25 +63,25 @@ class Sharing:
         Returns:
             What was given, to be undone in reverse order; nothing where nothing is shared.
         """
-        made: list[Own] = []
+        owned: list[Own] = []
         base = wrapper._modules.get("base_layer")
         if base is None:
-            return made
+            return owned
         if self.is_shared(base):
             alone = copy.copy(base)
             for children in ("_parameters", "_buffers", "_modules"):
                 alone.__dict__[children] = dict(getattr(base, children))
-            made.append(Own(wrapper, "base_layer", base))
+            owned.append(Own(wrapper, "base_layer", base))
             wrapper._modules["base_layer"] = base = alone
         for name, parameter in list(base._parameters.items()):
-            if parameter is not None and (made or self.is_shared(parameter)):
-                made.append(Own(base, name, parameter))
-                own = parameter.detach().clone()
-                base._parameters[name] = nn.Parameter(own, requires_grad=parameter.requires_grad)
-        return made
+            if parameter is not None and (owned or self.is_shared(parameter)):
+                owned.append(Own(base, name, parameter))
+                clone = parameter.detach().clone()
+                base._parameters[name] = nn.Parameter(clone, requires_grad=parameter.requires_grad)
+        return owned
 
 
 def undo(made: Iterable[Own]) -> None:
     """Put back all that modules shared."""
-    for own in reversed(list(made)):
-        own.undo()
+    for replacement in reversed(list(made)):
+        replacement.undo()

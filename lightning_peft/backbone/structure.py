@@ -62,7 +62,7 @@ class Block:
 
 
 def blocks(backbone: nn.Module) -> list[Block]:
-    """The backbone's repeated blocks, in order; an encoder's before its decoder's.
+    """Return the backbone's repeated blocks, in order; an encoder's before its decoder's.
 
     They are the children of the outermost lists (`nn.ModuleList`, `nn.Sequential`) whose children are all of one
     class and hold matrices; names are those without adapters. Within a block a submodule whose class is called an
@@ -116,28 +116,28 @@ def _block(name: str, stack: str, number: int, module: nn.Module, named: dict[st
     spans = tuple(Span(_output_last(names, stream, named)) for names in inner if names)
     rest = tuple(n for n in matrices if not any(n.startswith(f"{a}.") for a in attentions))
     experts = [
-        f"{n}.{own}"
+        f"{n}.{key}"
         for n, m in inside.items()
         if not any(f"{n}.".startswith(f"{a}.") for a in attentions)
-        for own, parameter in m.named_parameters(recurse=False)
+        for key, parameter in m.named_parameters(recurse=False)
         if is_fused(m, parameter)
     ]
     return Block(name, stack, number, spans, Span(rest) if rest else None, tuple(experts), module)
 
 
 def is_fused(owner: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether a parameter holds a matrix for each of several experts, `[experts, ., .]`."""
+    """Return whether a parameter holds a matrix for each of several experts, `[experts, ., .]`."""
     return parameter.dim() == 3 and _EXPERTS.search(type(owner).__name__) is not None
 
 
 def _output_last(names: tuple[str, ...], stream: int, named: dict[str, nn.Module]) -> tuple[str, ...]:
-    """Phi-3 registers the output projection before the fused input one: move what gives the stream's width back."""
+    """Move the matrix that gives the stream's width to the end: Phi-3 registers it before the fused input one."""
     output = next((n for n in reversed(names) if matrix_shape(named[n])[1] == stream), names[-1])
     return (*(n for n in names if n != output), output)
 
 
 def width(backbone: nn.Module) -> int:
-    """The width of the backbone's residual stream: what most blocks' last matrices give.
+    """Return the width of the backbone's residual stream: what most blocks' last matrices give.
 
     Raises:
         ValueError: the backbone has no blocks.
@@ -150,7 +150,7 @@ def width(backbone: nn.Module) -> int:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """`(inputs, outputs)` of a matrix product: features, or channels of a convolution."""
+    """Return `(inputs, outputs)` of a matrix product: features, or channels of a convolution."""
     from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -1,4 +1,4 @@
-"""Which modules to adapt: by name, by block, within attention or feed-forward parts, or by default."""
+"""Choose the modules to adapt: by name, by block, within attention or feed-forward parts, or by default."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Layers:
             raise ValueError(f"The number of layers must be at least 1, got {rules}.")
 
     def choose(self, numbers: Iterable[int]) -> list[int]:
-        """Those of the block numbers that the rule takes, in order.
+        """Return the block numbers that the rule takes, in order.
 
         Raises:
             ValueError: there are fewer blocks than asked for.
@@ -81,7 +81,7 @@ def choose_targets(
     layers: Layers | list[int] | None = None,
     within: Within | None = None,
 ) -> list[str] | str:
-    """The modules to adapt, for a peft configuration's `target_modules`.
+    """Return the modules to adapt, for a peft configuration's `target_modules`.
 
     Args:
         backbone: the model to adapt.
@@ -113,7 +113,7 @@ def choose_with_experts(
     layers: Layers | list[int] | None = None,
     within: Within | None = None,
 ) -> tuple[list[str] | str, list[str]]:
-    """The modules to adapt, and the parameters, for a peft configuration's `target_modules` and `target_parameters`.
+    """Return the modules and parameters to adapt, for peft's `target_modules` and `target_parameters`.
 
     Args:
         backbone: the model to adapt.
@@ -151,13 +151,13 @@ def choose_with_experts(
         if not names and not unknown and not parameters:
             raise ValueError(f"None of the target modules is in the {within} of a block.")
     if layers is not None:
-        kept = _in_layers(names + parameters, layers, checked=not unknown)
-        names, parameters = [n for n in names if n in kept], [n for n in parameters if n in kept]
+        in_layers = _in_layers(names + parameters, layers, checked=not unknown)
+        names, parameters = [n for n in names if n in in_layers], [n for n in parameters if n in in_layers]
     return names + unknown, parameters  # what matches nothing is kept, to be refused with the nearest names
 
 
 def beside_experts(backbone: nn.Module, modules: list[str] | str, parameters: list[str]) -> tuple[Any, list[str]]:
-    """The same modules and parameters, as peft's LoRA must be told them so that it adapts these and no others.
+    """Return the modules and parameters as peft's LoRA must be told them, to adapt these and no others.
 
     Of a mixture peft takes some names of modules for its experts, see `taken_for_experts`. A module that is given by
     such a full name is given by its weight, which comes to the same.
@@ -170,37 +170,37 @@ def beside_experts(backbone: nn.Module, modules: list[str] | str, parameters: li
 
 
 def _full_names(backbone: nn.Module, parameters: list[str]) -> list[str]:
-    """The full names of the parameters given by their ends, in the model's order."""
+    """Return the full names of the parameters given by their ends, in the model's order."""
     names = [standalone_name(backbone, name) for name, _ in backbone.named_parameters()] if parameters else []
-    found = [name for name in names if any(name == p or name.endswith(f".{p}") for p in parameters)]
+    full_names = [name for name in names if any(name == p or name.endswith(f".{p}") for p in parameters)]
     for parameter in parameters:
-        if not any(name == parameter or name.endswith(f".{parameter}") for name in found):
+        if not any(name == parameter or name.endswith(f".{parameter}") for name in full_names):
             near = nearest_names(parameter, names)
             raise ValueError(f"No parameter of the backbone is called {parameter!r}; the nearest names are {near}.")
-    return found
+    return full_names
 
 
 def _parts(backbone: nn.Module, within: Within) -> dict[str, bool]:
-    """Names of the matrices in all blocks' attention or feed-forward parts, in order, and whether they are modules."""
+    """Return the names of the matrices in all blocks' parts of this kind, in order; True where one is a module."""
     if within not in ("attention", "mlp"):
         raise ValueError(f'within must be "attention" or "mlp", got {within!r}.')
-    found: dict[str, bool] = {}
+    is_module: dict[str, bool] = {}
     named, unreached = dict(base_modules(backbone)), read_by_kernels(backbone)
     for block in blocks(backbone):
         spans = block.attention if within == "attention" else (block.mlp,) if block.mlp else ()
         names = [name for span in spans for name in span.matrices if name not in unreached]
-        found |= dict.fromkeys((name for name in names if takes_adapters(named[name])), True)
-        found |= dict.fromkeys(block.experts if within == "mlp" else (), False)
-    if not found:
+        is_module |= dict.fromkeys((name for name in names if takes_adapters(named[name])), True)
+        is_module |= dict.fromkeys(block.experts if within == "mlp" else (), False)
+    if not is_module:
         raise ValueError(f"{type(backbone).__name__} has no block with {within} in it: name the target_modules.")
-    return found
+    return is_module
 
 
 def matching(backbone: nn.Module, targets: list[str] | str) -> tuple[list[str], list[str]]:
-    """The targets that match nothing, and the full names that match."""
+    """Return the targets that match nothing, and the full names that match."""
     names = list(dict.fromkeys(name for name, _ in base_modules(backbone) if name))
     if isinstance(targets, str):
-        return ([], found) if (found := [n for n in names if re.fullmatch(targets, n)]) else ([targets], [])
+        return ([], full_names) if (full_names := [n for n in names if re.fullmatch(targets, n)]) else ([targets], [])
     unknown = {t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)}
     ends = tuple(f".{t}" for t in targets)
     exact = set(targets)
@@ -208,7 +208,7 @@ def matching(backbone: nn.Module, targets: list[str] | str) -> tuple[list[str], 
 
 
 def _in_layers(names: list[str], layers: Layers | list[int], checked: bool) -> list[str]:
-    """Those of the names in blocks of these numbers, counted in the outermost numbered list of each."""
+    """Return the names in blocks of these numbers, counted in the outermost numbered list of each."""
     numbered = {name: (m[1], int(m[2])) for name in names if (m := re.match(r"(?:(.*?)\.)??(\d+)(?:\.|$)", name))}
     stacks: dict[str, set[int]] = {}
     for stack, number in numbered.values():

@@ -1,4 +1,4 @@
-"""The task heads inside a backbone: what maps its features to classes, labels, spans or numbers, often newly made."""
+"""The task heads in a backbone, often newly made: they map features to classes, labels, spans or numbers."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _PART = 0.75  # of all parameters: what holds more of a network than this is no 
 def task_heads(backbone: nn.Module) -> list[str]:
     """Return the names of the modules that are a task's head, in order; none where a head cannot be told.
 
-    Told are: in transformers' models for a task, what stands beside the base model; in a network with a
+    These are: in transformers' models for a task, what stands beside the base model; in a network with a
     `get_classifier` (timm's convention), what that returns; in a torchvision network, its last child; in a module
-    around one such model, what stands outside it. Never told are language-model heads, outputs of pretraining, and
-    weights that are used elsewhere too.
+    around one such model, what stands outside it. Never among them are language-model heads, outputs of pretraining
+    and weights that are used elsewhere too.
 
     Args:
         backbone: any module, with or without adapters.
@@ -62,7 +62,7 @@ def task_heads(backbone: nn.Module) -> list[str]:
 
 
 def _library_heads(module: nn.Module) -> list[str] | None:
-    """The heads of a model of a library that says what they are; `None` for any other module."""
+    """Return the heads of a model whose library tells them; `None` for any other module."""
     if _is_transformers(module):
         return _transformers_heads(module)
     if callable(getattr(module, "get_classifier", None)):
@@ -78,7 +78,7 @@ def _is_transformers(module: nn.Module) -> bool:
 
 
 def _is_torchvision(module: nn.Module) -> bool:
-    """Whether a module is a network of torchvision's that classifies: a part of one is not exported by its file."""
+    """Return whether a module is a classifier of torchvision's: a part of one is not exported by its file."""
     for cls in type(module).__mro__:
         library, _, where = cls.__module__.partition(".models.")
         if library == "torchvision" and where.removeprefix("video.").isidentifier():
@@ -87,12 +87,12 @@ def _is_torchvision(module: nn.Module) -> bool:
 
 
 def _transformers_heads(model: Any) -> list[str]:
-    """What stands beside the base model, in a class for a task or in a user's own class without output embedding."""
+    """Return what stands beside the base model, in a class for a task or a user's own without output embedding."""
     if model.get_output_embeddings() is not None or model.can_generate():
         return []
     has_base = model.base_model is not model
-    own = not type(model).__module__.startswith("transformers.")
-    if not (_is_task_model(model) or (own and has_base)):
+    users_own = not type(model).__module__.startswith("transformers.")
+    if not (_is_task_model(model) or (users_own and has_base)):
         return []
     held = {name for name, child in model.named_children() if any(map(_is_transformers, child.modules()))}
     if has_base:
@@ -105,7 +105,7 @@ def _transformers_heads(model: Any) -> list[str]:
 
 
 def _is_task_model(model: nn.Module) -> bool:
-    """Whether the class, or one that it derives from, is in transformers' own lists of models for such tasks."""
+    """Return whether the class, or one it derives from, is in transformers' own lists of models for such tasks."""
     from transformers.models.auto import modeling_auto
 
     names = {cls.__name__ for cls in type(model).__mro__}
@@ -114,7 +114,7 @@ def _is_task_model(model: nn.Module) -> bool:
 
 
 def _flat(values: Any) -> set[str]:
-    """The names in a mapping's values, some of which are tuples of names."""
+    """Return the names in a mapping's values, some of which are tuples of names."""
     return {name for value in values for name in ((value,) if isinstance(value, str) else value)}
 
 
@@ -122,8 +122,8 @@ def _classifiers(model: Any) -> list[str]:
     classifiers = model.get_classifier()
     classifiers = classifiers if isinstance(classifiers, list | tuple) else [classifiers]
     named = {module: name for name, module in base_modules(model) if name}
-    own = [_without_adapters(classifier) for classifier in classifiers]
-    return [named[c] for c in own if c in named and any(True for _ in c.parameters())]
+    bare = [_without_adapters(classifier) for classifier in classifiers]
+    return [named[c] for c in bare if c in named and any(True for _ in c.parameters())]
 
 
 def _without_adapters(module: Any) -> nn.Module:
@@ -134,7 +134,7 @@ def _without_adapters(module: Any) -> nn.Module:
 
 
 def _last_child(model: nn.Module) -> list[str]:
-    """The last child; of one that is most of the network, as VGG's classifier, only the last layer."""
+    """Return the last child; of one that is most of the network, as VGG's classifier, only the last layer."""
     children = _with_weights(model)
     if not children:
         return []
@@ -150,16 +150,16 @@ def _with_weights(module: nn.Module) -> list[str]:
 
 
 def _outermost(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The models of a library in a module, without those that are inside another."""
-    found: list[tuple[str, nn.Module]] = []
+    """Return the models of a library in a module, without those that are inside another."""
+    models: list[tuple[str, nn.Module]] = []
     for name, module in base_modules(backbone):
-        if not any(name.startswith(f"{outer}.") for outer, _ in found) and _library_heads(module) is not None:
-            found.append((name, module))
-    return found
+        if not any(name.startswith(f"{outer}.") for outer, _ in models) and _library_heads(module) is not None:
+            models.append((name, module))
+    return models
 
 
 def _beside(backbone: nn.Module, inner: str) -> Iterator[tuple[str, str]]:
-    """What has weights and stands on no path to `inner`: the prefix of its parent's name, and its own."""
+    """Yield what has weights and is not on the path to `inner`: the prefix of its parent's name, and its own."""
     path, prefix, module = inner.split("."), "", backbone
     for step in path:
         for child in _with_weights(module):
@@ -169,7 +169,7 @@ def _beside(backbone: nn.Module, inner: str) -> Iterator[tuple[str, str]]:
 
 
 def _used_elsewhere(backbone: nn.Module, heads: list[str]) -> set[int]:
-    """The parameters that are reached by names outside these modules too."""
+    """Return the ids of the parameters that are reached by names outside these modules too."""
     inside = tuple(f"{head}." for head in heads)
     return {id(p) for n, p in backbone.named_parameters(remove_duplicate=False) if not n.startswith(inside)}
 

@@ -1,4 +1,4 @@
-"""How many tokens a model can read at once, found by structure, and texts that have more."""
+"""The number of tokens that a model can read at once, found by structure, and texts that have more."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ContextWindowWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Window:
-    """How many tokens a model can read.
+    """The number of tokens that a model can read.
 
     Args:
         tokens: their number.
@@ -38,7 +38,7 @@ class Window:
 
 
 _known: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Window | None]] = WeakKeyDictionary()
-_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def context_window(backbone: nn.Module) -> Window | None:
@@ -109,15 +109,15 @@ def check_lengths(
             f"{sentence}: shorten them, or have fewer demonstrations before them (few_shot, or fit_window, which "
             "leaves out as many as need be)."
         )
-    said = _said.setdefault(backbone, set())
-    if what not in said and (whole or not said):
-        said.add(what)
+    warned = _warned.setdefault(backbone, set())
+    if what not in warned and (whole or not warned):
+        warned.add(what)
         beyond = "what is beyond is left out" if cut else "what it computes beyond is not to be relied on"
         warnings.warn(f"{sentence}: {beyond}.", ContextWindowWarning, stacklevel=3)
 
 
 def check_batch(backbone: nn.Module, batch: Mapping[str, Any], what: str = "texts of a batch") -> None:
-    """As `check_lengths`, for the rows of a batch; costs next to nothing where the batch is narrow enough."""
+    """Check the rows of a batch, as `check_lengths`; costs next to nothing where the batch is narrow enough."""
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return
@@ -127,7 +127,7 @@ def check_batch(backbone: nn.Module, batch: Mapping[str, Any], what: str = "text
 
 
 def lengths_of(item: Any) -> list[int]:
-    """Return the lengths of an example's or a batch's texts, with the tokens to be written after them that are read.
+    """Return the lengths of an example's or a batch's texts, with the tokens to be written after them but the last.
 
     Args:
         item: a mapping with `input_ids` (a list, `[T]` or `[B, T]`), perhaps `attention_mask`, and `max_new_tokens`.
@@ -160,7 +160,7 @@ def loaded(loaders: Any) -> Iterator[Any]:
 
 
 def check_loaded(backbone: nn.Module, loaders: Any, what: str) -> None:
-    """As `check_lengths`, for all texts of data loaders before the first batch; see `loaded`."""
+    """Check all texts of data loaders before the first batch, as `check_lengths`; see `loaded`."""
     items = [item for item in loaded(loaders) if isinstance(item, Mapping)]
     texts = [item for item in items if "document" not in item]
     documents = [item for item in items if "document" in item]
@@ -194,7 +194,7 @@ def _window(backbone: nn.Module, config: Any, limit: int) -> Window | None:
 
 
 def _tables(part: nn.Module, backbone: nn.Module, limit: int | None) -> list[nn.Embedding]:
-    """The tables of positions: embeddings, not those of tokens, with about as many rows as there are positions."""
+    """Return the tables of positions: embeddings other than of tokens, with about as many rows as positions."""
     if limit is None or not getattr(_text_config(backbone), "position_biased_input", True):  # else relative alone
         return []
     find: Any = getattr(backbone, "get_input_embeddings", None)
@@ -204,13 +204,13 @@ def _tables(part: nn.Module, backbone: nn.Module, limit: int | None) -> list[nn.
 
 
 def _has_rows(part: nn.Module, limit: int) -> bool:
-    """Whether a module holds a computed table of positions, as GPT-J and CTRL do."""
+    """Return whether a module holds a computed table of positions, as GPT-J and CTRL do."""
     held = (value for module in part.modules() for value in (*module.buffers(recurse=False), *vars(module).values()))
     return any(isinstance(v, Tensor) and v.dim() == 2 and v.is_floating_point() and len(v) == limit for v in held)
 
 
 def _scaled(limit: int, rope: Any) -> int:
-    """Positions of a rotary model whose rotation is scaled for more than it was first trained for."""
+    """Return the positions of a rotary model whose rotation is scaled for more than it was first trained for."""
     parts = rope.values() if isinstance(rope, Mapping) and "rope_type" not in rope else [rope]
     sizes = [limit]
     for part in parts:

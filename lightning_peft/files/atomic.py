@@ -19,7 +19,7 @@ fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl
 
 @contextmanager
 def new_file(path: str | Path, writer: str = "new") -> Iterator[Path]:
-    """Within, write the file that is given; left without an error, it takes its place, else it is gone.
+    """Yield a file to write; left without an error, it takes the place of `path`, else it is gone.
 
     Args:
         path: the file to make or replace; folders above it are made.
@@ -27,49 +27,49 @@ def new_file(path: str | Path, writer: str = "new") -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{writer}")
-    clear(made)
+    temporary = path.with_name(f".{path.name}.{writer}")
+    clear(temporary)
     try:
-        yield made
-        sync(made)
-        os.replace(made, path)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
     except BaseException:
-        clear(made)
+        clear(temporary)
         raise
 
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Within, write into the folder that is given; left without an error, it takes its place, else it is gone.
+    """Yield a folder to write into; left without an error, it takes the place of `path`, else it is gone.
 
     Args:
         path: a folder that does not exist yet or is empty; folders above it are made.
     """
     path = Path(os.path.realpath(path))
-    with _beside(path, "new") as made:
+    with _beside(path, "new") as temporary:
         try:
-            yield made
+            yield temporary
             if os.name == "nt" and path.exists():
                 path.rmdir()  # elsewhere a rename takes the place of an empty folder at once
-            os.replace(made, path)
+            os.replace(temporary, path)
         except BaseException:
-            clear(made)
+            clear(temporary)
             raise
 
 
 @contextmanager
 def scratch_folder(path: str | Path) -> Iterator[Path]:
-    """Within, an empty folder beside a path, where what will be at the path is tried; afterwards it is gone."""
-    with _beside(Path(os.path.abspath(path)), "trial") as made:
+    """Yield an empty folder beside a path, to try what will be at the path; afterwards it is gone."""
+    with _beside(Path(os.path.abspath(path)), "trial") as scratch:
         try:
-            yield made
+            yield scratch
         finally:
-            clear(made)
+            clear(scratch)
 
 
 @contextmanager
 def locked(folder: Path, make: bool = True) -> Iterator[None]:
-    """Within, no other process is within the same folder's lock, which ends with its process.
+    """Hold a folder's lock, which one process has at a time and which ends with its process.
 
     Args:
         folder: the folder; whoever holds its lock may move it away or remove it.
@@ -102,7 +102,7 @@ def locked(folder: Path, make: bool = True) -> Iterator[None]:
 
 
 def clear(path: Path) -> None:
-    """Remove what stands there, of a link the link alone."""
+    """Remove a file or folder; of a link the link alone."""
     if _is_folder(path):
         shutil.rmtree(path)
     else:
@@ -116,7 +116,7 @@ def clear_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file to the disk, so that a rename cannot get there before its content."""
+    """Write a file through to the disk, so that a rename cannot get there before its content."""
     handle = os.open(path, os.O_RDWR)
     try:
         os.fsync(handle)
@@ -126,12 +126,12 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _beside(path: Path, writer: str) -> Iterator[Path]:
-    """Within, an empty folder beside a path, which no other process is within."""
+    """Yield an empty folder beside a path, which no other process has at the time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{writer}")
-    with locked(made):
-        clear_folder(made)
-        yield made
+    folder = path.with_name(f".{path.name}.{writer}")
+    with locked(folder):
+        clear_folder(folder)
+        yield folder
 
 
 def _make(folder: Path) -> None:

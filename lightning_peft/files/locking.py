@@ -29,7 +29,7 @@ class FolderInUseError(OSError):
 def only_writer(folder: Path, wait: bool = False, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold a folder for this thread until the block ends.
 
-    The lock is the system's (`flock`), so it ends with its process, however that ends; the thread that holds it may
+    The lock is the system's (`flock`) and ends with its process; the thread that holds it may
     enter again. Where the folder's file system has no locks the run goes on without one, with a warning.
 
     Args:
@@ -57,7 +57,7 @@ def only_writer(folder: Path, wait: bool = False, say: Callable[[str], None] = p
 
 
 def _acquire(lock: BaseFileLock, folder: Path, wait: bool, say: Callable[[str], None]) -> bool:
-    """Whether the lock is held now; False where the file system has none."""
+    """Acquire the lock and return whether it is held; False where the file system has none."""
     from filelock import Timeout
 
     try:
@@ -76,8 +76,8 @@ def _acquire(lock: BaseFileLock, folder: Path, wait: bool, say: Callable[[str], 
 def _holder(folder: Path) -> str:
     """Say who has a folder, as far as it is known."""
     try:
-        found = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
-        who = f"process {found['pid']} on {found['host']}, since {found['since']}"
+        holder = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # it is only just beginning
         who = "another process"
     return f"{folder} is in use by {who}"

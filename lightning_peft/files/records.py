@@ -1,4 +1,4 @@
-"""Files that a later run relies on: written whole or not at all, and with sums by which damage is noticed."""
+"""Files that a later run relies on: written whole or not at all, with sums that show damage."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class DamagedError(ValueError):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name of its own and rename, so that neither a crash nor a second writer leaves a mixture.
+    """Write a file under a temporary name and rename it: neither a crash nor a second writer leaves a mixture.
 
     Args:
         path: of the file; folders above it are made.
         text: its content.
     """
-    with new_file(path, f"{uuid4().hex}.tmp") as made:
-        made.write_text(text, encoding="utf-8")
+    with new_file(path, f"{uuid4().hex}.tmp") as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def write_record(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
@@ -44,7 +44,7 @@ def write_record(path: Path, values: Mapping[str, Any], indent: int | None = Non
 
 
 def read_record(path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] | None = None) -> dict[str, Any]:
-    """Read what `write_record` wrote; a record of a release that wrote no sum is checked for names and types alone.
+    """Read what `write_record` wrote; a record without a sum, of an old release, is checked for names and types alone.
 
     Args:
         path: of the file.
@@ -76,14 +76,14 @@ def read_record(path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] |
 
 
 def file_sums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files of a folder, and of all files of folders in it, by their paths within it.
+    """Return size and SHA-256 of files of a folder, and of all files of folders in it, by their paths within it.
 
     Args:
         folder: the folder.
         names: of files and folders in it; those that are not there are passed over.
     """
-    found = [folder / name for name in names]
-    files = [path for top in found for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
+    paths = [folder / name for name in names]
+    files = [path for top in paths for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): _described(path) for path in sorted(files)}
 
 

@@ -1,4 +1,4 @@
-"""What has another path, name or argument than in 0.1: the old one serves until 0.3, with one warning each.
+"""Paths, names and arguments that changed since 0.1: the old ones serve until 0.3, with one warning each.
 
 The warnings are `FutureWarning`s. Python hides a `DeprecationWarning` unless `__main__` itself calls: class paths in
 YAML and a user's own modules, where most old paths stand, would never show one.

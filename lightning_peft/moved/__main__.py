@@ -1,4 +1,4 @@
-"""`python -m lightning_peft.moved [NAMES.json]` prints the table of what moved, of the names listed there."""
+"""Print the table of what moved, of the names in a list: `python -m lightning_peft.moved [NAMES.json]`."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ def keep_old_arguments(cls: C, arguments: Mapping[str, str] = ARGUMENTS) -> C:
     Raises:
         TypeError: when an object is made with an argument by its old and by its new name.
     """
-    made: Any = cls
-    path, init = f"{cls.__module__}.{cls.__qualname__}", made.__init__
+    untyped: Any = cls
+    path, init = f"{cls.__module__}.{cls.__qualname__}", untyped.__init__
     renamed = {key.removeprefix(f"{path}."): new for key, new in arguments.items() if key.rpartition(".")[0] == path}
     parameters = inspect.signature(init).parameters
 
@@ -64,7 +64,7 @@ def keep_old_arguments(cls: C, arguments: Mapping[str, str] = ARGUMENTS) -> C:
     vars(translated)["__signature__"] = _with_old(parameters, renamed)
     translated.__annotations__ = {old: init.__annotations__.get(new, Any) for old, new in renamed.items()}
     translated.__annotations__ |= init.__annotations__
-    made.__init__ = translated
+    untyped.__init__ = translated
     return cls
 
 

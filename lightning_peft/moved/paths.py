@@ -14,14 +14,14 @@ from lightning_peft.moved import MODULES, new_path, warn_moved
 
 
 def install(modules: Mapping[str, str] = MODULES) -> OldPaths:
-    """Let Python import old paths; returns the finder that does, which is in `sys.meta_path` now."""
+    """Let Python import old paths; return the finder that does, which is in `sys.meta_path` now."""
     finder = OldPaths(modules)
     sys.meta_path.insert(0, finder)  # a folder that an update left behind would be found as a package by the others
     return finder
 
 
 class OldPaths(MetaPathFinder):
-    """Finds modules by their old paths."""
+    """Find modules by their old paths."""
 
     def __init__(self, modules: Mapping[str, str]) -> None:
         self.modules = dict(modules)
@@ -32,8 +32,8 @@ class OldPaths(MetaPathFinder):
     ) -> ModuleSpec | None:
         new = new_path(fullname, self.modules)
         if fullname in self.packages and self._is_scattered(fullname, new):
-            kept = PathFinder.find_spec(fullname, path) if new is None else None
-            if kept is not None and kept.loader is not None:
+            spec = PathFinder.find_spec(fullname, path) if new is None else None
+            if spec is not None and spec.loader is not None:
                 return None
             return ModuleSpec(fullname, _Scattered(self.modules), is_package=True)
         real = importlib.util.find_spec(new) if new else None
@@ -49,7 +49,7 @@ class OldPaths(MetaPathFinder):
 
 
 class _Alias(Loader):
-    """Loads the module at the new path as the one at the old path."""
+    """Load the module at the new path as the one at the old path."""
 
     def __init__(self, real: ModuleSpec) -> None:
         self.real = real
@@ -67,7 +67,7 @@ class _Alias(Loader):
 
 
 class _Scattered(Loader):
-    """Makes a package without files, whose attributes are looked up where they stand now."""
+    """Make a package without files, whose attributes are looked up where they stand now."""
 
     def __init__(self, modules: Mapping[str, str]) -> None:
         self.modules = modules

@@ -1,4 +1,4 @@
-"""A faster way to compute is tried once against the plain way, on a little, before it is relied on."""
+"""Try a faster way to compute once against the plain way, on a little, before it is relied on."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def objection(
 
 
 def give_up(model: nn.Module, instead: str, reason: str) -> None:
-    """Warn, once per model and way, that it goes the plain way, and why."""
+    """Warn, once per model and way, that the plain way is taken, and why."""
     if instead not in (warned := _WARNED.setdefault(model, set())):
         warned.add(instead)
         warnings.warn(f"{type(model).__name__} {instead}: {reason}.", stacklevel=3)
 
 
 def _refuses(model: nn.Module, error: Exception) -> bool:
-    """Return whether an error says that the model cannot be called like this, and not that our own code is wrong.
+    """Return whether an error comes from a model that cannot be called like this, not from our own code.
 
     It does where it was raised while a module of the model ran, or transformers did for it (a cache that cannot be
     cropped, say). What we ourselves raise in there, from a hook or an adapter's layer, must say so by its type.

@@ -1,4 +1,4 @@
-"""Several texts as one row of tokens, in which what they share at their beginnings stands once."""
+"""Several texts as one row of tokens, in which shared beginnings stand once."""
 
 from __future__ import annotations
 
@@ -60,26 +60,26 @@ def pack(sequences: Sequence[Sequence[int]], skip: int, budget: int) -> Iterator
 
 
 def packed_length(sequences: Sequence[Sequence[int]], skip: int) -> int:
-    """How many tokens a row of all these texts has.
+    """Return the number of tokens in a row of all these texts.
 
     Example:
         >>> packed_length([[7, 8, 9], [7, 8, 4], [7, 8, 9]], skip=1)
         3
     """
     ordered = sorted(map(tuple, sequences))
-    shared = [skip, *(max(_shared(one, other), skip) for one, other in pairwise(ordered))]
+    shared = [skip, *(max(_shared(text, following), skip) for text, following in pairwise(ordered))]
     return sum(len(text) - begin for text, begin in zip(ordered, shared, strict=True))
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens at the beginning all texts share."""
+    """Return the number of tokens at the beginning that all texts share."""
     ordered = sorted(map(tuple, sequences))
     return _shared(ordered[0], ordered[-1]) if ordered else 0  # the extremes differ the earliest
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    shortest = min(len(one), len(other))
-    return next((i for i in range(shortest) if one[i] != other[i]), shortest)
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    shortest = min(len(first), len(second))
+    return next((i for i in range(shortest) if first[i] != second[i]), shortest)
 
 
 def _row(sequences: Sequence[Sequence[int]], chosen: list[int], skip: int) -> Packed:

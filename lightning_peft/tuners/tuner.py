@@ -13,7 +13,7 @@ L = TypeVar("L", bound=BaseTunerLayer)
 
 
 class Tuner(BaseTuner, Generic[C, L]):
-    """Puts layers of type L into a model, as configurations of type C say.
+    """Put layers of type L into a model, as configurations of type C say.
 
     peft declares its hooks for every configuration, and calls them with a tuner's own.
     """

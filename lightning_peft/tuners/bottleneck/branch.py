@@ -21,7 +21,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Bottleneck(nn.Module):
-    """`z [..., inputs] -> gate(z) * scale * up(f(down(z)))`, `[..., outputs]`; see `BottleneckConfig`.
+    """A network `z [..., inputs] -> gate(z) * scale * up(f(down(z)))`, `[..., outputs]`; see `BottleneckConfig`.
 
     Args:
         inputs: features of z.
@@ -35,9 +35,9 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, outputs: int, config: BottleneckConfig) -> None:
         super().__init__()
         size, n = config.size_for(outputs), config.kronecker
-        for what, features in (("input", inputs), ("output", outputs), ("bottleneck", size)):
+        for side, features in (("input", inputs), ("output", outputs), ("bottleneck", size)):
             if n and features % n:
-                raise ValueError(f"The {what} has {features} features, which kronecker={n} does not divide.")
+                raise ValueError(f"The {side} has {features} features, which kronecker={n} does not divide.")
         self.down: nn.Linear | KroneckerLinear
         self.up: nn.Linear | KroneckerLinear
         if n:
@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
         _initialise(self, config.init)
 
     def forward(self, z: Tensor, rule: Tensor | None = None) -> Tensor:
-        """`rule [n, n, n]` is what all layers of a Kronecker adapter share."""
+        """Apply the branch; `rule [n, n, n]` is what all layers of a Kronecker adapter share."""
         shared = () if rule is None else (rule,)
         hidden = self.down(z, *shared)
         if self.activation != "linear":
@@ -63,13 +63,13 @@ class Bottleneck(nn.Module):
         if self.scale is not None:
             out = out * self.scale
         if self.training and self.drop_path:
-            kept = out.new_empty(len(out), *[1] * (out.dim() - 1)).bernoulli_(1 - self.drop_path)
-            out = out * kept / (1 - self.drop_path)
+            mask = out.new_empty(len(out), *[1] * (out.dim() - 1)).bernoulli_(1 - self.drop_path)
+            out = out * mask / (1 - self.drop_path)
         out = self.dropout(out)
         return out if self.gate is None else out * torch.sigmoid(self.gate(z))
 
     def matrix(self, rule: Tensor | None = None) -> Tensor:
-        """The whole map as a matrix `[outputs, inputs]`, for a linear one without biases and gate."""
+        """Return the whole map as a matrix `[outputs, inputs]`, for a linear one without biases and gate."""
         product = _matrix(self.up, rule) @ _matrix(self.down, rule)
         return product if self.scale is None else product * self.scale[:, None]
 

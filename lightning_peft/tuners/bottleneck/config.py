@@ -1,4 +1,4 @@
-"""What a bottleneck adapter needs to know about its model."""
+"""The configuration of a bottleneck adapter."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f"Kronecker factors begin as lora, mam or glorot, not as {self.init}.")
 
     def size_for(self, width: int) -> int:
-        """The bottleneck's width beside an output of `width` features."""
+        """Return the bottleneck's width beside an output of `width` features."""
         if self.size is not None:
             return self.size
         assert self.reduction is not None
@@ -98,5 +98,5 @@ class BottleneckConfig(PeftConfig):
         return -(-size // step) * step
 
     def merges(self) -> bool:
-        """Whether the adapter is a linear map that the matrix itself can take up."""
+        """Return whether the adapter is a linear map that the matrix itself can take up."""
         return self.activation == "linear" and not (self.biases or self.gate or self.inputs)

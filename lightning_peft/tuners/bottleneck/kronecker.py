@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class KroneckerLinear(nn.Module):
-    """`x [..., inputs] -> x W + bias` with `W = sum_i A_i (x) s_i t_i`; the `A_i` are given with each call.
+    """A linear map `x [..., inputs] -> x W + bias` with `W = sum_i A_i (x) s_i t_i`; each call is given the `A_i`.
 
     A parametrised hypercomplex multiplication layer (Zhang et al. 2021, arXiv:2102.08597) with factors of rank one,
     as in Compacter (Mahabadi et al. 2021, arXiv:2106.04647). Parameters: `inputs + outputs`, and a bias.
@@ -33,18 +33,18 @@ class KroneckerLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Glorot-normal factors, each as the matrix `[features / n, 1]` that it is."""
+        """Draw Glorot-normal factors, each as the matrix `[features / n, 1]` that it is."""
         for factor in (self.left, self.right):
             nn.init.normal_(factor, std=(2.0 / (factor.shape[1] + 1)) ** 0.5)
 
     def forward(self, x: Tensor, rule: Tensor) -> Tensor:
-        """`x [..., inputs]`, `rule [n, n, n]`: the matrices `A_i`."""
+        """Apply the map to `x [..., inputs]`; `rule [n, n, n]` are the matrices `A_i`."""
         n = len(rule)
         inner = torch.einsum("...ab,ib->...ai", x.unflatten(-1, (n, -1)), self.left)
         y = torch.einsum("...ai,iac,id->...cd", inner, rule, self.right).flatten(-2)
         return y if self.bias is None else y + self.bias
 
     def matrix(self, rule: Tensor) -> Tensor:
-        """The matrix `[outputs, inputs]`, as `nn.Linear.weight`."""
+        """Return the matrix `[outputs, inputs]`, as `nn.Linear.weight`."""
         n = len(rule)
         return torch.einsum("iac,ib,id->cdab", rule, self.left, self.right).reshape(n * self.right.shape[1], -1)

@@ -16,7 +16,7 @@ from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """Adds `alpha * b(z)` to the output `y` of the wrapped matrix, one `b` for each adapter.
+    """Add `alpha * b(z)` to the output `y` of the wrapped matrix, one `b` for each adapter.
 
     z is y, the matrix's own input, or the input of another module that runs earlier in the same call; the latter is
     noted when that module is called and forgotten once it was used.
@@ -42,7 +42,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     @property
     def acts_alone(self) -> bool:
-        """Whether it needs to know nothing but its own input."""
+        """True where the layer needs nothing but its own input."""
         return not self._sources
 
     def update_layer(
@@ -96,7 +96,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return y
 
     def note(self, adapter_name: str, x: Tensor) -> None:
-        """The input of an adapter's source in this call."""
+        """Note the input of an adapter's source in this call."""
         if not self.disable_adapters and adapter_name in self._acting():
             self._noted.set({**(self._noted.get() or {}), adapter_name: x})
 
@@ -156,7 +156,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _acting(self) -> list[str]:
-        """Active adapters that are not merged; at strength 0 one adds nothing, so that the base is met bit for bit."""
+        """Return the active adapters that are not merged, without those at strength 0: the base stays bit for bit."""
         return [
             name
             for name in self.active_adapters
@@ -174,10 +174,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         z = noted.pop(adapter_name, None)
         self._noted.set(noted)
         if z is None or z.shape[:-1] != y.shape[:-1]:
-            found = "it was not called before" if z is None else f"it had an input of shape {tuple(z.shape)}"
+            reason = "it was not called before" if z is None else f"it had an input of shape {tuple(z.shape)}"
             raise RuntimeError(
                 f"Parallel adapter {adapter_name!r} adds to an output of shape {tuple(y.shape)} and reads the input of "
-                f"another matrix of the same part, but {found}."
+                f"another matrix of the same part, but {reason}."
             )
         return z
 

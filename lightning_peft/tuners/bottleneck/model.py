@@ -13,7 +13,7 @@ from lightning_peft.tuners.tuner import Tuner
 
 
 class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
-    """Wraps matrices in `BottleneckLayer`; see `BottleneckConfig`.
+    """Wrap matrices in `BottleneckLayer`; see `BottleneckConfig`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""What a head-offsets adapter needs to know about its model."""
+"""The configuration of a head-offsets adapter."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class HeadOffsetsConfig(PeftConfig):
             self.target_modules = sorted(self.heads)
 
     def compacted(self, tensors: Mapping[str, Tensor]) -> tuple[HeadOffsetsConfig, dict[str, Tensor]]:
-        """This adapter as it is written to a folder: once its heads are chosen, the offsets of those alone.
+        """Return this adapter as it is written to a folder: once its heads are chosen, the offsets of those alone.
 
         Args:
             tensors: under the keys of a saved peft folder.
@@ -81,13 +81,13 @@ class HeadOffsetsConfig(PeftConfig):
         if not roles or any((value == SCALE).any() for value in roles.values()):
             return self, dict(tensors)
         chosen: dict[str, list[int]] = {}
-        made = {key: value for key, value in tensors.items() if not key.endswith((_VECTORS, _ROLES))}
+        compact = {key: value for key, value in tensors.items() if not key.endswith((_VECTORS, _ROLES))}
         for key, role in roles.items():
-            name, kept = key.removeprefix("base_model.model."), role == OFFSET
-            if kept.any():
+            name, is_offset = key.removeprefix("base_model.model."), role == OFFSET
+            if is_offset.any():
                 heads = range(len(role)) if self.heads is None else sorted(self.heads[name])
-                chosen[name] = [head for head, keep in zip(heads, kept.tolist(), strict=True) if keep]
-                made[key + _VECTORS] = tensors[key + _VECTORS][kept]
+                chosen[name] = [head for head, keep in zip(heads, is_offset.tolist(), strict=True) if keep]
+                compact[key + _VECTORS] = tensors[key + _VECTORS][is_offset]
         config = copy.deepcopy(self)
         config.parameters, config.heads, config.target_modules = "offsets", chosen, sorted(chosen)
-        return config, made
+        return config, compact

@@ -15,7 +15,7 @@ from lightning_peft.tuners.head_offsets.config import OFFSET, SCALE, HeadOffsets
 
 
 class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
-    """Adds `alpha * offset` to chosen heads of the input `[B, T, H * head_dim]`, then runs the projection.
+    """Add `alpha * offset` to chosen heads of the input `[B, T, H * head_dim]`, then run the projection.
 
     Only the input is touched, so the projection may be any module: Linear, Conv1D, a quantised or LoRA-wrapped one.
     """
@@ -47,7 +47,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._bias_before_merge: Tensor | None = None
         self._positions = positions
-        self._kept: dict[str, tuple[tuple[Any, ...], Tensor]] = {}  # per adapter: what for, and the change
+        self._changes: dict[str, tuple[tuple[Any, ...], Tensor]] = {}  # by adapter: its key and the change
         # of a module of another kind it is (None, None), which `update_layer` refuses
         self.in_features, self.out_features = cast("tuple[int, int]", _get_in_out_features(self.get_base_layer()))
         self._active_adapter = adapter_name
@@ -84,7 +84,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def displacement(self, adapter_name: str) -> Tensor:
-        """The whole vector `[H * head_dim]` that one adapter adds, strength included, zero at heads without offset."""
+        """Return the vector `[H * head_dim]` that one adapter adds, with its strength; zero at heads without offset."""
         offsets = self.head_offsets[adapter_name]
         if adapter_name in self.head_offsets_directions:
             offsets = offsets * self.head_offsets_directions[adapter_name]
@@ -93,7 +93,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         return self._spread(adapter_name, offsets)
 
     def change(self, adapter_name: str, x: Tensor) -> Tensor:
-        """What one adapter adds to the input `x [..., H * head_dim]`, or a vector `[H * head_dim]` for all of it."""
+        """Return what one adapter adds to the input `x [..., H * head_dim]`, or a vector `[H * head_dim]` for all."""
         displacement = self.displacement(adapter_name).to(x.dtype)
         if adapter_name in self.head_offsets_probe:
             displacement = displacement * self._strength(adapter_name, x).to(x.dtype)
@@ -103,7 +103,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         return displacement + x * self._spread(adapter_name, scales).to(x.dtype)
 
     def _strength(self, adapter_name: str, x: Tensor) -> Tensor:
-        """How much of the displacement each token gets, by its heads' probes, in the shape of `x`."""
+        """Return how much of the displacement each token gets, by its heads' probes, in the shape of `x`."""
         config, probe = self.configs[adapter_name], self.head_offsets_probe[adapter_name]
         size = probe.shape[1] - 1
         heads = self.heads[adapter_name] = self.heads[adapter_name].to(x.device)
@@ -113,7 +113,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         return whole.repeat_interleave(size, dim=-1)
 
     def _spread(self, adapter_name: str, vectors: Tensor) -> Tensor:
-        """Vectors `[heads, head_dim]` times the strength, at their heads' places in `[H * head_dim]`, else zero."""
+        """Put vectors `[heads, head_dim]`, times the strength, at their heads in `[H * head_dim]`, else zero."""
         count, size = self.in_features // vectors.shape[1], vectors.shape[1]
         if len(vectors) < count:
             heads = self.heads[adapter_name] = self.heads[adapter_name].to(vectors.device)
@@ -128,20 +128,20 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         for adapter_name in self.active_adapters:
             # strength 0 edits nothing, and must not need to know where the answer begins
             if self.scaling.get(adapter_name) and adapter_name not in self.merged_adapters:
-                change, policy = self._kept_change(adapter_name, x), self.policies[adapter_name]
+                change, policy = self._cached_change(adapter_name, x), self.policies[adapter_name]
                 whole = self._positions.everywhere(policy)
                 x = x + (change if whole else where(self._positions, policy, x) * change)
         return self.base_layer(x, *args, **kwargs)
 
-    def _kept_change(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`change`; within one `generate`, whose steps are short, it is computed once where it is the same for all."""
-        made_for = (self._positions.generation, self.scaling[adapter_name], x.dtype)
-        before, change = self._kept.get(adapter_name, (None, x))
-        if before is not None and before[0] is made_for[0] and before[1:] == made_for[1:]:
+    def _cached_change(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return `change`, computed once for all short steps of one `generate` where it is the same in each."""
+        key = (self._positions.generation, self.scaling[adapter_name], x.dtype)
+        before, change = self._changes.get(adapter_name, (None, x))
+        if before is not None and before[0] is key[0] and before[1:] == key[1:]:
             return change
         change = self.change(adapter_name, x)
-        if made_for[0] is not None and change.dim() == 1:  # a vector, the same for every token
-            self._kept[adapter_name] = (made_for, change)
+        if key[0] is not None and change.dim() == 1:  # a vector, the same for every token
+            self._changes[adapter_name] = (key, change)
         return change
 
     def check_merge(self, adapter_names: list[str]) -> None:
@@ -156,7 +156,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"Cannot merge head offsets into {type(base).__name__}: it has no place for a bias.")
 
     def _scales(self, adapter_name: str) -> bool:
-        """Whether an adapter whose heads are chosen by training is not that far; unknown without values."""
+        """Return whether an adapter still scales heads to choose among them by training; False without values."""
         roles = self.head_offsets_roles[adapter_name]
         return not roles.is_meta and bool((roles == SCALE).any())
 
@@ -192,5 +192,5 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
 
 
 def _float_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype to feed `module`: that of its floating-point weights (quantised ones are packed integers)."""
+    """Return the dtype to feed `module`: that of its floating-point weights (quantised ones are packed integers)."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

@@ -13,7 +13,7 @@ from lightning_peft.tuners.tuner import Tuner
 
 
 class HeadOffsetsModel(Tuner[HeadOffsetsConfig, HeadOffsetsLayer]):
-    """Wraps attention output projections in `HeadOffsetsLayer`; see `HeadOffsetsConfig`.
+    """Wrap attention output projections in `HeadOffsetsLayer`; see `HeadOffsetsConfig`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

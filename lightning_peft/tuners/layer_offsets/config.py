@@ -1,4 +1,4 @@
-"""What a layer-offsets adapter needs to know about its model."""
+"""The configuration of a layer-offsets adapter."""
 
 from __future__ import annotations
 

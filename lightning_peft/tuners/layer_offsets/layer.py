@@ -1,4 +1,4 @@
-"""What moves the output of one module."""
+"""The layer that moves the output of one module."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
         self.attach(owner)
 
     def attach(self, owner: nn.Module) -> None:
-        """Become a child of this module, and of no other.
+        """Make this layer a child of a module, and of no other.
 
         Raises:
             ValueError: it has one of its own already.
@@ -74,11 +74,11 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
         return self._owner[0]
 
     def write_to(self, matrix: nn.Module | None) -> None:
-        """Say which matrix's bias is one of the owner's output, where that is no matrix itself."""
+        """Set the matrix whose bias is one of the owner's output, where the owner is no matrix itself."""
         self._writes = None if matrix is None else (matrix,)
 
     def forget_merged(self) -> None:
-        """Let what is merged stay for good."""
+        """Forget the parameters from before a merge, so that it stays for good."""
         self._before_merge.clear()
 
     def update_layer(self, adapter_name: str, config: LayerOffsetsConfig) -> None:
@@ -93,7 +93,7 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the owner: the output, or the first element of a tuple, moved."""
+        """Move the owner's output, or the first element of a tuple; a forward hook of the owner."""
         if self.disable_adapters:
             return None  # it stays as it is
         first = x = output if isinstance(output, Tensor) else output[0]
@@ -122,7 +122,7 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
         return x + (change if mask is None else mask * change)
 
     def _mask(self, adapter_name: str, config: LayerOffsetsConfig, x: Tensor) -> Any:
-        """`[..., tokens]`, how much of each vector a token gets; None: all of it, everywhere."""
+        """Return how much of each vector a token gets, `[..., tokens]`; None: all of it, everywhere."""
         mask: Tensor | None = None
         if config.tokens > 1 and self._positions.by_mask:
             raise ValueError(
@@ -146,7 +146,7 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
                 check_write(self._matrix(config.operation), config.operation, self.name)
 
     def _matrix(self, operation: str) -> nn.Module:
-        """The module whose weights give the output."""
+        """Return the module whose weights give the output."""
         owner = innermost(self.owner)
         return self._writes[0] if self._writes is not None and operation == "add" else owner
 
@@ -185,7 +185,7 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
             self._detach()
 
     def get_base_layer(self) -> nn.Module:
-        """A module without anything: no other is wrapped."""
+        """Return a module without anything: no other is wrapped."""
         return nn.Module()
 
     def _get_available_adapters(self) -> set[str]:

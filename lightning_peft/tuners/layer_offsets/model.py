@@ -17,7 +17,7 @@ from lightning_peft.tuners.tuner import Tuner
 
 
 class LayerOffsetsModel(Tuner[LayerOffsetsConfig, LayerOffsetsLayer]):
-    """Gives modules a `LayerOffsetsLayer` each; see `LayerOffsetsConfig`. No module is replaced and no name changes.
+    """Give modules a `LayerOffsetsLayer` each; see `LayerOffsetsConfig`. No module is replaced and no name changes.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

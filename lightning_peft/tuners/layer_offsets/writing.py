@@ -1,4 +1,4 @@
-"""Where a layer offset or an ablation is one of weights, exactly, and how it is written there."""
+"""Write a layer offset or an ablation into weights, where it is exactly a change of these."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_peft.backbone.structure import blocks
 
 
 def unit(vector: Tensor) -> Tensor:
-    """At length 1; a zero vector stays zero."""
+    """Scale a vector to length 1; a zero vector stays zero."""
     return vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """The module itself, where other adapters wrap it."""
+    """Return the module itself, where other adapters wrap it."""
     wrapper: Any = module
     return wrapper.get_base_layer() if hasattr(wrapper, "base_layer") else module
 
@@ -43,7 +43,7 @@ def check_write(matrix: nn.Module, operation: str, name: str) -> None:
 
 
 def written(matrix: nn.Module, vector: Tensor, operation: str, alpha: float) -> dict[str, Tensor]:
-    """The parameters of a matrix or an embedding with an edit of its output in them, in their own precision.
+    """Return the parameters of a matrix or an embedding with an edit of its output in them, in their own precision.
 
     Args:
         matrix: a linear layer, `Conv1D` or embedding.
@@ -73,7 +73,7 @@ def written(matrix: nn.Module, vector: Tensor, operation: str, alpha: float) -> 
 
 
 def final_matrices(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """For each of these modules the matrix in it whose bias is one of its output, where there is one.
+    """Return, for each of these modules, the matrix in it whose bias is one of its output, where there is one.
 
     A block that adds its feed-forward part to the residual stream (GPT-2, LLaMA, GPT-NeoX, OPT) has one, one that
     normalises the sum or the part (BERT, Gemma 2) has none. It is not looked up but tried: two tokens go through the
@@ -83,20 +83,20 @@ def final_matrices(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module
         backbone: in evaluation mode or not; adapters act as they stand.
         names: of the modules, adapters' wrappers left out.
     """
-    named, found = dict(base_modules(backbone)), {}
+    named, last_names = dict(base_modules(backbone)), {}
     for block in blocks(backbone):
         for name in names:
             if name == block.name:
-                found[name] = block.spans()[-1].last
+                last_names[name] = block.spans()[-1].last
             for span in block.spans():
                 if all(matrix.startswith(f"{name}.") for matrix in span.matrices) and name.startswith(f"{block.name}."):
-                    found[name] = span.last
+                    last_names[name] = span.last
     if next(backbone.parameters()).is_meta:  # without values nothing can be tried; with them it will be
-        return {name: named[last] for name, last in found.items()}
+        return {name: named[last] for name, last in last_names.items()}
     call = _call(backbone)
     exact: dict[str, nn.Module] = {}
     handles = []
-    for name, last in found.items() if call else ():
+    for name, last in last_names.items() if call else ():
         matrix = named[last]
 
         def attempt(
@@ -129,7 +129,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _call(backbone: nn.Module) -> Mapping[str, Tensor]:
-    """The shortest call that the backbone takes; nothing, where it is unknown."""
+    """Return the shortest call that the backbone takes; nothing, where it is unknown."""
     config: Any = getattr(backbone, "config", None)
     device = next(backbone.parameters()).device
     accepted = inspect.signature(type(backbone).forward).parameters

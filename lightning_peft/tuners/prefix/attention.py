@@ -24,7 +24,7 @@ _FORMER = ("eager", "sdpa")  # the implementations whose masks are known here
 
 
 class AttentionConfig:
-    """What an attention with a prefix has for its configuration: the model's, but for the name of its function.
+    """The configuration of an attention with a prefix: the model's, but for the name of its function.
 
     The model's own configuration is not touched, and masks are made as before.
     """
@@ -76,7 +76,7 @@ def check_attention(name: str, attention: nn.Module) -> None:
 
 
 def _former(config: Any) -> str:
-    """The implementation that the model was given."""
+    """Return the implementation that the model was given."""
     return (config.config if isinstance(config, AttentionConfig) else config)._attn_implementation or "eager"
 
 
@@ -125,7 +125,7 @@ def _prefixed(
     prefix: tuple[PrefixLayer, str],
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention over `[prefix; tokens]`, under one softmax."""
+    """Compute the attention over `[prefix; tokens]`, under one softmax."""
     layer, name = prefix
     first_key, first_value, gate = layer.prefix(name, key, value)
     length, size = first_key.shape[2], value.shape[-1]
@@ -152,7 +152,7 @@ def _prefixed(
 
 
 def _widen(mask: Tensor | None, length: int, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
-    """The mask with `length` columns before it that everything sees."""
+    """Return the mask with `length` columns before it that every query sees."""
     if mask is None:
         if not causal or query.shape[2] == 1:
             return None
@@ -163,7 +163,7 @@ def _widen(mask: Tensor | None, length: int, query: Tensor, key: Tensor, causal:
 
 
 def _halves(first: Tensor, states: Tensor) -> Tensor:
-    """`[0, first; states, 0]`: features of the tokens, then those of the prefix."""
+    """Return `[0, first; states, 0]`: features of the tokens, then those of the prefix."""
     first = torch.cat([torch.zeros_like(first), first], -1)
     return torch.cat([first, torch.cat([states, torch.zeros_like(states)], -1)], 2)
 

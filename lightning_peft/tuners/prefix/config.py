@@ -1,4 +1,4 @@
-"""What a prefix in attention needs to know about its model."""
+"""The configuration of a prefix in attention."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from lightning_peft.tuners.prefix.config import PrefixConfig
 
 
 class PrefixLayer(nn.Module, BaseTunerLayer):
-    """Runs the query projection as it is, notes the gates of its tokens, and gives the attention its prefixes.
+    """Run the query projection as it is, note the gates of its tokens, and give the attention its prefixes.
 
     Args:
         base_layer: the matrix that gives the queries; its input is the attention's.
@@ -64,15 +64,15 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         return self.base_layer(x, *args, **kwargs)
 
     def acting(self) -> list[str]:
-        """The prefixes that act; at strength 0 one does nothing, so that the base is met bit for bit."""
+        """Return the prefixes that act; those at strength 0 are left out, so the base stays bit for bit."""
         if self.disable_adapters:
             return []
         return [name for name in self.active_adapters if name in self.prefix_key and self.scaling[name] != 0]
 
     def prefix(self, adapter_name: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values `[B, heads_kv, length, head_dim]` that go before `key` and `value`, and the gate of every
-        query, `[B, T, 1]` or None."""
-        made = []
+        """Return the keys and values `[B, heads_kv, length, head_dim]` that go before `key` and `value`, and the gate
+        of every query, `[B, T, 1]` or None."""
+        expanded = []
         for states, prefix in ((key, self.prefix_key[adapter_name]), (value, self.prefix_value[adapter_name])):
             rows, heads, _, size = states.shape
             if prefix.shape[1] != heads * size:
@@ -80,7 +80,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
                     f"The prefix is {prefix.shape[1]} wide, but the attention has {heads} heads of {size} features."
                 )
             split = prefix.to(states.dtype).view(-1, heads, size).transpose(0, 1)
-            made.append(split.expand(rows, -1, -1, -1))
+            expanded.append(split.expand(rows, -1, -1, -1))
         gate = None
         if adapter_name in self.prefix_gate:
             gates = dict(self._gates.get() or {})
@@ -88,10 +88,10 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             self._gates.set(gates)
             if gate is None:
                 raise RuntimeError(f"The gate of prefix {adapter_name!r} was not computed: its projection did not run.")
-        return made[0], made[1], gate
+        return expanded[0], expanded[1], gate
 
     def strength(self, adapter_name: str) -> Tensor | float | None:
-        """What the prefix's change of the output is multiplied by; None for 1."""
+        """Return the factor of the prefix's change of the output; None for 1."""
         alpha = self.scaling[adapter_name]
         if adapter_name in self.prefix_mix:
             return alpha * torch.tanh(self.prefix_mix[adapter_name])
@@ -104,11 +104,11 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             detach(self._attention[0], self)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """A prefix cannot be merged: `ValueError`."""
+        """Raise `ValueError`: a prefix cannot be merged."""
         raise ValueError("A prefix is seen by the softmax of every query and cannot be written into the weights.")
 
     def unmerge(self) -> None:
-        """Nothing was merged."""
+        """Do nothing: nothing was merged."""
 
     def __repr__(self) -> str:
         return "prefix." + super().__repr__()

@@ -16,7 +16,7 @@ from lightning_peft.tuners.tuner import Tuner
 
 
 class PrefixModel(Tuner[PrefixConfig, PrefixLayer]):
-    """Wraps query projections in `PrefixLayer`; see `PrefixConfig`.
+    """Wrap query projections in `PrefixLayer`; see `PrefixConfig`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +46,7 @@ class PrefixModel(Tuner[PrefixConfig, PrefixLayer]):
         setattr(parent, name, layer)
 
     def _widths(self, target: str, attention: nn.Module) -> tuple[int, int]:
-        """The widths of all keys and of all values in the attention whose queries `target` gives."""
+        """Return the widths of all keys and of all values in the attention whose queries `target` gives."""
         named = dict(base_modules(self.model))
         span = next((s for b in blocks(self.model) for s in b.attention if target in s.matrices), None)
         if span is None:

@@ -1,4 +1,4 @@
-"""What an SSB adapter needs to know about its model."""
+"""The configuration of an SSB adapter."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from lightning_peft.tuners.ssb.config import SSBConfig
 
 
 class SSBLayer(nn.Module, BaseTunerLayer):
-    """Scales what a linear layer is given by v and what its weight gives by u: `u ⊙ W (v ⊙ x) + b`.
+    """Scale a linear layer's input by v and its weight's output by u: `u ⊙ W (v ⊙ x) + b`.
 
     The weight itself is not read, so that it may be quantised, or wrapped by another adapter.
     """
@@ -92,13 +92,13 @@ class SSBLayer(nn.Module, BaseTunerLayer):
         """Put the layer's own weight back, bit for bit."""
         if self._weight_before_merge is not None:
             base: Any = self.get_base_layer()
-            own, self._weight_before_merge = self._weight_before_merge, None
-            own.data = own.data.to(base.weight.device)
-            base.weight = own
+            weight, self._weight_before_merge = self._weight_before_merge, None
+            weight.data = weight.data.to(base.weight.device)
+            base.weight = weight
         self.merged_adapters.clear()
 
     def _scale(self, vectors: nn.ParameterDict, adapters: list[str]) -> Tensor | None:
-        """The product of some adapters' vectors at their strength; None where nothing is scaled."""
+        """Return the product of some adapters' vectors at their strength; None where nothing is scaled."""
         product: Tensor | None = None
         for name in adapters:
             strength = self.scaling.get(name, 0.0)
@@ -108,7 +108,7 @@ class SSBLayer(nn.Module, BaseTunerLayer):
         return product
 
     def _bias(self, x: Tensor) -> Tensor | None:
-        """What the layer gives for no input, which u does not scale."""
+        """Return the layer's output for an input of zeros, which u does not scale."""
         base: Any = self.get_base_layer()
         if self.base_layer is base or base.bias is None:
             return base.bias

@@ -11,7 +11,7 @@ from lightning_peft.tuners.tuner import Tuner
 
 
 class SSBModel(Tuner[SSBConfig, SSBLayer]):
-    """Wraps linear layers in `SSBLayer`; see `SSBConfig`.
+    """Wrap linear layers in `SSBLayer`; see `SSBConfig`.
 
     Example:
         >>> from torch import nn

@@ -1,4 +1,4 @@
-"""Which of a backbone's parameters to train: by block, by part of a block, from the top, biases, matrices."""
+"""Choose a backbone's parameters to train: by block, by part of a block, from the top, biases, matrices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _QUERY = re.compile(r"q|query|q_proj|q_lin|wq")
 def choose_parameters(
     backbone: nn.Module, layers: Layers | list[int] | None = None, within: Within | None = None
 ) -> list[str]:
-    """Full names of the backbone's parameters, all of them or those of some blocks.
+    """Return the full names of the backbone's parameters, all of them or those of some blocks.
 
     Args:
         backbone: any module, with or without adapters; parameters that modules share are named once.
@@ -41,7 +41,7 @@ def choose_biases(
     layers: Layers | list[int] | None = None,
     within: Within | None = None,
 ) -> list[str]:
-    """Full names of the backbone's biases.
+    """Return the full names of the backbone's biases.
 
     Args:
         backbone: any module, with or without adapters.
@@ -55,24 +55,24 @@ def choose_biases(
     """
     get_output = getattr(backbone, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    found = [
+    biases = [
         place
         for place in _chosen(backbone, layers, within, add_missing)
         if _BIAS.fullmatch(place.name) and (place.parameter is not None or place.owner is not output)
     ]
     if parts == "query_and_second_mlp":
         owners = {matrix for block in blocks(backbone) for matrix in _query_and_second_mlp(block)}
-        found = [place for place in found if place.full_name.rpartition(".")[0] in owners]
+        biases = [place for place in biases if place.full_name.rpartition(".")[0] in owners]
     elif parts != "all":
         raise ValueError(f'parts must be "all" or "query_and_second_mlp", got {parts!r}.')
-    if not found:
+    if not biases:
         advice = "it has no matrices that could" if add_missing else "add_missing=True gives its matrices zero ones"
         raise ValueError(f"{type(backbone).__name__} has no such biases to train: {advice}.")
-    return [place.full_name for place in found]
+    return [place.full_name for place in biases]
 
 
 def choose_top(backbone: nn.Module, k: int, final_norm: bool = True, head: bool = True) -> list[str]:
-    """Full names of the parameters of the last k blocks, and of what stands after them.
+    """Return the full names of the parameters of the last k blocks, and of what stands after them.
 
     Args:
         backbone: any module with repeated blocks; the last k of an encoder's and of a decoder's are both taken.
@@ -103,7 +103,7 @@ def choose_top(backbone: nn.Module, k: int, final_norm: bool = True, head: bool 
 
 
 def choose_matrices(backbone: nn.Module) -> list[str]:
-    """Full names of the weights of linear layers and convolutions, without those shared with an embedding."""
+    """Return the full names of the weights of linear layers and convolutions that no embedding shares."""
     return [
         where[0].full_name
         for where in places(backbone)
@@ -153,9 +153,9 @@ def _some_blocks(backbone: nn.Module, layers: Layers | list[int] | None) -> list
 def _query_and_second_mlp(block: Block) -> list[str]:
     queries = []
     for span in block.attention:
-        own = [name for name in span.matrices if _QUERY.fullmatch(name.rpartition(".")[2])]
-        if not own:
-            found = ", ".join(name.rpartition(".")[2] for name in span.matrices)
-            raise ValueError(f"{block.name} has no matrix of its own for the query, but {found}.")
-        queries += own
+        query_names = [name for name in span.matrices if _QUERY.fullmatch(name.rpartition(".")[2])]
+        if not query_names:
+            matrices = ", ".join(name.rpartition(".")[2] for name in span.matrices)
+            raise ValueError(f"{block.name} has no matrix of its own for the query, but {matrices}.")
+        queries += query_names
     return queries + ([block.mlp.last] if block.mlp else [])

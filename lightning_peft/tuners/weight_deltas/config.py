@@ -1,4 +1,4 @@
-"""What a weight-deltas adapter needs to know about its model."""
+"""The configuration of a weight-deltas adapter."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class WeightDeltasConfig(PeftConfig):
             raise ValueError("WeightDeltasConfig takes target_parameters, the full names of parameters, not modules.")
 
     def compacted(self, tensors: Mapping[str, Tensor]) -> tuple[WeightDeltasConfig, dict[str, Tensor]]:
-        """This adapter as it is written to a folder: of masked deltas only the entries that the mask lets act.
+        """Return this adapter as it is written to a folder: of masked deltas only the entries that the mask lets act.
 
         Args:
             tensors: under the keys of a saved peft folder.
@@ -63,39 +63,39 @@ class WeightDeltasConfig(PeftConfig):
         Returns:
             The configuration and the tensors of an adapter that computes the same, bit for bit.
         """
-        kept, packed, made, bare = dict(self.kept or {}), list(self.packed or ()), dict(tensors), set()
+        counts, packed, compact, bare = dict(self.kept or {}), list(self.packed or ()), dict(tensors), set()
         for key in [key for key in tensors if _MASKS in key]:
-            mask, value = made.pop(key).reshape(-1), key.replace(_MASKS, _VALUES)
+            mask, value = compact.pop(key).reshape(-1), key.replace(_MASKS, _VALUES)
             name = key.removeprefix("base_model.model.").replace(_MASKS.removeprefix("."), "")
             count, entries = int(mask.sum()), mask.numel()
             if count == entries:
                 bare.add(name)
                 continue
-            made[value] = tensors[value].reshape(-1)[mask]
-            kept[name] = count
+            compact[value] = tensors[value].reshape(-1)[mask]
+            counts[name] = count
             if 32 * count < entries < 2**31:  # four bytes an index, or a bit for each entry
-                made[key.replace(_MASKS, _INDICES)] = mask.nonzero()[:, 0].int()
+                compact[key.replace(_MASKS, _INDICES)] = mask.nonzero()[:, 0].int()
             else:
-                made[key.replace(_MASKS, _BITS)] = pack(mask)
+                compact[key.replace(_MASKS, _BITS)] = pack(mask)
                 packed.append(name)
         config = copy.deepcopy(self)
-        config.kept, config.packed = kept or None, packed or None
-        config.masked = [name for name in self.masked or () if name not in kept and name not in bare] or None
-        return config, made
+        config.kept, config.packed = counts or None, packed or None
+        config.masked = [name for name in self.masked or () if name not in counts and name not in bare] or None
+        return config, compact
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Eight truth values `[n]` a byte: `[ceil(n / 8)]`."""
+    """Pack truth values `[n]`, eight a byte: `[ceil(n / 8)]`."""
     eights = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).reshape(-1, 8)
     return (eights << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(bits: Tensor, count: int) -> Tensor:
-    """The first `count` truth values that `pack` put there."""
+    """Return the first `count` truth values that `pack` put there."""
     eights = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (eights & 1).bool().reshape(-1)[:count]
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:
-    """The precision of a delta for a parameter of this precision: float32 where that is less."""
+    """Return the precision of a delta for a parameter of this precision: float32 where that is less."""
     return torch.promote_types(dtype, torch.float32)

@@ -15,7 +15,7 @@ from lightning_peft.tuners.weight_deltas.view import attach, detach
 
 
 class WeightDeltasLayer(nn.Module, BaseTunerLayer):
-    """A child of the module whose parameters it changes; `effective` is what those parameters then read as.
+    """A child of the module whose parameters it changes; `effective` gives what they then read as.
 
     Args:
         owner: the module; it is not registered as a child of this one, which is the owner's child.
@@ -65,18 +65,18 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
                 if full_name in (config.masked or ()):
                     masks[name] = torch.ones(shape, dtype=torch.bool, device=device)
         containers = (self.values, self.masks, self.indices, self.bits)
-        for container, made in zip(containers, (values, masks, indices, bits), strict=True):
-            if len(made):
-                container[adapter_name] = made
+        for container, entries in zip(containers, (values, masks, indices, bits), strict=True):
+            if len(entries):
+                container[adapter_name] = entries
         self.scaling[adapter_name] = config.alpha
         self.pruned[adapter_name] = config.pruned
         attach(self._owner[0], self, set(names))
 
     def effective(self, name: str) -> Tensor | None:
-        """The owner's parameter `name` with the active adapters' deltas added, or the parameter itself without any."""
+        """Return the owner's parameter `name` with the active adapters' deltas added, or as it is without any."""
         if name in self.links:
-            layer, other = self.links[name]
-            return layer.effective(other)
+            layer, linked = self.links[name]
+            return layer.effective(linked)
         if self.disable_adapters and self.merged:
             self.unmerge()
         parameter = self._owner[0]._parameters.get(name)
@@ -88,13 +88,13 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
         """Add the deltas to the parameters in place; the parameters as they were are kept for `unmerge`."""
         names = self.active_adapters if adapter_names is None else adapter_names
         for adapter in [a for a in names if a in self.scaling and a not in self.merged_adapters]:
-            made: dict[str, Tensor] = {}
-            for name in self._of(self.values, adapter):
+            sums: dict[str, Tensor] = {}
+            for name in self._by_parameter(self.values, adapter):
                 with torch.no_grad():
-                    made[name] = self._sum(name, self._owner[0]._parameters[name], [adapter])
-                if safe_merge and not torch.isfinite(made[name]).all():
+                    sums[name] = self._sum(name, self._owner[0]._parameters[name], [adapter])
+                if safe_merge and not torch.isfinite(sums[name]).all():
                     raise ValueError(f"Adapter {adapter!r} would put NaN or infinity into the weights.")
-            for name, merged in made.items():
+            for name, merged in sums.items():
                 parameter = self._owner[0]._parameters[name]
                 before = None if parameter is None else parameter.detach().clone()
                 self._before_merge.setdefault(name, before)
@@ -121,17 +121,17 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
             detach(self._owner[0])
 
     def get_base_layer(self) -> nn.Module:
-        """A module without anything: no other is wrapped."""
+        """Return a module without anything: no other is wrapped."""
         return nn.Module()
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.scaling)  # also those whose deltas another layer holds
 
     def _changes(self, adapter: str, name: str) -> bool:
-        return name in self._of(self.values, adapter)
+        return name in self._by_parameter(self.values, adapter)
 
     def _sum(self, name: str, parameter: Tensor | None, adapters: list[str]) -> Tensor:
-        """`parameter + scaling * change`, computed in the deltas' precision."""
+        """Return `parameter + scaling * change`, computed in the deltas' precision."""
         _, dtype, _ = self._form(name)
         before = self._before_merge.get(name, parameter)
         total = None if parameter is None else parameter.to(storage(dtype))
@@ -144,9 +144,9 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
         return total.to(dtype)
 
     def _change(self, adapter: str, name: str, base: Tensor | None) -> Tensor:
-        """What one adapter adds at strength 1, in the shape of the parameter."""
-        value: Tensor = self._of(self.values, adapter)[name]
-        indices, bits, masks = (self._of(c, adapter) for c in (self.indices, self.bits, self.masks))
+        """Return what one adapter adds at strength 1, in the shape of the parameter."""
+        value: Tensor = self._by_parameter(self.values, adapter)[name]
+        indices, bits, masks = (self._by_parameter(c, adapter) for c in (self.indices, self.bits, self.masks))
         if name not in indices and name not in bits and name not in masks:
             return value
         shape, _, _ = self._form(name)
@@ -161,12 +161,12 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
         return outside.reshape(-1).index_copy(0, indices[name].long(), value).reshape(shape)
 
     @staticmethod
-    def _of(container: nn.ModuleDict, adapter: str) -> Any:
-        """One adapter's tensors by parameter, or nothing."""
+    def _by_parameter(container: nn.ModuleDict, adapter: str) -> Any:
+        """Return one adapter's tensors by parameter, or nothing."""
         return container[adapter] if adapter in container else {}  # noqa: SIM401 - it has no `get`
 
     def _form(self, name: str) -> tuple[torch.Size, torch.dtype, torch.device]:
-        """Shape, precision and device of the owner's parameter; of a bias that is missing, as it would be."""
+        """Return shape, precision and device of the owner's parameter; of a missing bias, as they would be."""
         owner = self._owner[0]
         parameter = owner._parameters.get(name)
         if parameter is not None:

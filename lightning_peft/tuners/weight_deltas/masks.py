@@ -30,21 +30,21 @@ class Delta:
 
 
 def deltas(backbone: nn.Module, adapter: str) -> list[Delta]:
-    """The deltas of an adapter whose every target exists and is stored densely, in order."""
-    found = []
+    """Return the deltas of an adapter whose every target exists and is stored densely, in order."""
+    dense = []
     for name, layer in backbone.named_modules():
         if isinstance(layer, WeightDeltasLayer):
-            masks = layer._of(layer.masks, adapter)
+            masks = layer._by_parameter(layer.masks, adapter)
             owner = standalone_name(backbone, name).removesuffix("weight_deltas")
-            for own, value in layer._of(layer.values, adapter).items():
-                base = layer._owner[0]._parameters[own]
-                mask = masks[own] if own in masks else None  # noqa: SIM401 - it may be a module, which has no `get`
-                found.append(Delta(owner + own, value, mask, value.detach().new_zeros(()) if base is None else base))
-    return found
+            for key, value in layer._by_parameter(layer.values, adapter).items():
+                base = layer._owner[0]._parameters[key]
+                mask = masks[key] if key in masks else None  # noqa: SIM401 - it may be a module, which has no `get`
+                dense.append(Delta(owner + key, value, mask, value.detach().new_zeros(()) if base is None else base))
+    return dense
 
 
 def keep_largest(scores: Sequence[Tensor], among: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of exactly `count` true entries in all: where the scores are largest, the first ones where they tie.
+    """Return masks of exactly `count` true entries in all: the largest scores, the first ones where they tie.
 
     Args:
         scores: one tensor a parameter, any shapes.

@@ -19,7 +19,7 @@ from lightning_peft.tuners.weight_deltas.view import ATTRIBUTE
 
 
 class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
-    """Gives modules a `WeightDeltasLayer` each; see `WeightDeltasConfig`. No module is replaced and no name changes.
+    """Give modules a `WeightDeltasLayer` each; see `WeightDeltasConfig`. No module is replaced and no name changes.
 
     Example:
         >>> from torch import nn
@@ -101,26 +101,26 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
 
 
 def _chosen(model: nn.Module, config: WeightDeltasConfig) -> dict[str, list[Place]]:
-    """Where each targeted parameter is, by its first full name, after checking that it can have a delta."""
+    """Return the places of each targeted parameter by its first full name; check that it can have a delta."""
     known = places(model, missing=config.add_missing)
     first = {place.full_name: where[0].full_name for where in known for place in where}
     by_name = {where[0].full_name: where for where in known}
-    wanted = config.target_parameters
-    if isinstance(wanted, str):
-        found = [name for name in by_name if re.fullmatch(wanted, name)]
-        if not found:
-            raise ValueError(f"No parameter of {type(model).__name__} has a name like {wanted!r}.")
+    targets = config.target_parameters
+    if isinstance(targets, str):
+        names = [name for name in by_name if re.fullmatch(targets, name)]
+        if not names:
+            raise ValueError(f"No parameter of {type(model).__name__} has a name like {targets!r}.")
     else:
-        for name in wanted or ():
+        for name in targets or ():
             if name not in first:
                 near = ", ".join(difflib.get_close_matches(name, first, n=3, cutoff=0.0))
                 raise ValueError(f"{type(model).__name__} has no parameter {name!r}; the nearest names are {near}.")
-        found = list(dict.fromkeys(first[name] for name in wanted or ()))
-    for name in found:
+        names = list(dict.fromkeys(first[name] for name in targets or ()))
+    for name in names:
         parameter = by_name[name][0].parameter
         if parameter is not None and not parameter.is_floating_point():
             raise ValueError(
                 f"{name} is quantised ({str(parameter.dtype).removeprefix('torch.')}) and cannot have a delta: choose "
                 "biases and norms, or an unquantised base."
             )
-    return {name: by_name[name] for name in found}
+    return {name: by_name[name] for name in names}

@@ -1,4 +1,4 @@
-"""Which module owns which parameter, as the model is without adapters."""
+"""Find the module that owns each parameter, as the model is without adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Place:
 
 
 def places(backbone: nn.Module, missing: bool = False) -> list[list[Place]]:
-    """Every parameter of the backbone, adapters' left out, in order.
+    """Return every parameter of the backbone, adapters' left out, in order.
 
     Args:
         backbone: any module, with or without adapters.
@@ -36,13 +36,13 @@ def places(backbone: nn.Module, missing: bool = False) -> list[list[Place]]:
     Returns:
         For each parameter, the places where it stands: several where modules share it.
     """
-    found: dict[int, list[Place]] = {}
+    by_parameter: dict[int, list[Place]] = {}
     for module_name, owner in base_modules(backbone):
         for name, parameter in owner._parameters.items():
             full_name = f"{module_name}.{name}" if module_name else name
             place = Place(full_name, owner, name, parameter)
             if parameter is not None:
-                found.setdefault(id(parameter), []).append(place)
+                by_parameter.setdefault(id(parameter), []).append(place)
             elif missing and name == "bias" and is_matrix(owner):
-                found[id(place)] = [place]
-    return list(found.values())
+                by_parameter[id(place)] = [place]
+    return list(by_parameter.values())

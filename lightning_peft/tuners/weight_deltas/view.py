@@ -1,4 +1,4 @@
-"""Let a module's parameters read as what they are with their deltas added, for the module itself and for anyone else.
+"""Let a module's parameters read with their deltas added, for the module itself and for anyone else.
 
 The module's class becomes a subclass, of the same name, in which those parameters are properties; its `_parameters`,
 and so its names, state and identity, stay as they are. PyTorch does likewise for FSDP2. A wrapper around the module
@@ -53,7 +53,7 @@ def _read_all(module: Any) -> list[Any]:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """How such a module is pickled and copied: its class cannot be found by name."""
+    """Pickle and copy such a module by its plain class: its own cannot be found by name."""
     cls: Any = type(module)
     return _rebuild, (getattr(cls, _PLAIN), tuple(sorted(cls._lightning_peft_names))), module.__getstate__()
 
