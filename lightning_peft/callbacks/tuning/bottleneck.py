@@ -24,7 +24,7 @@ Scaling = float | Literal["learned", "channel"]
 
 
 class Bottleneck(AdapterCallback):
-    """What the bottleneck methods share: where their adapters go. Use one of its subclasses.
+    """The base of the bottleneck methods: it says where their adapters go. Use one of its subclasses.
 
     Args:
         settings: of `BottleneckConfig`.
