@@ -80,7 +80,7 @@ class _OnMeta(LightningCLI):
         self.trainer = None  # type: ignore[assignment]
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Do nothing: there is nothing to run."""
+        """Run nothing."""
 
     def plan(self) -> Plan:
         """Return the plan of what was built."""

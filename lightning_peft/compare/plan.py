@@ -103,7 +103,7 @@ class Row:
 
     @property
     def edits(self) -> bool:
-        """Whether the adapter is computed, not trained."""
+        """Return whether the adapter is computed, not trained."""
         return isinstance(self.callback, Edit)
 
     @property

@@ -45,7 +45,7 @@ class Interval:
 
     @property
     def resolved(self) -> bool:
-        """Whether the interval excludes 0, so that the sign of the mean is known at its confidence."""
+        """Return whether the interval excludes 0, so that the sign of the mean is known at its confidence."""
         return self.low > 0 or self.high < 0
 
 
