@@ -153,9 +153,9 @@ def _backbone(module: L.LightningModule, name: str | None) -> nn.Module:
     stacks = [stack.backbone for stack in find_stacks(module).values()]
     if name is None and len(stacks) == 1:
         return stacks[0]
-    backbone = find_backbone(module, name)
-    assert backbone is not None  # everything is built by now
-    return module.get_submodule(backbone)
+    full_name = find_backbone(module, name)
+    assert full_name is not None  # everything is built by now
+    return module.get_submodule(full_name)
 
 
 def _bytes(size: float) -> str:
