@@ -1,4 +1,4 @@
-"""What a Trainer is given: callbacks that adapt a model by tuning or by editing.
+"""The callbacks of a Trainer that adapt a model by tuning or by editing.
 
 A file here exports its public classes, or those in its `__all__`, by being here.
 """

@@ -141,14 +141,14 @@ class AdapterEMA(Callback):
     # -- what they do ------------------------------------------------------------------------------------------------
 
     def _copies(self) -> Weights:
-        """The trained weights, in float32 where they are half."""
+        """Return the trained weights, in float32 where they are half."""
         values = {name: parameter.detach() for name, parameter in self._trained.items()}
         half = (torch.float16, torch.bfloat16)
         return {name: value.float() if value.dtype in half else value.clone() for name, value in values.items()}
 
     @torch.no_grad()
     def _go_on(self, restored: Mapping[str, Any]) -> None:
-        """Take up an average and the weights it is of; the module was restored from `state_dict`, the average."""
+        """Take up an average and its weights again; the module was restored from `state_dict`, the average."""
         current = restored["current"]
         check_same_keys(set(self._trained), set(current), "The weights being trained and the checkpoint's average")
         self._average = self._copies()
@@ -175,7 +175,7 @@ class AdapterEMA(Callback):
             self._current = None
 
     def _save(self, module: L.LightningModule, original: Callable[..., object], checkpoint: dict[str, Any]) -> None:
-        """Act before whatever `on_save_checkpoint` a module has, which runs for weights-only checkpoints as well."""
+        """Save the average before a module's own `on_save_checkpoint`, which weights-only checkpoints run as well."""
         fill_in(module, checkpoint)
         self.put_average(checkpoint["state_dict"])
         original(checkpoint)

@@ -1,4 +1,4 @@
-"""The classes that methods of one's own are made of; they are defined in `lightning_peft.fitting`."""
+"""The base classes for methods of your own; they are defined in `lightning_peft.fitting`."""
 
 from lightning_peft.fitting.adapter_callback import AdapterCallback
 from lightning_peft.fitting.edit import Edit

@@ -73,7 +73,7 @@ class Quantize(Callback):
         forget(pl_module)
 
     def apply(self, module: L.LightningModule) -> list[str]:
-        """Quantise now, without a Trainer; the names of the quantised layers."""
+        """Quantise now, without a Trainer, and return the names of the quantised layers."""
         name = find_backbone(module, self.backbone, final=not building_hooks(module))
         if name is None:
             raise ValueError(

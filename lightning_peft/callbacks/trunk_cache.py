@@ -1,4 +1,4 @@
-"""The frozen trunk cache: what never changes below the first trained block is computed once for each example."""
+"""The frozen trunk cache: blocks below the first trained one are computed once for each example."""
 
 from __future__ import annotations
 
@@ -121,10 +121,10 @@ class TrunkCache(Callback):
         assert self.trunk is not None
         batches = float(trainer.num_training_batches) + sum(map(float, trainer.num_val_batches))
         where = f"in {self.folder}" if self.folder else "in RAM"
-        what = f"{len(self.trunk.blocks)} blocks below {self.trunk.first_trained}"
+        trunk = f"{len(self.trunk.blocks)} blocks below {self.trunk.first_trained}"
         if batches == float("inf"):
             rank_zero_info(
-                f"TrunkCache: {what}; {_bytes(size / rows)} a row, how many rows is unknown, at most "
+                f"TrunkCache: {trunk}; {_bytes(size / rows)} a row, how many rows is unknown, at most "
                 f"{_bytes(self.max_bytes)} {where}."
             )
             return
@@ -138,7 +138,7 @@ class TrunkCache(Callback):
                 'folder with room, or halve it with dtype="bfloat16".'
             )
         rank_zero_info(
-            f"TrunkCache: {what}; about {batches * rows:,.0f} rows of {_bytes(size / rows)}, {_bytes(needed)} {where}."
+            f"TrunkCache: {trunk}; about {batches * rows:,.0f} rows of {_bytes(size / rows)}, {_bytes(needed)} {where}."
         )
 
     def _warn_full(self) -> None:
@@ -149,13 +149,13 @@ class TrunkCache(Callback):
 
 
 def _backbone(module: L.LightningModule, name: str | None) -> nn.Module:
-    """The backbone that has adapters, or else the one that a callback would adapt."""
+    """Return the backbone that has adapters, or else the one that a callback would adapt."""
     stacks = [stack.backbone for stack in find_stacks(module).values()]
     if name is None and len(stacks) == 1:
         return stacks[0]
-    found = find_backbone(module, name)
-    assert found is not None  # everything is built by now
-    return module.get_submodule(found)
+    full_name = find_backbone(module, name)
+    assert full_name is not None  # everything is built by now
+    return module.get_submodule(full_name)
 
 
 def _bytes(size: float) -> str:

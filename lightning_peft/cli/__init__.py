@@ -71,7 +71,7 @@ COMMANDS = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point. `args` defaults to the command line's.
+    """Run the command that `args` names; they default to the command line's.
 
     Raises:
         SystemExit: the command is unknown, or what it was given cannot be used; the message is one sentence.
@@ -94,7 +94,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def overview() -> str:
-    """What `lightning-peft --help` prints: every command."""
+    """Return what `lightning-peft --help` prints: every command."""
     verbs = [name for name, command in COMMANDS.items() if command is _LIGHTNING]
     shown = {", ".join(verbs): _LIGHTNING} | {n: c for n, c in COMMANDS.items() if c is not _LIGHTNING}
     width = max(map(len, shown)) + 2

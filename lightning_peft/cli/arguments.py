@@ -13,7 +13,7 @@ Plan = TypeVar("Plan")
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser that shows the command's example under its options."""
+    """Return a parser that shows the command's example under its options."""
     return argparse.ArgumentParser(
         prog=f"lightning-peft {command}",
         description=description,
@@ -35,12 +35,12 @@ def read_plan(command: str, description: str, kind: type[Plan], args: list[str])
     options.add_class_arguments(kind, as_positional=False)
     options.add_argument("--wait", action="store_true", help="where another run writes to the same folder, wait for it")
     parsed = options.parse_args(args[1:])
-    settings, made = parsed.clone().as_dict(), options.instantiate(parsed).as_dict()
+    settings, instances = parsed.clone().as_dict(), options.instantiate(parsed).as_dict()
     wait = settings["wait"]
-    for values in (settings, made):
+    for values in (settings, instances):
         for name in ("config", "wait"):
             values.pop(name, None)
-    return kind(**made), settings, wait
+    return kind(**instances), settings, wait
 
 
 @contextmanager

@@ -33,30 +33,30 @@ def main(args: list[str]) -> Baked | ControlVector:
         action="store_true",
         help="do not compare what was written with the edit, for a model too large to be loaded twice, or in float32",
     )
-    given = options.parse_args(args[1:])
+    parsed = options.parse_args(args[1:])
     with one_sentence("bake"):
         from lightning_peft.stack.adapter_files.bases import load_base
 
-        if not Path(given.adapter).is_dir():
-            raise FileNotFoundError(2, "", given.adapter)
-        model, base = load_base(given.adapter, given.base, given.dtype)
+        if not Path(parsed.adapter).is_dir():
+            raise FileNotFoundError(2, "", parsed.adapter)
+        model, base = load_base(parsed.adapter, parsed.base, parsed.dtype)
         causal = model.can_generate() and not model.config.is_encoder_decoder
-        batches = _answers(base, given.questions) if causal and given.questions > 0 else []
-        if given.output.endswith(".gguf"):
+        batches = _answers(base, parsed.questions) if causal and parsed.questions > 0 else []
+        if parsed.output.endswith(".gguf"):
             from lightning_peft.stack.adapter_files.control_vectors import export_control_vector
 
-            vector = export_control_vector(model, given.adapter, given.output, batches)
-            _print_vector(vector, given.output)
+            vector = export_control_vector(model, parsed.adapter, parsed.output, batches)
+            _print_vector(vector, parsed.output)
             return vector
         from lightning_peft.stack.adapter_files.baking import bake
 
-        baked = bake(model, given.adapter, given.output, batches, tokenizer=base, verify=not given.no_verify)
-        _print_baked(baked, given.output)
+        baked = bake(model, parsed.adapter, parsed.output, batches, tokenizer=base, verify=not parsed.no_verify)
+        _print_baked(baked, parsed.output)
         return baked
 
 
 def _answers(base: str, count: int) -> list[dict[str, Tensor]]:
-    """Questions of this package with their best answers, one a batch; none where the base has no tokenizer."""
+    """Return questions of this package with their best answers, one a batch; none where the base has no tokenizer."""
     import torch
     from transformers import AutoTokenizer
 
@@ -97,7 +97,7 @@ def _print_vector(vector: ControlVector, output: str) -> None:
     _print_divergence(vector)
 
 
-def _print_divergence(made: Any) -> None:
-    where = ", ".join(made.positions) or "all"
-    if made.divergence is not None:
-        print(f"The adapter acts at {where} tokens, this at all of them: {made.divergence}.")
+def _print_divergence(written: Any) -> None:
+    where = ", ".join(written.positions) or "all"
+    if written.divergence is not None:
+        print(f"The adapter acts at {where} tokens, this at all of them: {written.divergence}.")

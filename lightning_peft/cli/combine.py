@@ -10,7 +10,7 @@ from lightning_peft.cli.arguments import one_sentence, parser
 
 
 def main(args: list[str]) -> Path:
-    """Combine adapter folders, or fine-tuned checkpoints of one base; returns the folder."""
+    """Combine adapter folders, or fine-tuned checkpoints of one base, and return the folder."""
     options = parser(
         "combine",
         "Task arithmetic (arXiv:2212.04089) on adapters of one kind and one base, and on fine-tuned models: --weights "
@@ -24,37 +24,37 @@ def main(args: list[str]) -> Path:
     options.add_argument("--rank", type=int, help="of the LoRA that comes out; default: the sum's own, or the largest")
     options.add_argument("--seed", type=int, default=0, help="of what DARE drops")
     options.add_argument("--base", help="the model that fine-tuned models came from: their difference to it is taken")
-    given = options.parse_args(args[1:])
+    parsed = options.parse_args(args[1:])
     with one_sentence("combine"), tempfile.TemporaryDirectory() as temporary:
         from lightning_peft.editing.arithmetic import combine
         from lightning_peft.stack.adapter_files.folder import CONFIG, NOTES
 
-        if len(given.weights or given.adapters) != len(given.adapters):
-            raise ValueError(f"--weights needs one number for each of the {len(given.adapters)} adapters.")
+        if len(parsed.weights or parsed.adapters) != len(parsed.adapters):
+            raise ValueError(f"--weights needs one number for each of the {len(parsed.adapters)} adapters.")
         places = []  # where each is read
-        for i, path in enumerate(map(Path, given.adapters)):
+        for i, path in enumerate(map(Path, parsed.adapters)):
             if not path.is_dir():
                 raise FileNotFoundError(2, "", str(path))
             if (path / "config.json").is_file() and not (path / CONFIG).is_file():
-                path = _difference(path, given.base, Path(temporary, str(i)))
+                path = _difference(path, parsed.base, Path(temporary, str(i)))
             places.append(path)
         try:
-            combine(places, given.folder, given.weights, given.method, given.density, given.rank, given.seed)
+            combine(places, parsed.folder, parsed.weights, parsed.method, parsed.density, parsed.rank, parsed.seed)
         except ValueError as error:  # which names the temporary folders
             message = str(error)
-            for place, shown in zip(places, given.adapters, strict=True):
+            for place, shown in zip(places, parsed.adapters, strict=True):
                 message = message.replace(str(place), shown)
             raise ValueError(message) from error
-        record = json.loads(Path(given.folder, NOTES).read_text())["record"]
-        terms = [f"{w:g} x {adapter}" for w, adapter in zip(record["weights"], given.adapters, strict=True)]
-        print(f"Wrote {given.folder}: {' and '.join(terms)}.")
+        record = json.loads(Path(parsed.folder, NOTES).read_text())["record"]
+        terms = [f"{w:g} x {adapter}" for w, adapter in zip(record["weights"], parsed.adapters, strict=True)]
+        print(f"Wrote {parsed.folder}: {' and '.join(terms)}.")
         if "kept_squared_norm" in record:
             print(f"Cutting it to its rank kept {record['kept_squared_norm']:.2%} of its squared norm.")
-    return Path(given.folder)
+    return Path(parsed.folder)
 
 
 def _difference(tuned: Path, base: str | None, folder: Path) -> Path:
-    """The adapter that makes the base a fine-tuned model."""
+    """Write the adapter that makes the base a fine-tuned model, and return its folder."""
     from lightning_peft.editing.differences import checkpoint_difference
 
     if base is None:

@@ -10,7 +10,7 @@ from lightning_peft.cli.arguments import one_sentence, read_plan
 
 
 def main(args: list[str]) -> dict[str, Any]:
-    """Run a comparison, print its table, write its report; returns the results."""
+    """Run a comparison, print its table, write its report, and return the results."""
     from rich.console import Console
 
     from lightning_peft.compare.answers_view import answers_view

@@ -15,7 +15,7 @@ GRID = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the paper's range
 
 
 def main(args: list[str]) -> list[Compression]:
-    """Compress an adapter folder and print what came of it; returns the numbers of each adapter."""
+    """Compress an adapter folder, print what came of it, and return the numbers of each adapter."""
     options = parser(
         "compress",
         "Keep the largest changes of an adapter as signs with one scale (ComPEFT, arXiv:2311.13171). "
@@ -39,38 +39,38 @@ def main(args: list[str]) -> list[Compression]:
     options.add_argument("--config", help="the YAML that fit was given: its module and validation data give scores")
     options.add_argument("--monitor", default="val_loss", help="the validation metric")
     options.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more of it is better")
-    given = options.parse_args(args[1:])
+    parsed = options.parse_args(args[1:])
     with one_sentence("compress"):
         from lightning_peft.stack.adapter_files.compression import compress_adapter
 
-        alpha = _alpha(given.alpha, given.config is not None)
+        alpha = _alpha(parsed.alpha, parsed.config is not None)
 
-        def compress(folder: str | Path, alpha: float) -> list[Compression]:
-            return compress_adapter(given.adapter, folder, given.density, alpha, given.std, given.initial, given.scope)
+        def compress(to: str | Path, alpha: float) -> list[Compression]:
+            return compress_adapter(parsed.adapter, to, parsed.density, alpha, parsed.std, parsed.initial, parsed.scope)
 
-        if given.config is None:
-            made = compress(given.folder, 1.0 if alpha is None else alpha)
-            _print(made)
-            return made
+        if parsed.config is None:
+            results = compress(parsed.folder, 1.0 if alpha is None else alpha)
+            _print(results)
+            return results
         from lightning_peft.cli.validation import Scorer
         from lightning_peft.files.atomic import scratch_folder
 
-        with scratch_folder(given.folder) as trial:  # beside it, so that paths relative to it are as long
+        with scratch_folder(parsed.folder) as trial:  # beside it, so that paths relative to it are as long
             # compressed first, so that an adapter that cannot be is refused before anything is loaded
             compress(trial, 1.0 if alpha is None else alpha)
-            scorer = Scorer(given.config, given.monitor)
-            before = scorer.score(given.adapter)
+            scorer = Scorer(parsed.config, parsed.monitor)
+            before = scorer.score(parsed.adapter)
             if alpha is None:
-                alpha = _best(scorer, trial, 1 if given.mode == "max" else -1)
-        made = compress(given.folder, alpha)
-        after = scorer.score(given.folder)
-        _print(made)
-        print(f"{given.monitor}: {before:.6g} before, {after:.6g} after ({after - before:+.6g}), at alpha {alpha:g}.")
-        return made
+                alpha = _best(scorer, trial, 1 if parsed.mode == "max" else -1)
+        results = compress(parsed.folder, alpha)
+        after = scorer.score(parsed.folder)
+        _print(results)
+        print(f"{parsed.monitor}: {before:.6g} before, {after:.6g} after ({after - before:+.6g}), at alpha {alpha:g}.")
+        return results
 
 
 def _best(scorer: Scorer, trial: Path, sign: int) -> float:
-    """The alpha with the best score; of equal ones the smallest."""
+    """Return the alpha with the best score; of equal ones the smallest."""
     scores = {}
     for alpha in GRID:
         scores[alpha] = scorer.score(trial, scale=alpha)
@@ -79,7 +79,7 @@ def _best(scorer: Scorer, trial: Path, sign: int) -> float:
 
 
 def _alpha(text: str, has_config: bool) -> float | None:
-    """The number that was given, or None for `auto`."""
+    """Return the number that was given, or None for `auto`."""
     if text == "auto":
         if not has_config:
             raise ValueError("--alpha auto needs validation data to choose by: give --config, or a number.")
@@ -90,23 +90,23 @@ def _alpha(text: str, has_config: bool) -> float | None:
         raise ValueError(f"--alpha must be a number or auto, got {text!r}.") from None
 
 
-def _print(made: list[Compression]) -> None:
-    for one in made:
+def _print(results: list[Compression]) -> None:
+    for each in results:
         print(
-            f"{one.parameters:,} parameters, {one.kept:,} kept ({one.kept / one.parameters:.4%}), "
-            f"scale {one.scale:.6g}\n"
-            f"{one.before:,} bytes before, {one.after:,} after: {one.before / one.after:.1f} times smaller; "
-            f"places and signs take {one.coded:,} bytes, {one.coded / one.bound:.3f} times the entropy bound."
+            f"{each.parameters:,} parameters, {each.kept:,} kept ({each.kept / each.parameters:.4%}), "
+            f"scale {each.scale:.6g}\n"
+            f"{each.before:,} bytes before, {each.after:,} after: {each.before / each.after:.1f} times smaller; "
+            f"places and signs take {each.coded:,} bytes, {each.coded / each.bound:.3f} times the entropy bound."
         )
-        if one.dense:
-            print(f"{one.dense:,} numbers that are not the method's own were kept as they are.")
-        if one.raw:
+        if each.dense:
+            print(f"{each.dense:,} numbers that are not the method's own were kept as they are.")
+        if each.raw:
             print(
-                f"The start of {len(one.raw)} tensors is not known (the first is {one.raw[0]}): they were "
+                f"The start of {len(each.raw)} tensors is not known (the first is {each.raw[0]}): they were "
                 "compressed as they are, not what training changed in them; --initial gives their start."
             )
-        if one.empty:
+        if each.empty:
             print(
-                f"Nothing was kept of {len(one.empty)} tensors, the first is {one.empty[0]}; --scope tensor or a "
+                f"Nothing was kept of {len(each.empty)} tensors, the first is {each.empty[0]}; --scope tensor or a "
                 "larger --density keeps some of each."
             )

@@ -22,7 +22,7 @@ def main(args: list[str]) -> None:
     options.add_argument("--val_fraction", type=float, default=0.1, help="share of the questions for validation")
     options.add_argument("--seed", type=int, default=0, help="of the split")
     options.add_argument("--batch_size", type=int, default=16, help="answers a forward pass")
-    given = options.parse_args(args[1:])
+    parsed = options.parse_args(args[1:])
     with one_sentence("judge"):
         from rich.console import Console
 
@@ -30,13 +30,13 @@ def main(args: list[str]) -> None:
         from lightning_peft.truthfulqa.judges.datamodule import draw
         from lightning_peft.truthfulqa.judges.protocol import split_by_question
 
-        parts = split_by_question(load_judgements(given.data), given.test_fraction, given.val_fraction, given.seed)
-        held_out = draw(parts[2], given.limit, given.seed)
+        parts = split_by_question(load_judgements(parsed.data), parsed.test_fraction, parsed.val_fraction, parsed.seed)
+        held_out = draw(parts[2], parsed.limit, parsed.seed)
         kind = held_out[0].kind
-        if (Path(given.judge) / "adapter_config.json").is_file():
-            judge = LanguageModelJudge.from_adapter(given.judge, kind, given.base, batch_size=given.batch_size)
+        if (Path(parsed.judge) / "adapter_config.json").is_file():
+            judge = LanguageModelJudge.from_adapter(parsed.judge, kind, parsed.base, batch_size=parsed.batch_size)
         else:
-            judge = LanguageModelJudge.from_pretrained(given.judge, kind, batch_size=given.batch_size)
+            judge = LanguageModelJudge.from_pretrained(parsed.judge, kind, batch_size=parsed.batch_size)
         quality = judge_quality(judge, held_out)
         console = Console(highlight=False, soft_wrap=True)
         console.print(f"{quality.kind}: {quality.judgements} judgements on {quality.questions} held-out questions")
@@ -50,5 +50,5 @@ def main(args: list[str]) -> None:
             ("specificity", quality.confusion.specificity),
         ):
             console.print(f"  {name:15} {value:.4f}")
-        if Path(given.judge).is_dir():
-            console.print(f"Wrote {save_quality(quality, given.judge)}.")
+        if Path(parsed.judge).is_dir():
+            console.print(f"Wrote {save_quality(quality, parsed.judge)}.")

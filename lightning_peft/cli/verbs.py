@@ -16,7 +16,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def main(args: list[str]) -> LightningCLI:
-    """Run one of LightningCLI's verbs; returns the LightningCLI."""
+    """Run one of LightningCLI's verbs and return the LightningCLI."""
     import lightning as L
     from lightning.pytorch.cli import LightningCLI
 

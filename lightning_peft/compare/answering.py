@@ -33,7 +33,7 @@ Cell = tuple[str, int]
 def free_answers(
     plan: Plan, outcomes: Mapping[Cell, Mapping[str, Any]], output: Path, console: Console
 ) -> dict[Cell, list[dict[str, Any]]]:
-    """What the model of every finished cell answers to its test questions; nothing where the plan asks for none.
+    """Return the free answers of every finished cell to its test questions; nothing where the plan asks for none.
 
     The adapter is the one that the cell has saved, and demonstrations are those of the first draw. Answers are kept in
     the cell's folder, `answers.json`, verdicts in `judged-truth.json` and `judged-info.json`, so that a run that goes
@@ -49,8 +49,8 @@ def free_answers(
         Of every cell that writes, dicts: `question_id`, `question`, `answer`, `raw`, `bleu_acc`, `rouge1_acc`, and with
         judges `truth` and `info`, probabilities. Cells that failed, now or before, have none.
     """
-    asked, found = plan.data.answers, {}
-    if asked is None:
+    options, cells = plan.data.answers, {}
+    if options is None:
         return {}
     quiet()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -60,23 +60,23 @@ def free_answers(
             continue
         console.print(f"Answers: {rows[name].label}, fold {fold}", highlight=False, markup=False)
         folder = output / "cells" / f"{name}-fold{fold}"
-        key = hashed([outcome["key"], asked.preset, asked.max_new_tokens])
-        write = partial(_write, plan, asked, rows[name], fold, folder, say)
+        key = hashed([outcome["key"], options.preset, options.max_new_tokens])
+        write = partial(_write, plan, options, rows[name], fold, folder, say)
         fits = partial(_are_answers, questions={sample["question_id"] for sample in outcome["samples"]})
         try:
-            found[name, fold] = (folder, key, kept(folder / "answers.json", key, write, fits, say))
+            cells[name, fold] = (folder, key, kept(folder / "answers.json", key, write, fits, say))
         except Exception as error:  # as in a cell: the other rows are worth having
             console.print(f"  failed: {type(error).__name__}: {error}", highlight=False, markup=False)
-    for kind, judge in asked.judges.items():
+    for kind, judge in options.judges.items():
         try:
-            _judge(plan, asked, kind, judge, list(found.values()), say)
+            _judge(plan, options, kind, judge, list(cells.values()), say)
         except Exception as error:  # what was scored and written is worth having without it
             console.print(f"The {kind} judge failed: {type(error).__name__}: {error}", highlight=False, markup=False)
-    return {cell: made for cell, (_, _, made) in found.items()}
+    return {cell: answers for cell, (_, _, answers) in cells.items()}
 
 
 def answer_scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Of each measure the score by question: 0 or 1.
+    """Return the score of each question by each measure: 0 or 1.
 
     Args:
         answers: a row's, of all folds.
@@ -94,8 +94,10 @@ def answer_scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, f
 
 
 def answer_rates(asked: Answers, answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """`true`, `info`, `true_info` and the original's `product_of_means`: what the judges say of a row's answers, and
-    what it means, their errors taken out; none without judges. See `true_info`."""
+    """Return the rates of a row's answers by its judges, as they are and corrected for the judges' errors.
+
+    They are `true`, `info`, `true_info` and the original's `product_of_means`; none without judges. See `true_info`.
+    """
     if not asked.judges or not answers or any(kind not in answer for answer in answers for kind in asked.judges):
         return {}
     truth, info = (torch.tensor([answer[kind] for answer in answers]) for kind in asked.judges)
@@ -105,7 +107,7 @@ def answer_rates(asked: Answers, answers: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def described(asked: Answers) -> dict[str, Any]:
-    """How answers were asked for, and how far their judges are to be trusted, for `results.json`."""
+    """Return for `results.json` how answers were asked for, and how far their judges can be trusted."""
     judges = {}
     for kind, folder in asked.judges.items():
         quality = asdict(load_quality(folder))
@@ -115,28 +117,28 @@ def described(asked: Answers) -> dict[str, Any]:
 
 
 def _write(
-    plan: Plan, asked: Answers, row: Row, fold: int, folder: Path, say: Callable[[str], None]
+    plan: Plan, options: Answers, row: Row, fold: int, folder: Path, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     module = CausalLM(plan.model, dtype=plan.dtype)
     if row.callback is not None or row.after is not None:
         load_adapter(module.backbone, folder / "adapter")
     data = data_of(plan, row, fold)
-    data.batch_size, data.prompting = asked.batch_size, asked.prompting(data.protocol.instruction)
+    data.batch_size, data.prompting = options.batch_size, options.prompting(data.protocol.instruction)
     batches: Any = trainer_of(plan, []).predict(module, datamodule=data)
     if data.demonstrations and data.demonstrations[0] < data.demonstrations[1]:
         say("  {} of {} demonstrations, for more do not fit the context window".format(*data.demonstrations))
     answers = {answer.question_id: answer for batch in batches for answer in batch}
-    made = []
+    samples = []
     for question in data.test_questions:
         answer, scores = answers[question.id], reference_scores(answers[question.id].text, question)
         written = {"question_id": question.id, "question": question.text, "answer": answer.text, "raw": answer.raw}
-        made.append(written | {name: scores[name] for name in _REFERENCES})
-    return made
+        samples.append(written | {name: scores[name] for name in _REFERENCES})
+    return samples
 
 
 def _judge(
     plan: Plan,
-    asked: Answers,
+    options: Answers,
     kind: Kind,
     judge: Path,
     cells: Sequence[tuple[Path, str, list[dict[str, Any]]]],
@@ -146,9 +148,9 @@ def _judge(
 
     @cache
     def loaded() -> LanguageModelJudge:
-        made = LanguageModelJudge.from_adapter(judge, kind, asked.judge_base, batch_size=asked.batch_size)
-        made.model.to(trainer_of(plan, []).strategy.root_device)
-        return made
+        model = LanguageModelJudge.from_adapter(judge, kind, options.judge_base, batch_size=options.batch_size)
+        model.model.to(trainer_of(plan, []).strategy.root_device)
+        return model
 
     def scores(answers: Sequence[Mapping[str, Any]]) -> list[float]:
         questions, texts = ([answer[part] for answer in answers] for part in ("question", "answer"))
@@ -156,24 +158,24 @@ def _judge(
 
     weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(judge.glob("adapter_*"))]
     for folder, key, answers in cells:
-        path, judged_key = folder / f"judged-{kind}.json", hashed([key, weights, asked.judge_base])
+        path, judged_key = folder / f"judged-{kind}.json", hashed([key, weights, options.judge_base])
         fits = partial(_are_scores, number=len(answers))
         for answer, score in zip(answers, kept(path, judged_key, partial(scores, answers), fits, say), strict=True):
             answer[kind] = score
 
 
-def _are_answers(found: Any, questions: set[int]) -> bool:
-    """Whether a file's content can be the answers to these questions."""
+def _are_answers(value: Any, questions: set[int]) -> bool:
+    """Return whether a file's content can be the answers to these questions."""
     texts, numbers = ("question", "answer", "raw"), ("question_id", *_REFERENCES)
     return (
-        isinstance(found, list)
-        and all(isinstance(answer, dict) and answer.keys() == {*texts, *numbers} for answer in found)
-        and all(isinstance(answer[name], str) for answer in found for name in texts)
-        and all(isinstance(answer[name], int | float) for answer in found for name in numbers)
-        and {answer["question_id"] for answer in found} == questions
+        isinstance(value, list)
+        and all(isinstance(answer, dict) and answer.keys() == {*texts, *numbers} for answer in value)
+        and all(isinstance(answer[name], str) for answer in value for name in texts)
+        and all(isinstance(answer[name], int | float) for answer in value for name in numbers)
+        and {answer["question_id"] for answer in value} == questions
     )
 
 
-def _are_scores(found: Any, number: int) -> bool:
-    """Whether a file's content can be a judge's probabilities for that many answers."""
-    return isinstance(found, list) and len(found) == number and all(isinstance(score, int | float) for score in found)
+def _are_scores(value: Any, number: int) -> bool:
+    """Return whether a file's content can be a judge's probabilities for that many answers."""
+    return isinstance(value, list) and len(value) == number and all(isinstance(score, int | float) for score in value)

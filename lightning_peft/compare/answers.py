@@ -42,7 +42,7 @@ class Answers:
         return {"truth": Path(self.truth_judge), "info": Path(self.info_judge)}
 
     def prompting(self, instruction: str | None) -> Prompting:
-        """How a question is put, behind an instruction where there is one."""
+        """Return how a question is put, behind an instruction where there is one."""
         return Prompting(self.preset, instruction, max_new_tokens=self.max_new_tokens)
 
     def check(self) -> None:
@@ -66,5 +66,5 @@ class Answers:
                 )
             if not (self.judge_base or json.loads(config.read_text("utf-8")).get("base_model_name_or_path")):
                 raise ValueError(f"{kind}_judge is {folder}, which does not name its base model: set judge_base.")
-            if (found := load_quality(folder).kind) != kind:
-                raise ValueError(f"{kind}_judge is {folder}, whose judge.json is of a judge of {found}.")
+            if (judged := load_quality(folder).kind) != kind:
+                raise ValueError(f"{kind}_judge is {folder}, whose judge.json is of a judge of {judged}.")

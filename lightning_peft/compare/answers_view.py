@@ -1,4 +1,4 @@
-"""What is shown of free answers."""
+"""The view of free answers, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MEASURES = {
 
 
 def answers_view(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the terminal and the page show of free answers; see `measured_view`."""
-    asked = results.get("answers")
-    if not asked:
+    """Return what the terminal and the page show of free answers; see `measured_view`."""
+    settings = results.get("answers")
+    if not settings:
         return None
-    notes = [f"Greedy answers, preset {asked['preset']}, of at most {asked['max_new_tokens']} tokens."]
+    notes = [f"Greedy answers, preset {settings['preset']}, of at most {settings['max_new_tokens']} tokens."]
     silent = [row["label"] for row in results["rows"] if "bleu_acc" not in (row.get("metrics") or {})]
     if silent:
         notes.append(f"Without answers: {', '.join(silent)}.")
-    if asked["judges"]:
+    if settings["judges"]:
         notes.append(
             "Differences are of what the judges say; corrected: their errors taken out, which its interval holds."
         )
-    notes += [_quality(kind, judge) for kind, judge in asked["judges"].items()]
+    notes += [_quality(kind, judge) for kind, judge in settings["judges"].items()]
     view = measured_view(results, "Free answers", MEASURES, notes)
     if view is None:
         return None
@@ -42,10 +42,10 @@ def answers_view(results: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _quality(kind: str, judge: Mapping[str, Any]) -> str:
-    told = (
+    sentence = (
         f"The {kind} judge ({judge['folder']}): accuracy {judge['accuracy']:.3f}, AUROC {judge['auroc']:.3f} on "
         f"{judge['judgements']} held-out judgements; always giving the commoner verdict: {judge['majority']:.3f}."
     )
     if judge["accuracy"] > judge["majority"]:
-        return told
-    return f"{told} It is no better than that: do not rely on its verdicts."
+        return sentence
+    return f"{sentence} It is no better than that: do not rely on its verdicts."

@@ -69,8 +69,8 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         trainer = trainer_of(plan, [samples, writer])
         trainer.test(module, datamodule=data, verbose=False)
         shown += [data.demonstrations] if data.demonstrations else []
-        asked = [batch for batch in loaded(trainer.test_dataloaders) if "document" not in batch]
-        beyond = beyond or exceeding(module.backbone, (n for batch in asked for n in lengths_of(batch)), "test texts")
+        batches = [batch for batch in loaded(trainer.test_dataloaders) if "document" not in batch]
+        beyond = beyond or exceeding(module.backbone, (n for batch in batches for n in lengths_of(batch)), "test texts")
     if row.scoring is not None:
         chosen = dict(row.scoring.chosen)
     questions = {question.id: question for question in data.test_questions}
@@ -164,7 +164,7 @@ def _module(plan: Plan, row: Row, earlier: Mapping[str, Path]) -> CausalLM:
 
 
 def _callback(row: Row, earlier: Mapping[str, Path]) -> Any:
-    """The row's callback for one fit, starting from the earlier row's adapter where it is to."""
+    """Return the row's callback for one fit, starting from the earlier row's adapter where it is to."""
     callback: Any = copy.deepcopy(row.callback)
     if row.starts_from is not None:
         callback.init_from = str(earlier[row.starts_from])
@@ -172,7 +172,7 @@ def _callback(row: Row, earlier: Mapping[str, Path]) -> Any:
 
 
 def quiet() -> None:
-    """A dozen Trainers would each say which devices there are and that no data workers were asked for."""
+    """Silence what each of a dozen Trainers would say of devices and data workers."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`configure_optimizers` returned `None`.*")
@@ -180,7 +180,7 @@ def quiet() -> None:
 
 
 def data_of(plan: Plan, row: Row, fold: int, draw: int = 0) -> TruthfulQADataModule:
-    """A row's questions, the fold's apart from the others, after its demonstrations in this draw."""
+    """Return a row's questions, the fold's apart from the others, after its demonstrations in this draw."""
     return TruthfulQADataModule(
         source=plan.data.source,
         train="statements" if row.edits else "answers",
@@ -198,27 +198,27 @@ def data_of(plan: Plan, row: Row, fold: int, draw: int = 0) -> TruthfulQADataMod
 
 
 def trainer_of(plan: Plan, callbacks: list[Callback], **options: Any) -> L.Trainer:
-    """A Trainer that logs and saves nothing unless options say so."""
+    """Return a Trainer that logs and saves nothing unless options say so."""
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     settings |= {"accelerator": plan.accelerator, "devices": 1, "num_sanity_val_steps": 0}
     return L.Trainer(callbacks=callbacks, **(settings | options))
 
 
 def _counts(module: CausalLM, folder: Path) -> dict[str, int]:
-    """Tuned and edited parameters of the result, and the bytes of all its tensors, as they are saved in `folder`."""
+    """Count the tuned and edited parameters of the result, and the bytes of all its tensors as saved in `folder`."""
     counts = {"trainable_parameters": 0, "edited_parameters": 0, "adapter_bytes": 0}
     if find_stacks(module):
         for part, path in zip(adapters(module).parts, adapter_folders(folder), strict=True):
             tensors = read_folder(path)[1]
             # frozen directions, masks and indices are saved beside what is trained
-            own = [t for key, t in tensors.items() if part.computed or key in part.injection.trained]
-            counts["edited_parameters" if part.computed else "trainable_parameters"] += sum(t.numel() for t in own)
+            counted = [t for key, t in tensors.items() if part.computed or key in part.injection.trained]
+            counts["edited_parameters" if part.computed else "trainable_parameters"] += sum(t.numel() for t in counted)
             counts["adapter_bytes"] += sum(t.nbytes for t in tensors.values())
     return counts
 
 
 class _Samples(Callback):
-    """Keeps every choice's log-probability, every document's effects and whether each simple question was answered."""
+    """Keep every choice's log-probability, every document's effects and whether each simple question was answered."""
 
     def __init__(self) -> None:
         self.draw = 0  # of the demonstrations
@@ -242,7 +242,7 @@ class _Samples(Callback):
 
 
 class _Epochs(Callback):
-    """Keeps every epoch's validation loss, and which epochs, counted from 0, are of the last phase."""
+    """Keep every epoch's validation loss, and which epochs, counted from 0, are of the last phase."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -255,7 +255,7 @@ class _Epochs(Callback):
 
 
 class _Stop(EarlyStopping):
-    """Does not stop in a phase that is not the last: LoFiT's scales, LT-SFT's full fine-tuning."""
+    """Stop training in its last phase only, not in LoFiT's scales or LT-SFT's full fine-tuning."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _settled(trainer):
@@ -263,7 +263,7 @@ class _Stop(EarlyStopping):
 
 
 class _Keep(ModelCheckpoint):
-    """Keeps nothing of a phase that is not the last, however low its loss: it is not the method's result."""
+    """Keep nothing of a phase that is not the last, however low its loss: it is not the method's result."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _settled(trainer):

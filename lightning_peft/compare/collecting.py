@@ -1,4 +1,4 @@
-"""Finished cells put together: scores by question, intervals, differences, what the report needs."""
+"""The results of finished cells, put together: scores by question, intervals, differences, what the report needs."""
 
 from __future__ import annotations
 
@@ -37,29 +37,32 @@ def collect(
     hashed: str,
     output: Path,
 ) -> dict[str, Any]:
-    """Put finished cells together: scores by question, side effects by document, free answers, intervals, paired
-    differences, head accuracies."""
-    base, asked = next(row.name for row in plan.rows if row.kind == "base"), plan.data.answers
+    """Put finished cells together into the content of `results.json`.
+
+    That is scores by question, side effects by document, free answers, intervals, paired differences and head
+    accuracies.
+    """
+    base, options = next(row.name for row in plan.rows if row.kind == "base"), plan.data.answers
     scores = {row.name: _question_scores(plan, row, outcomes) for row in plan.rows}
     cells = {row.name: [(row.name, fold) for fold in range(plan.data.num_folds)] for row in plan.rows}
-    effects = {n: effect_scores([outcomes[c]["effects"] for c in of]) for n, of in cells.items() if scores[n]}
-    for name, found in effects.items():
-        if "capability" in found and any((known := effects.get(base, {}).get("capability", {})).values()):
-            found["forgotten"] = forgotten_scores(known, found["capability"])
-        scores[name] |= _once(found)
-    answered = {n: [a for c in of for a in answers[c]] for n, of in cells.items() if all(c in answers for c in of)}
+    effects = {n: effect_scores([outcomes[c]["effects"] for c in cs]) for n, cs in cells.items() if scores[n]}
+    for name, measures in effects.items():
+        if "capability" in measures and any((known := effects.get(base, {}).get("capability", {})).values()):
+            measures["forgotten"] = forgotten_scores(known, measures["capability"])
+        scores[name] |= _once(measures)
+    answered = {n: [a for c in cs for a in answers[c]] for n, cs in cells.items() if all(c in answers for c in cs)}
     for name, written in answered.items():
         scores[name] |= _once(answer_scores(written))
     rows = [_row(plan, row, outcomes, scores, base) for row in plan.rows]
     for row in rows:
-        row["rates"] = answer_rates(asked, answered[row["method"]]) if asked and row["method"] in answered else {}
+        row["rates"] = answer_rates(options, answered[row["method"]]) if options and row["method"] in answered else {}
     contrasts = []
     for a, b in _contrasted(plan):
         if scores[a] and scores[b]:
             change = _difference(scores[a]["mc2"], scores[b]["mc2"])
             contrasts.append({"a": a, "b": b, "metric": "mc2", **{k: change[k] for k in ("mean", "low", "high", "p")}})
-    own = plan.data.source == "package"
-    label = "this package's own question set" if own else "TruthfulQA"
+    from_package = plan.data.source == "package"
+    label = "this package's own question set" if from_package else "TruthfulQA"
     return {
         "name": plan.name,
         "data": {
@@ -72,24 +75,24 @@ def collect(
         "model": _model(plan),
         "rows": rows,
         "contrasts": contrasts,
-        "answers": None if asked is None else described(asked),
+        "answers": None if options is None else described(options),
         "categories": _categories(plan, outcomes, scores),
         "head_accuracy": _head_accuracy(plan, output),
         "settings": dict(settings),
         "versions": {"lightning-peft": __version__} | {package: version(package) for package in _PACKAGES},
-        "caveats": [*_caveats(plan, questions, own), *text_caveats(plan, outcomes)],
+        "caveats": [*_caveats(plan, questions, from_package), *text_caveats(plan, outcomes)],
     }
 
 
 def _question_scores(plan: Plan, row: Row, outcomes: Mapping[tuple[str, int], dict[str, Any]]) -> Scores:
-    """For each metric the scores of each question over all folds, one a draw; empty if a fold failed."""
+    """Return the scores of each question by each metric over all folds, one a draw; empty if a fold failed."""
     folds = [outcomes[row.name, fold] for fold in range(plan.data.num_folds)]
     if any(outcome["failed"] for outcome in folds):
         return {}
-    asked: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    samples: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for outcome in folds:
         for sample in outcome["samples"]:
-            asked[sample["question_id"], sample["draw"]].append(sample)
+            samples[sample["question_id"], sample["draw"]].append(sample)
     ties = PROTOCOLS[plan.data.protocol].ties
     functions: dict[str, Callable[..., float]] = {
         "mc0": partial(mc0, ties=ties),
@@ -98,7 +101,7 @@ def _question_scores(plan: Plan, row: Row, outcomes: Mapping[tuple[str, int], di
         "mc3": mc3,
     }
     scores: Scores = {name: defaultdict(list) for name in functions}
-    for (question, _), choices in asked.items():
+    for (question, _), choices in samples.items():
         logprobs = torch.tensor([c["logprob"] for c in choices])
         for name, score in functions.items():
             truth = torch.tensor([c["mc2" if name == "mc3" else name] for c in choices])
@@ -147,30 +150,30 @@ def _row(
 
 
 def _once(scores: Mapping[str, Mapping[int, float]]) -> Scores:
-    """Scores of what is measured once, whatever the draws."""
+    """Return the scores of what is measured once, whatever the draws."""
     return {name: {i: [value] for i, value in values.items()} for name, values in scores.items()}
 
 
 def _by_draw(values: Mapping[int, list[float]], questions: Iterable[int]) -> NDArray[np.float64]:
-    """`[draws, n]`"""
+    """Return the scores of some questions, `[draws, n]`."""
     return np.array([values[question] for question in questions]).T
 
 
 def _difference(a: Mapping[int, list[float]], b: Mapping[int, list[float]]) -> dict[str, float | None]:
     shared = sorted(a.keys() & b.keys())
     x, y = _by_draw(a, shared), _by_draw(b, shared)
-    found = paired_difference(x, y)
+    difference = paired_difference(x, y)
     return {
-        "mean": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "p": found.p,
+        "mean": difference.mean,
+        "low": difference.low,
+        "high": difference.high,
+        "p": difference.p,
         "mde": minimal_detectable(x, y),
     }
 
 
 def _contrasted(plan: Plan) -> list[tuple[str, str]]:
-    """The pairs worth a line of their own: edited against tuned and control rows, a stack against what it is on."""
+    """Return the pairs to contrast: edited against tuned and control rows, a stack against what it is on."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for row in plan.rows:
         kinds[row.kind].append(row.name)
@@ -181,7 +184,7 @@ def _contrasted(plan: Plan) -> list[tuple[str, str]]:
 def _categories(
     plan: Plan, outcomes: Mapping[tuple[str, int], dict[str, Any]], scores: Mapping[str, Scores]
 ) -> dict[str, dict[str, Any]]:
-    """By category and row, MC1 and MC2 with their intervals; `n` is the number of questions."""
+    """Return MC1 and MC2 with their intervals, by category and row; `n` is the number of questions."""
     category = {s["question_id"]: s["category"] for o in outcomes.values() for s in o["samples"]}
     table: dict[str, dict[str, Any]] = {name: {"n": n} for name, n in sorted(Counter(category.values()).items())}
     for row in plan.rows:
@@ -189,13 +192,13 @@ def _categories(
             values = scores[row.name].get(metric, {})
             samples = [{"category": category[q], "acc": sum(accs) / len(accs)} for q, accs in values.items()]
             for name, score in by_category(samples).items():
-                found = {"mean": score.mean, "low": score.low, "high": score.high}
-                table[name].setdefault(row.name, {})[metric] = found
+                interval = {"mean": score.mean, "low": score.low, "high": score.high}
+                table[name].setdefault(row.name, {})[metric] = interval
     return table
 
 
 def _head_accuracy(plan: Plan, output: Path) -> dict[str, Any] | None:
-    """Probe accuracy by layer and head, mean over folds, from the notes of the first edited row's adapters."""
+    """Return the probe accuracy by layer and head, mean over folds, as the first edited row's adapters note it."""
     edited = next((row for row in plan.rows if row.kind == "edited"), None)
     if edited is None:
         return None
@@ -224,9 +227,9 @@ def _model(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _caveats(plan: Plan, questions: int, own: bool) -> list[str]:
+def _caveats(plan: Plan, questions: int, from_package: bool) -> list[str]:
     caveats = []
-    if own:
+    if from_package:
         caveats.append(
             "These are the package's own questions, not TruthfulQA: the numbers cannot be compared with published ones."
         )

@@ -23,13 +23,13 @@ _TEMPERATURES = [10.0 ** (n / 2) for n in range(-4, 5)]  # times the median dist
 
 
 class Scoring(ABC):
-    """How the choices of a test's questions are scored: the value of `CausalLM.scoring`."""
+    """A way to score the choices of a test's questions: the value of `CausalLM.scoring`."""
 
     chosen: Mapping[str, Any] = MappingProxyType({})  # what the last test chose on inner validation questions
 
     @abstractmethod
     def __call__(self, module: CausalLM) -> Callable[[Batch], Tensor]:
-        """What scores batches of choices, `[B]`, the higher the truer.
+        """Return the function that scores batches of choices, `[B]`, the higher the truer.
 
         It is asked for before the first choices of a test or validation.
 
@@ -116,27 +116,27 @@ class RTDScoring(Scoring):
         tested = [(q, i) for q in data.test_questions for i in range(len(q.choices))]
         looked_up = _states(module, [(q.text, q.choices[i].text) for q, i in tested])
         logprobs = _true(rtd, looked_up, truth).log().tolist()
-        found = {(q.id, i): logprob for (q, i), logprob in zip(tested, logprobs, strict=True)}
+        logprob_of = {(q.id, i): logprob for (q, i), logprob in zip(tested, logprobs, strict=True)}
         scorer = ChoiceScorer(module.backbone)
 
         def score(batch: Batch) -> Tensor:
             choices = list(zip(batch["question_id"].tolist(), batch["choice"].tolist(), strict=True))
-            if "capability" in batch or not found.keys() >= set(choices):
+            if "capability" in batch or not logprob_of.keys() >= set(choices):
                 raise ValueError(
                     "RTD scores questions of the test fold only: set the data's val_metrics to False, and "
                     "leave the data's side_effects out."
                 )
-            scores = torch.tensor([found[choice] for choice in choices])
+            scores = torch.tensor([logprob_of[choice] for choice in choices])
             if self.lm_weight:
-                own = scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
-                scores = scores + self.lm_weight * own
+                model_scores = scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
+                scores = scores + self.lm_weight * model_scores
             return scores
 
         return score
 
 
 def _statements(questions: Sequence[Question]) -> list[tuple[str, str, int]]:
-    """Question, answer and truth of every true and every false answer."""
+    """Return question, answer and truth of every true and every false answer."""
     return [(q.text, choice.text, choice.mc2) for q in questions for choice in q.choices if choice.mc2 >= 0]
 
 
@@ -145,12 +145,12 @@ def _states(module: CausalLM, pairs: Sequence[tuple[str, str]]) -> Tensor:
 
 
 def _true(rtd: RTD, states: Tensor, truth: Tensor) -> Tensor:
-    """The probability of truth, `[M]`, the whole store counting as one more neighbour."""
+    """Return the probability of truth, `[M]`, the whole store counting as one more neighbour."""
     return (rtd.k * rtd.predict_proba(states)[:, -1] + truth.float().mean()) / (rtd.k + 1)
 
 
 def _best_temperature(rtd: RTD, states: Tensor, truth: Tensor, inner: int) -> float:
-    """The one at which the first `inner` statements give the others the highest likelihood."""
+    """Return the temperature at which the first `inner` statements give the others the highest likelihood."""
     rtd.fit(states[:inner], truth[:inner])
     unit, likelihoods = float(rtd.distances(states[inner:]).median()), {}
     for rtd.temperature in [unit * factor for factor in _TEMPERATURES]:

@@ -25,7 +25,7 @@ EFFECTS = {
 
 
 def effect_scores(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Of each effect the score by document or question, the mean over the folds' adapters.
+    """Return the score of each document or question by each effect, the mean over the folds' adapters.
 
     Args:
         cells: the `effects` of a row's finished cells; those in which nothing was measured are passed over.
@@ -53,7 +53,7 @@ def effect_scores(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, flo
 
 
 def forgotten_scores(before: Mapping[int, float], after: Mapping[int, float]) -> dict[int, float]:
-    """Of each simple question its part in `forgotten`, scaled so that the mean over questions is that share.
+    """Return the part of each simple question in `forgotten`, scaled so that the mean over questions is that share.
 
     Example:
         >>> forgotten_scores({0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}, {0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0})
@@ -64,7 +64,7 @@ def forgotten_scores(before: Mapping[int, float], after: Mapping[int, float]) ->
 
 
 def price(row: Mapping[str, Any]) -> list[str]:
-    """A sentence on what a row changes beside the benchmark; none for the base, or where that was not measured."""
+    """Return a sentence on what a row changes beside the benchmark; none for the base, or without measurements."""
     change, kl = (row.get("difference") or {}).get("ce"), (row.get("metrics") or {}).get("kl")
     if change is None or kl is None:
         return []
@@ -73,7 +73,7 @@ def price(row: Mapping[str, Any]) -> list[str]:
 
 
 def effects_view(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the terminal and the page show of side effects; see `measured_view`."""
+    """Return what the terminal and the page show of side effects; see `measured_view`."""
     text, notes = results["data"].get("text"), ["A prompt alone leaves the model as it is."]
     if text:
         notes.append(f"Neutral text: {text['documents']} documents, {text['source']}, SHA-256 {text['sha256'][:12]}.")

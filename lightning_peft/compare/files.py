@@ -1,4 +1,4 @@
-"""What a run keeps for the next one."""
+"""Files that a run keeps for the next one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_peft.files.records import DamagedError, read_record, write_record
 
 
 def hashed(described: Any) -> str:
-    """SHA-256 of a JSON-able description; other values count by their `str`."""
+    """Return the SHA-256 of a JSON-able description; other values count by their `str`."""
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -24,7 +24,7 @@ def kept(
     say: Callable[[str], None],
     names: tuple[str, str] = ("key", "made"),
 ) -> Any:
-    """What `make()` gave in an earlier run under the same key, or gives now; JSON-able.
+    """Return what `make()` gave in an earlier run under the same key, or gives now; JSON-able.
 
     Args:
         path: where it is kept.

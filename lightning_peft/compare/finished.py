@@ -1,4 +1,4 @@
-"""Finished cells: what a cell has written, and whether it is still as it was written."""
+"""The results of finished cells: how they are written, read and checked for damage."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
 
 def _check_readable(folder: Path, result: Mapping[str, Any]) -> None:
     """Raise `DamagedError` where the files of a cell cannot be those of its result."""
-    asked: dict[str, set[int]] = {}
+    questions: dict[str, set[int]] = {}
     try:
         for task in TASKS:
-            asked[task] = {sample["question_id"] for sample in result["samples"] if sample[task] >= 0}
+            questions[task] = {sample["question_id"] for sample in result["samples"] if sample[task] >= 0}
     except (KeyError, TypeError) as error:
         raise DamagedError(f"{folder / 'result.json'} holds no samples as they were written") from error
     for task, file in FILES.items():
@@ -84,8 +84,8 @@ def _check_readable(folder: Path, result: Mapping[str, Any]) -> None:
             logged = {sample["doc_id"] for sample in read_samples(path) if 0 <= sample["acc"] <= 1}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(f"{path} cannot be read ({type(error).__name__})") from error
-        if logged != asked[task]:
-            raise DamagedError(f"{path} holds {len(logged)} questions where {len(asked[task])} were written")
+        if logged != questions[task]:
+            raise DamagedError(f"{path} holds {len(logged)} questions where {len(questions[task])} were written")
     if not result["adapter_bytes"]:
         return
     size = 0

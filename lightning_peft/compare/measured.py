@@ -13,7 +13,7 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Measure:
-    """What a column shows.
+    """A column of such a table.
 
     Args:
         label: its heading.
@@ -29,7 +29,7 @@ class Measure:
 def measured_view(
     results: Mapping[str, Any], title: str, measures: Mapping[str, Measure], notes: list[str]
 ) -> dict[str, Any] | None:
-    """What the terminal and the page show of these measures; None where no row has any.
+    """Return what the terminal and the page show of these measures; None where no row has any.
 
     Args:
         results: the content of `results.json`.
@@ -63,17 +63,17 @@ def measured_view(
 
 
 def measured_table(view: Mapping[str, Any]) -> Table:
-    """What `measured_view` gave, for the terminal."""
-    made = Table(
+    """Return the table for the terminal of what `measured_view` gave."""
+    table = Table(
         title=Text(view["title"]),
         caption=Text("\n".join(["In brackets: difference to base, [95% interval]", *view["notes"]])),
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
     )
-    made.add_column("Method", overflow="fold", min_width=16, max_width=26)
+    table.add_column("Method", overflow="fold", min_width=16, max_width=26)
     for column in view["columns"]:
-        made.add_column(column["label"], justify="right")
+        table.add_column(column["label"], justify="right")
     for row in view["rows"]:
         cells = []
         for cell in row["cells"]:
@@ -84,8 +84,8 @@ def measured_table(view: Mapping[str, Any]) -> Table:
             if cell["below"]:
                 text.append(f"\n{cell['below']}")
             cells.append(text)
-        made.add_row(Text(row["label"]), *cells)
-    return made
+        table.add_row(Text(row["label"]), *cells)
+    return table
 
 
 def _cell(row: Mapping[str, Any], name: str, better: int) -> dict[str, str]:

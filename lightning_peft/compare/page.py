@@ -72,7 +72,7 @@ def _environment() -> Environment:
 
 
 def _view(results: Results) -> dict[str, Any]:
-    """Everything the template shows, so that it needs no arithmetic."""
+    """Return everything the template shows, so that it needs no arithmetic."""
     metrics, labels = metrics_of(results), {row["method"]: row["label"] for row in results["rows"]}
     heads = results.get("head_accuracy")
     return {
@@ -130,7 +130,7 @@ def _contrasts_view(results: Results, labels: Mapping[str, str]) -> list[dict[st
 
 
 def _detectable_view(results: Results, metrics: Iterable[str]) -> list[dict[str, Any]]:
-    """For each method the detectable difference and Holm-adjusted p-value of each metric."""
+    """Return the detectable difference and Holm-adjusted p-value of each metric, by method."""
     metrics = list(metrics)
     adjusted = {metric: holm_by_method(results, metric) for metric in metrics}
     rows = []
@@ -164,7 +164,7 @@ def _categories_view(results: Results, labels: Mapping[str, str]) -> dict[str, A
 
 
 def _picture(draw: Callable[[str], Figure]) -> dict[str, str]:
-    """The figure as data URIs, drawn once for a light and once for a dark page."""
+    """Return the figure as data URIs, drawn once for a light and once for a dark page."""
     return {"light": _data_uri(draw(INK)), "dark": _data_uri(draw(_INK_ON_DARK))}
 
 

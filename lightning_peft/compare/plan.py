@@ -1,4 +1,4 @@
-"""What is compared: a model, a question set, and a list of rows, each with a way to adapt."""
+"""The plan of a comparison: a model, a question set, and a list of rows, each with a way to adapt."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Data:
     fit_window: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """What scores depend on, by name; a setting that came later is left out where it changes nothing."""
-        found = asdict(self)
-        del found["answers"]  # which are written after, by what a cell has saved
+        """Return the settings that scores depend on; one that came later is left out where it changes nothing."""
+        values = asdict(self)
+        del values["answers"]  # which are written after, by what a cell has saved
         if not self.fit_window:
-            del found["fit_window"]
-        return found
+            del values["fit_window"]
+        return values
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Row:
 
     @property
     def edits(self) -> bool:
-        """Whether the adapter is computed, not trained."""
+        """Return whether the adapter is computed, not trained."""
         return isinstance(self.callback, Edit)
 
     @property
@@ -212,7 +212,7 @@ def check_questions(plan: Plan, questions: Sequence[Question]) -> None:
 
 
 def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, data_hash: str, fold: int) -> str:
-    """A hash of everything a cell's result depends on; a finished cell with another key is computed again.
+    """Return a hash of everything a cell's result depends on; a finished cell with another key is computed again.
 
     Args:
         plan: the plan.
@@ -239,10 +239,10 @@ def _as_in_the_first_release(settings: Any) -> Any:
         return [_as_in_the_first_release(value) for value in settings]
     if not isinstance(settings, Mapping):
         return settings
-    kept = {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
-    if "class_path" in kept and issubclass(callback := resolve(kept["class_path"]), AdapterCallback):
+    values = {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
+    if "class_path" in values and issubclass(callback := resolve(values["class_path"]), AdapterCallback):
         shared = {"backbone": None, "name": callback.default_name}
         if not callback.computed:
             shared |= {"backbone_dropout": False, "gradient_checkpointing": False}
-        kept["init_args"] = shared | dict(kept.get("init_args") or {})
-    return {name: _as_in_the_first_release(value) for name, value in kept.items()}
+        values["init_args"] = shared | dict(values.get("init_args") or {})
+    return {name: _as_in_the_first_release(value) for name, value in values.items()}

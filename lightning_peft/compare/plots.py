@@ -30,7 +30,7 @@ KIND_COLORS = {
 
 
 def head_accuracy_map(head_accuracy: Mapping[str, Any], *, ink: str = INK) -> Figure:
-    """Heat map of probe accuracy, layers upwards and heads to the right, with the selected heads framed.
+    """Draw a heat map of probe accuracy, layers upwards and heads to the right, with the selected heads framed.
 
     The picture is Figure 2 of Li et al. 2023 (Inference-Time Intervention, arXiv:2306.03341) with heads in the order
     of the model rather than sorted.
@@ -81,7 +81,7 @@ def head_accuracy_map(head_accuracy: Mapping[str, Any], *, ink: str = INK) -> Fi
 
 
 def by_method(results: Mapping[str, Any], metric: str = "mc2", *, ink: str = INK) -> Figure:
-    """One line a method: its score (left) and its paired difference to base (right), each with its 95% interval.
+    """Draw one line a method: its score (left) and its paired difference to base (right), each with its 95% interval.
 
     The right side is the one to compare by: intervals of two scores may overlap although the difference, which is
     paired by question, is resolved.

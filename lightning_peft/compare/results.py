@@ -1,4 +1,4 @@
-"""What `results.json` holds of a comparison, and how it is read.
+"""The content of `results.json`, and how it is read.
 
 Table, page and pictures are made from it alone, so that a report can be made again without running anything.
 """
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 def check_results(results: Results) -> None:
-    """Raise `ValueError` in one sentence for what is no content of a `results.json`."""
+    """Raise `ValueError` in one sentence for what cannot be the content of a `results.json`."""
     if missing := [key for key in ("name", "data", "model", "rows") if key not in results]:
         raise ValueError(
             f"The results have no {', '.join(missing)}; expected the content of a results.json, but found the keys"
@@ -31,23 +31,23 @@ def check_results(results: Results) -> None:
 
 
 def metrics_of(results: Results) -> list[str]:
-    """The metrics that at least one row has, in the order of their numbers."""
+    """Return the metrics that at least one row has, in the order of their numbers."""
     return [metric for metric in METRICS if any(metric in (row.get("metrics") or {}) for row in results["rows"])]
 
 
 def ranked_rows(results: Results) -> list[Row]:
-    """The rows that have an MC2 score, best first."""
+    """Return the rows that have an MC2 score, best first."""
     rows = [row for row in results["rows"] if not row.get("failed") and "mc2" in (row.get("metrics") or {})]
     return sorted(rows, key=lambda row: -row["metrics"]["mc2"]["mean"])
 
 
 def difference_to_base(row: Row, metric: str) -> Mapping[str, Any] | None:
-    """A row's paired difference to base: `mean`, `low`, `high`, `p`, `mde`; None where there is none."""
+    """Return a row's paired difference to base: `mean`, `low`, `high`, `p`, `mde`; None where there is none."""
     return None if row.get("failed") else (row.get("difference") or {}).get(metric)
 
 
 def contrast_of(results: Results, a: str, b: str, metric: str) -> dict[str, Any] | None:
-    """``a - b``, whichever way round it was stored."""
+    """Return the contrast ``a - b``, whichever way round it was stored."""
     for stored in results.get("contrasts") or []:
         if stored["metric"] != metric:
             continue
@@ -60,19 +60,19 @@ def contrast_of(results: Results, a: str, b: str, metric: str) -> dict[str, Any]
 
 
 def holm_by_method(results: Results, metric: str) -> dict[str, float]:
-    """Holm-adjusted p-values of "differs from base", over all methods of the comparison."""
+    """Return Holm-adjusted p-values of "differs from base", over all methods of the comparison."""
     family = [(row["method"], (difference_to_base(row, metric) or {}).get("p")) for row in results["rows"]]
     known = [(method, p) for method, p in family if p is not None]
     return dict(zip((method for method, _ in known), holm([p for _, p in known]), strict=True))
 
 
 def excludes_zero(value: Mapping[str, Any]) -> bool:
-    """Whether an interval excludes 0."""
+    """Return whether an interval excludes 0."""
     return bool(value["low"] > 0 or value["high"] < 0)
 
 
 def direction(difference: Mapping[str, Any]) -> str:
-    """``"up"`` or ``"down"`` where the difference is resolved, else nothing."""
+    """Return ``"up"`` or ``"down"`` where the difference is resolved, else nothing."""
     if not excludes_zero(difference):
         return ""
     return "up" if difference["mean"] > 0 else "down"

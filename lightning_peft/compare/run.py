@@ -26,9 +26,11 @@ Cell = tuple[str, int]
 
 
 def run(plan: Plan, settings: Mapping[str, Any], console: Console, wait: bool = False) -> dict[str, Any]:
-    """Run every cell that is not finished yet, then write `results.json`, `samples.jsonl`, and each row's samples in
-    lm-evaluation-harness's form, `samples/<row>/samples_truthfulqa_mc1.jsonl` and `…_mc2.jsonl`; and `answers.jsonl`,
-    where free answers are asked for.
+    """Run every cell that is not finished yet, then write the results.
+
+    These are `results.json`, `samples.jsonl`, and each row's samples in lm-evaluation-harness's form,
+    `samples/<row>/samples_truthfulqa_mc1.jsonl` and `…_mc2.jsonl`; and `answers.jsonl`, where free answers are asked
+    for.
 
     A cell's result is written whole under its own name once it is finished, so a killed run loses at most the cell
     it was in. A failed cell is noted, does not stop the others, and is tried again next time. A cell any file of which
@@ -76,9 +78,9 @@ def _run(plan: Plan, settings: Mapping[str, Any], console: Console, output: Path
             continue
         console.print(title, highlight=False, markup=False)
         folder = output / "cells" / f"{row.name}-fold{fold}"
-        found = outcomes[cell] = _attempt(plan, row, fold, folder, keys[cell], outcomes)
+        outcome = outcomes[cell] = _attempt(plan, row, fold, folder, keys[cell], outcomes)
         seconds = time.perf_counter() - begin
-        status = f"failed: {found['failed']}" if found["failed"] else f"done, {seconds:.0f} s so far"
+        status = f"failed: {outcome['failed']}" if outcome["failed"] else f"done, {seconds:.0f} s so far"
         console.print(f"  {status}", highlight=False, markup=False)
     answers = free_answers(plan, outcomes, output, console)
     results = collect(plan, settings, outcomes, answers, len(questions), hashed, output)
@@ -88,7 +90,7 @@ def _run(plan: Plan, settings: Mapping[str, Any], console: Console, output: Path
     samples = [s for row, fold in cells for s in outcomes[row.name, fold]["samples"]]
     write_samples(output / "samples.jsonl", samples)
     if answers:
-        written = [{"method": name, "fold": fold} | a for (name, fold), found in answers.items() for a in found]
+        written = [{"method": name, "fold": fold} | a for (name, fold), texts in answers.items() for a in texts]
         write_samples(output / "answers.jsonl", written)
     _join_samples(plan, outcomes, output)
     write_atomically(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -96,8 +98,8 @@ def _run(plan: Plan, settings: Mapping[str, Any], console: Console, output: Path
 
 
 def _finished_before(cells: Mapping[Cell, str], output: Path, console: Console) -> dict[Cell, dict[str, Any]]:
-    """Results of the cells that are finished; a sentence for each that is damaged, and is computed again."""
-    found = {}
+    """Return the results of the cells that are finished; name each that is damaged, and is computed again."""
+    results = {}
     for (name, fold), key in cells.items():
         try:
             result = finished(output / "cells" / f"{name}-fold{fold}", key)
@@ -105,8 +107,8 @@ def _finished_before(cells: Mapping[Cell, str], output: Path, console: Console) 
             console.print(f"{error}: this cell is computed again.", highlight=False, markup=False, soft_wrap=True)
             continue
         if result is not None:
-            found[name, fold] = result
-    return found
+            results[name, fold] = result
+    return results
 
 
 def _attempt(
@@ -119,19 +121,19 @@ def _attempt(
         for earlier in row.earlier:
             if outcomes[earlier, fold]["failed"]:
                 raise RuntimeError(f"it needs {earlier!r}, which failed")
-        found = {name: folder.parent / f"{name}-fold{fold}" / "adapter" for name in row.earlier}
-        result = {"key": key, "failed": None, **run_cell(plan, row, fold, folder, found)}
+        adapters = {name: folder.parent / f"{name}-fold{fold}" / "adapter" for name in row.earlier}
+        result = {"key": key, "failed": None, **run_cell(plan, row, fold, folder, adapters)}
     except Exception as error:  # whatever a method does wrong, the other rows are worth having
         result = {"key": key, "failed": f"{type(error).__name__}: {error}", **empty}
     return write_result(folder, result)
 
 
 def _join_samples(plan: Plan, outcomes: Mapping[Cell, dict[str, Any]], output: Path) -> None:
-    """Of each row that did not fail all folds' samples in one file a task, in the release's order."""
+    """Write all folds' samples of each row that did not fail to one file a task, in the release's order."""
     for row in plan.rows:
         folds = range(plan.data.num_folds)
         if any(outcomes[row.name, fold]["failed"] for fold in folds):
             continue
         for file in FILES.values():
-            found = [s for fold in folds for s in read_samples(output / "cells" / f"{row.name}-fold{fold}" / file)]
-            write_samples(output / "samples" / row.name / file, sorted(found, key=lambda sample: sample["doc_id"]))
+            samples = [s for fold in folds for s in read_samples(output / "cells" / f"{row.name}-fold{fold}" / file)]
+            write_samples(output / "samples" / row.name / file, sorted(samples, key=lambda sample: sample["doc_id"]))

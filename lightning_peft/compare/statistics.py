@@ -45,14 +45,14 @@ class Interval:
 
     @property
     def resolved(self) -> bool:
-        """Whether the interval excludes 0, so that the sign of the mean is known at its confidence."""
+        """Return whether the interval excludes 0, so that the sign of the mean is known at its confidence."""
         return self.low > 0 or self.high < 0
 
 
 def paired_difference(
     a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Mean of ``a - b`` over questions, with a paired percentile bootstrap interval and a two-sided p-value.
+    """Return the mean of ``a - b`` over questions, with a paired percentile bootstrap interval and a two-sided p-value.
 
     Questions are resampled, so both scores of a question stay together. ``p = (1 + #) / (1 + resamples)``, where ``#``
     counts resampled means that lie at least as far from the observed mean as the observed mean lies from 0: the
@@ -90,7 +90,7 @@ def paired_difference(
 
 
 def mean_interval(a: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Mean of the scores over questions with a percentile bootstrap interval; ``p`` is ``None``.
+    """Return the mean of the scores over questions with a percentile bootstrap interval; ``p`` is ``None``.
 
     Two of these intervals may overlap although the difference is resolved: compare by :func:`paired_difference`.
 
@@ -116,7 +116,7 @@ def mean_interval(a: ArrayLike, *, confidence: float = 0.95, resamples: int = 10
 
 
 def minimal_detectable(a: ArrayLike, b: ArrayLike, power: float = 0.8) -> float:
-    r"""Smallest true difference that a two-sided 5% test on these questions finds with probability ``power``.
+    r"""Return the smallest true difference that a two-sided 5% test finds here with probability ``power``.
 
     :math:`(z_{.975} + z_{power})\, sd(a - b) / \sqrt n`, which at 80% power is 2.8 standard errors (Bloom 1995,
     *Evaluation Review* 19; for paired evaluations Miller 2024, arXiv:2411.00640). For 0/1 scores
@@ -152,7 +152,7 @@ def minimal_detectable(a: ArrayLike, b: ArrayLike, power: float = 0.8) -> float:
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p-values that hold for the whole family at once, in the order given.
+    """Correct p-values by Holm's step-down method, so that they hold for the whole family at once, in the order given.
 
     Args:
         pvalues: One p-value in [0, 1] a hypothesis, such as "method k differs from base" for every method.
@@ -181,7 +181,7 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 def _bootstrap(
     scores: NDArray[np.float64], confidence: float, resamples: int, seed: int
 ) -> tuple[float, float, float, NDArray[np.float64]]:
-    """Mean, percentile interval and the resampled means ``[resamples]`` of ``scores [n]`` or ``[draws, n]``."""
+    """Return mean, percentile interval and resampled means ``[resamples]`` of ``scores [n]`` or ``[draws, n]``."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, but is {confidence}.")
     if resamples < 1:
@@ -205,7 +205,7 @@ def _bootstrap(
 
 
 def _two_level(scores: NDArray[np.float64], resamples: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """The mean of ``scores [draws, n]`` after resampling draws and, on their own, questions; ``[resamples]``."""
+    """Return the means ``[resamples]`` of ``scores [draws, n]`` after resampling draws and questions independently."""
     means, step = np.empty(resamples), max(1, _CHUNK // scores.shape[1])
     for begin in range(0, resamples, step):
         part = means[begin : begin + step]  # how often each draw and each question was taken
@@ -215,7 +215,7 @@ def _two_level(scores: NDArray[np.float64], resamples: int, random: np.random.Ge
 
 
 def _differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
-    """``a - b``, ``[n]`` or ``[draws, n]``, after checking that both hold finite scores of as many questions."""
+    """Return ``a - b``, ``[n]`` or ``[draws, n]``, after checking that both hold finite scores of as many questions."""
     first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if first.ndim == second.ndim == 2 and len(first) != len(second) and 1 not in (len(first), len(second)):
         first, second = first.mean(0), second.mean(0)  # draws that have no partners
@@ -227,7 +227,7 @@ def _differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
 
 
 def _scores(a: ArrayLike) -> NDArray[np.float64]:
-    """``a [n]`` or ``[draws, n]``, its mean over draws where there are too few; after checking it."""
+    """Check ``a [n]`` or ``[draws, n]`` and return it, or its mean over draws where these are too few."""
     scores = np.asarray(a, dtype=float)
     if scores.ndim not in (1, 2):
         raise ValueError(f"Scores must be of shape [n] or [draws, n], but the shape is {scores.shape}.")

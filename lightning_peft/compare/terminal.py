@@ -11,7 +11,7 @@ from lightning_peft.compare.writing import count, interval, score, seconds, sign
 
 
 def table(results: Results) -> Table:
-    """The comparison as a table for the terminal, at most 120 columns wide.
+    """Return the comparison as a table for the terminal, at most 120 columns wide.
 
     Each metric shows its mean, then the paired difference to base with its 95% interval. A failed row shows the
     sentence that says why. Printed to anything but a terminal it is plain text.
@@ -40,7 +40,7 @@ def table(results: Results) -> Table:
     """
     check_results(results)
     data, metrics = results["data"], metrics_of(results)
-    made = Table(
+    shown = Table(
         title=Text(
             f"{results['name']}: {results['model']['pretrained']} on {data['label']}"
             f" ({data['questions']} questions, {data['folds']} folds)"
@@ -51,32 +51,32 @@ def table(results: Results) -> Table:
         pad_edge=False,
     )
     # Four metrics of 14 columns each, and the rest: 120 in all where every column is full.
-    made.add_column("Method", overflow="fold", min_width=16, max_width=26)
+    shown.add_column("Method", overflow="fold", min_width=16, max_width=26)
     for metric in metrics:
-        made.add_column(metric.upper(), overflow="fold", justify="right")
-    made.add_column("Parameters", overflow="fold", justify="right")
-    made.add_column("Adapter", overflow="fold", justify="right")
-    made.add_column("Seconds", overflow="fold", justify="right")
+        shown.add_column(metric.upper(), overflow="fold", justify="right")
+    shown.add_column("Parameters", overflow="fold", justify="right")
+    shown.add_column("Adapter", overflow="fold", justify="right")
+    shown.add_column("Seconds", overflow="fold", justify="right")
     for row in results["rows"]:
         name = Text(row["label"])
         if row.get("failed"):
             name.append(f"\nfailed: {row['failed']}", style="red")
         # Text, not str: rich would read "[+.060, +.137]" and a label with brackets as its markup.
-        made.add_row(
+        shown.add_row(
             name,
             *(_terminal_cell(row, metric) for metric in metrics),
             Text(_parameters(row)),
             Text(size(row.get("adapter_bytes"))),
             Text(seconds(row.get("seconds"))),
         )
-    return made
+    return shown
 
 
 def _terminal_cell(row: Row, metric: str) -> Text:
-    found, difference = (row.get("metrics") or {}).get(metric), difference_to_base(row, metric)
-    if row.get("failed") or found is None:
+    value, difference = (row.get("metrics") or {}).get(metric), difference_to_base(row, metric)
+    if row.get("failed") or value is None:
         return Text("-")
-    cell = Text(score(found["mean"]))
+    cell = Text(score(value["mean"]))
     if difference is not None:
         color = {"up": "green", "down": "red", "": ""}[direction(difference)]
         cell.append(f" ({signed(difference['mean'])})\n{interval(difference)}", style=color)
@@ -85,4 +85,4 @@ def _terminal_cell(row: Row, metric: str) -> Text:
 
 def _parameters(row: Row) -> str:
     parts = [(row.get("trainable_parameters"), "trained"), (row.get("edited_parameters"), "edited")]
-    return "\n".join(f"{count(number)}\n{what}" for number, what in parts if number) or "-"
+    return "\n".join(f"{count(number)}\n{kind}" for number, kind in parts if number) or "-"

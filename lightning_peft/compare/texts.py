@@ -1,4 +1,4 @@
-"""Whether the model can read what a comparison puts before it, found out before the first cell runs."""
+"""The check, before the first cell runs, that the model can read all texts of a comparison."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def check_texts(plan: Plan, cells: Sequence[tuple[Row, int]], output: Path) -> N
     tokenizer, seen = AutoTokenizer.from_pretrained(plan.model), set()
 
     def new(*kind: Any) -> bool:
-        """Whether texts of this kind were not seen yet, in another row."""
+        """Return whether texts of this kind were not seen yet, in another row."""
         known = kind in seen
         seen.add(kind)
         return not known
 
-    def of(row: Row, fold: int, draw: int = 0) -> Any:
+    def prepared(row: Row, fold: int, draw: int = 0) -> Any:
         data = data_of(plan, row, fold, draw)
         data.tokenizer, data.fit_window = tokenizer, plan.data.fit_window and window.tokens
         data.setup()
@@ -47,19 +47,19 @@ def check_texts(plan: Plan, cells: Sequence[tuple[Row, int]], output: Path) -> N
     for row, fold in cells:
         for draw in range(row.draws):
             if new("test", row.few_shot, fold, draw):
-                data = of(row, fold, draw)
+                data = prepared(row, fold, draw)
                 data.side_effects = plan.data.side_effects if fold == draw == 0 else None
                 check_loaded(model, data.test_dataloader(), f"test texts of {row.name!r}")
         if row.callback is not None and new("training", row.edits, fold):
-            check_loaded(model, of(row, fold).train_dataloader(), f"training texts of {row.name!r}")
-    if (asked := plan.data.answers) is None:
+            check_loaded(model, prepared(row, fold).train_dataloader(), f"training texts of {row.name!r}")
+    if (options := plan.data.answers) is None:
         return
     for row in plan.rows:
         for fold in range(plan.data.num_folds):
             written = (output / "cells" / f"{row.name}-fold{fold}" / "answers.json").exists()
             if row.kind != "decoded" and not written and new("answers", row.few_shot, fold):
-                data = of(row, fold)
-                data.prompting = asked.prompting(data.protocol.instruction)
+                data = prepared(row, fold)
+                data.prompting = options.prompting(data.protocol.instruction)
                 lengths = (n for batch in loaded(data.predict_dataloader()) for n in lengths_of(batch))
                 check_lengths(model, lengths, f"prompts of {row.name!r} with their answers", whole=True)
 
@@ -75,11 +75,11 @@ def shape_of(plan: Plan) -> nn.Module:
 def text_caveats(plan: Plan, outcomes: Mapping[tuple[str, int], Mapping[str, Any]]) -> Iterable[str]:
     """Yield a sentence for each row with fewer demonstrations than were asked for, or texts beyond the window."""
     for row in plan.rows:
-        found = [outcomes[row.name, fold].get("texts") or {} for fold in range(plan.data.num_folds)]
-        shown = [counts for texts in found for counts in texts.get("demonstrations", ())]
-        if any(kept < asked for kept, asked in shown):
-            fewest, most = min(kept for kept, _ in shown), max(kept for kept, _ in shown)
-            kept = str(most) if fewest == most else f"{fewest} to {most}"
-            yield f"{row.label}: {kept} of {shown[0][1]} demonstrations, for more do not fit the context window."
-        if beyond := [texts["beyond"] for texts in found if texts.get("beyond")]:
+        counted = [outcomes[row.name, fold].get("texts") or {} for fold in range(plan.data.num_folds)]
+        shown = [counts for texts in counted for counts in texts.get("demonstrations", ())]
+        if any(used < total for used, total in shown):
+            fewest, most = min(used for used, _ in shown), max(used for used, _ in shown)
+            number = str(most) if fewest == most else f"{fewest} to {most}"
+            yield f"{row.label}: {number} of {shown[0][1]} demonstrations, for more do not fit the context window."
+        if beyond := [texts["beyond"] for texts in counted if texts.get("beyond")]:
             yield f"{row.label}: {beyond[0]}."

@@ -1,4 +1,4 @@
-"""What the numbers of a comparison say, in sentences."""
+"""The verdict of a comparison: its numbers, in sentences."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from lightning_peft.compare.writing import SMALLEST_P, p_value, score, with_inte
 
 
 def verdict(results: Results) -> list[str]:
-    """What the numbers say about MC2, in sentences: the best method and its side effects, tuned against edited, the
-    control, how draws of demonstrations differ, failures.
+    """Say in sentences what the numbers tell about MC2.
+
+    They name the best method and its side effects, tuned against edited, the control, how draws of demonstrations
+    differ, and failures.
 
     A difference is called resolved where its 95% interval excludes 0. Nothing is claimed beyond that.
 
@@ -96,16 +98,16 @@ def _controls(ranked: list[Row]) -> list[str]:
 
 
 def _draws(results: Results) -> list[str]:
-    told = []
+    sentences = []
     for row in results["rows"]:
         means = (row.get("draws") or {}).get("mc2", [])
         if len(means) > 1:
             few = f": from fewer than {MIN_DRAWS} it cannot be told how draws vary" if len(means) < MIN_DRAWS else ""
-            told.append(
+            sentences.append(
                 f"{row['label']}: MC2 is {score(min(means))} to {score(max(means))} over {len(means)} draws of "
                 f"demonstrations; its interval holds for {'these draws' if few else 'other draws too'}{few}."
             )
-    return told
+    return sentences
 
 
 def _failures(results: Results) -> list[str]:

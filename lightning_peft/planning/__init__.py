@@ -1,1 +1,1 @@
-"""What a configuration would train and take, before anything is loaded."""
+"""The plan of a configuration: what it would train and take, before anything is loaded."""

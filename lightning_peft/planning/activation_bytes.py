@@ -1,4 +1,4 @@
-"""What autograd keeps for backward, in bytes, without computing or allocating anything."""
+"""The bytes that autograd keeps for backward, without computing or allocating anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def activation_bytes(
     whole_batch: bool,
     notes: list[str],
 ) -> int | None:
-    """`kept_for_backward` of a typical call, or None and a note why it cannot be found.
+    """Return `kept_for_backward` of a typical call, or None and note why it cannot be found.
 
     Args:
         module: on the meta device, adapters in place.
@@ -58,14 +58,14 @@ def activation_bytes(
 
 
 def kept_for_backward(module: nn.Module, *args: Any, precision: str = "32-true", **kwargs: Any) -> int:
-    """Bytes of the tensors that autograd holds between the forward and the backward of one call.
+    """Return the bytes of the tensors that autograd holds between the forward and the backward of one call.
 
     The call runs on torch's fake tensors: shapes, dtypes and the choice of kernels are those of the CPU, but there is
     no storage and nothing is computed. Each tensor that an operation saves for backward is counted once by its
     storage; the module's own parameters and buffers are not. Where the output has `logits`, the mean cross-entropy
     of all of them in float32 is part of the call.
 
-    What is not in it: the temporary memory of single operations, gradients, and the allocator's rounding.
+    It leaves out the temporary memory of single operations, gradients, and the allocator's rounding.
 
     Args:
         module: on the meta device, adapters in place and in the mode (training or not) it will have.
@@ -87,14 +87,14 @@ def kept_for_backward(module: nn.Module, *args: Any, precision: str = "32-true",
 
     # what is not a parameter, buffer or input (a tensor kept as an attribute) is small and real
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, Tensor] = {}
+    twins: dict[int, Tensor] = {}
 
     def fake(value: Any) -> Any:
         if isinstance(value, Tensor):
-            if id(value) not in made:  # tied weights stay one
+            if id(value) not in twins:  # tied weights stay one
                 twin = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-                made[id(value)] = twin.requires_grad_(value.requires_grad)
-            return made[id(value)]
+                twins[id(value)] = twin.requires_grad_(value.requires_grad)
+            return twins[id(value)]
         if isinstance(value, Mapping):
             return {key: fake(item) for key, item in value.items()}
         return type(value)(map(fake, value)) if isinstance(value, list | tuple) else value
@@ -110,12 +110,12 @@ def kept_for_backward(module: nn.Module, *args: Any, precision: str = "32-true",
     with _without_weights(module), mode, torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         state = {name: fake(value) for name, value in named}
-        own = {value.untyped_storage()._cdata for value in state.values()}
-        given, options = fake(args), fake(kwargs)
+        state_storages = {value.untyped_storage()._cdata for value in state.values()}
+        inputs, options = fake(args), fake(kwargs)
         with autocast:
-            output = torch.func.functional_call(module, state, given, options, tie_weights=False)
+            output = torch.func.functional_call(module, state, inputs, options, tie_weights=False)
             loss = _loss(output)  # noqa: F841 - what it keeps is counted
-    return sum(storage.nbytes() for identity, storage in held.items() if identity not in own)
+    return sum(storage.nbytes() for identity, storage in held.items() if identity not in state_storages)
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _spread(width: int, x: Tensor) -> Tensor:
 
 
 def _loss(output: Any) -> Tensor:
-    """A scalar of the output: cross-entropy of logits, else the sum of the first tensor."""
+    """Return a scalar of the output: cross-entropy of logits, else the sum of the first tensor."""
     logits = getattr(output, "logits", None)
     if logits is None:
         return (output if isinstance(output, Tensor) else output[0]).sum()
@@ -142,23 +142,23 @@ def _loss(output: Any) -> Tensor:
 
 
 def _example(module: L.LightningModule, rows: int) -> tuple[Tensor, ...] | None:
-    """What Lightning's `example_input_array` says that `forward` takes, with another number of rows."""
+    """Return inputs like Lightning's `example_input_array`, with another number of rows."""
     example: Any = module.example_input_array
     if example is None:
         return None
-    given = tuple(example.values()) if isinstance(example, dict) else example
-    given = given if isinstance(given, tuple) else (given,)
-    return tuple(torch.empty((rows, *t.shape[1:]), dtype=t.dtype, device="meta") for t in given)
+    inputs = tuple(example.values()) if isinstance(example, dict) else example
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    return tuple(torch.empty((rows, *t.shape[1:]), dtype=t.dtype, device="meta") for t in inputs)
 
 
 def _inputs(backbone: nn.Module, batch_size: int, length: int) -> dict[str, Tensor] | None:
-    """Padded texts, or images, of a transformers model's inputs, without values."""
+    """Return padded texts, or images, as a transformers model's inputs, without values."""
     config: Any = getattr(backbone, "config", None)
     names = inspect.signature(backbone.forward).parameters
     ids = torch.empty(batch_size, length, dtype=torch.long, device="meta")
     if "input_ids" in names:
-        given = {"input_ids": ids, "attention_mask": ids, "position_ids": ids, "decoder_input_ids": ids}
-        return {name: value for name, value in given.items() if name in names}
+        texts = {"input_ids": ids, "attention_mask": ids, "position_ids": ids, "decoder_input_ids": ids}
+        return {name: value for name, value in texts.items() if name in names}
     if "pixel_values" in names and hasattr(config, "image_size"):
         sides = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
         return {"pixel_values": torch.empty(batch_size, config.num_channels, *sides, device="meta")}

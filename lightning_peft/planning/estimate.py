@@ -1,4 +1,4 @@
-"""What fit would train and what memory it would take, found on a module without values."""
+"""The plan of a fit: what it would train and the memory it would take, from a module without values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_peft.stack.stack import AdapterStack, find_stacks
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """One adapter.
+    """An adapter of the plan.
 
     Args:
         name: its name.
@@ -46,7 +46,7 @@ class PlannedAdapter:
 
 @dataclass(frozen=True)
 class Plan:
-    """What fit would train, and the memory it would take on one device. All sizes are bytes.
+    """The plan of a fit: what it would train, and the memory it would take on one device. All sizes are bytes.
 
     Args:
         backbone: name and class of what is frozen.
@@ -89,12 +89,12 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, gradients, optimizer state and, where known, the bound on activations."""
+        """The bytes of weights, gradients, optimizer state and, where known, the bound on activations."""
         parts = (self.frozen_bytes, self.trainable_bytes, self.gradient_bytes, self.optimizer_bytes)
         return sum(parts) + (self.activation_bytes or 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the plan as a JSON-able dict."""
         return asdict(self) | {"trainable_percent": self.trainable_percent, "total_bytes": self.total_bytes}
 
 
@@ -182,8 +182,8 @@ def plan(
     computed = all(callback.computed for callback in adapting)
     trainable = {} if computed else {id(p): p for p in module.parameters() if p.requires_grad}
     inside = {id(p) for stack in stacks.values() for p in stack.backbone.parameters()}
-    made = [] if computed else configured_optimizers(module, notes)
-    state_bytes = optimizer_bytes(made, list(trainable.values()), notes)
+    optimizers = [] if computed else configured_optimizers(module, notes)
+    state_bytes = optimizer_bytes(optimizers, list(trainable.values()), notes)
     quantized: list[Any] = [m for m in module.modules() if is_quantized(m)]
     packed: dict[int, int] = {id(m.weight): m.in_features * m.out_features for m in quantized}
     frozen = [p for p in module.parameters() if id(p) not in trainable and id(p) not in packed]
@@ -199,9 +199,9 @@ def plan(
         frozen_bytes=bytes_of(frozen) + bytes_of(module.buffers()) + weight_bytes(module),
         trainable_bytes=bytes_of(trainable.values()),
         gradient_bytes=bytes_of(trainable.values()),
-        optimizer=", ".join(type(optimizer).__name__ for optimizer in made) or "none",
+        optimizer=", ".join(type(optimizer).__name__ for optimizer in optimizers) or "none",
         optimizer_bytes=state_bytes,
-        checkpoint_bytes=checkpoint_bytes(module, made),
+        checkpoint_bytes=checkpoint_bytes(module, optimizers),
         weights_only_bytes=checkpoint_bytes(module, []),
         activation_bytes=activations,
         batch=shape,

@@ -1,4 +1,4 @@
-"""What is trained in bytes, beside the weights: the optimizer's state and the checkpoint file."""
+"""The bytes of what is trained, beside the weights: the optimizer's state and the checkpoint file."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _LOOPS, _CALLBACKS = 1_200, 600
 
 
 def configured_optimizers(module: L.LightningModule, notes: list[str]) -> list[Optimizer]:
-    """The optimizers that the module configures, holding what is trained; AdamW where it cannot say."""
+    """Return the optimizers that the module configures, holding what is trained; AdamW where it cannot say."""
     try:
         configured = module.configure_optimizers()
-        made = _optimizers_in(configured)
-        optimizers.repair(module, made)
+        instances = _optimizers_in(configured)
+        optimizers.repair(module, instances)
     except Exception as error:  # whatever the user's method needs that there is not: a Trainer, values, a GPU
         notes.append(f"configure_optimizers failed ({first_line(error)}): AdamW is assumed.")
-        made = []
-    if not made:
+        instances = []
+    if not instances:
         if not notes:
             notes.append("The module configures no optimizer: AdamW is assumed.")
-        made = [torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)]
-    optimizers.check(module, made)
-    return made
+        instances = [torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)]
+    optimizers.check(module, instances)
+    return instances
 
 
 def _optimizers_in(configured: Any) -> list[Optimizer]:
-    """The optimizers in whatever form Lightning lets `configure_optimizers` return them."""
+    """Return the optimizers in whatever form Lightning lets `configure_optimizers` return them."""
     if isinstance(configured, Optimizer):
         return [configured]
     if isinstance(configured, dict):
@@ -51,7 +51,7 @@ def _optimizers_in(configured: Any) -> list[Optimizer]:
 
 
 def optimizer_bytes(made: list[Optimizer], trainable: list[nn.Parameter], notes: list[str]) -> int:
-    """Bytes of the optimizers' state, found by a step on the meta device."""
+    """Return the bytes of the optimizers' state after a step on the meta device."""
     try:
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
@@ -69,7 +69,7 @@ def optimizer_bytes(made: list[Optimizer], trainable: list[nn.Parameter], notes:
 
 
 def checkpoint_bytes(module: L.LightningModule, made: list[Optimizer]) -> int:
-    """Bytes of a checkpoint file: its tensors, and all else by writing it with tensors of one byte."""
+    """Return the bytes of a checkpoint file: its tensors, and all else by writing it with tensors of one byte."""
     checkpoint: dict[str, Any] = {"state_dict": state_tensors(module)}
     keep_adapters(module, checkpoint)
     for name, described in checkpoint.get(META, {"backbones": {}})["backbones"].items():
@@ -95,12 +95,12 @@ def checkpoint_bytes(module: L.LightningModule, made: list[Optimizer]) -> int:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' values."""
+    """Return the bytes of the tensors' values."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def first_line(error: Exception) -> str:
-    """An error in a few words."""
+    """Return an error in a few words."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}".rstrip(
         ". "
     )

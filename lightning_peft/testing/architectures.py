@@ -44,7 +44,7 @@ class TinyModule(L.LightningModule):
             self.head = nn.Linear(8, 3)
 
     def forward(self, batch: Any) -> Tensor:
-        """Logits: `[B, T, vocabulary]`, or `[B, classes]`."""
+        """Return the logits: `[B, T, vocabulary]`, or `[B, classes]`."""
         if self.kind == "convolutional":
             return self.head(self.backbone(batch["pixel_values"]))
         if self.kind == "vit":
@@ -68,18 +68,18 @@ class TinyModule(L.LightningModule):
 
 def _batches(kind: str) -> tuple[dict[str, Tensor], ...]:
     generator = torch.Generator().manual_seed(7)
-    made = []
+    batches = []
     for _ in range(2):
         if kind in ("vit", "convolutional"):
             size = {"vit": (3, 3, 8, 8), "convolutional": (3, 1, 6, 6)}[kind]
-            made.append({"pixel_values": torch.randn(size, generator=generator), "labels": torch.arange(3)})
+            batches.append({"pixel_values": torch.randn(size, generator=generator), "labels": torch.arange(3)})
             continue
         ids = torch.randint(3, VOCABULARY, (3, 9), generator=generator)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if kind == "t5":
             batch["decoder_input_ids"] = torch.randint(3, VOCABULARY, (3, 6), generator=generator)
-        made.append(batch)
-    return tuple(made)
+        batches.append(batch)
+    return tuple(batches)
 
 
 _TEXT = frozenset({"transformers", "attention", "tokens", "mlp"})

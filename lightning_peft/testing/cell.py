@@ -1,4 +1,4 @@
-"""One adaptation of one module: what the laws look at."""
+"""One adaptation of one module, on which the laws are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Outputs = Callable[[L.LightningModule, Any], Tensor]
 
 
 def call(module: L.LightningModule, batch: object) -> Tensor:
-    """The default way to see what a module computes: its `forward` on the batch."""
+    """Return the output of a module's `forward` on the batch: the default way to see what it computes."""
     return module(batch)
 
 
@@ -37,11 +37,11 @@ class Cell:
     count: Callable[[L.LightningModule], int] | None = None
 
     def base(self) -> L.LightningModule:
-        """The module without adapter, in evaluation mode."""
+        """Return the module without adapter, in evaluation mode."""
         return self.make_module().eval()
 
     def adapted(self, noise: float = 0.1) -> tuple[L.LightningModule, AdapterStack, AdapterCallback]:
-        """The module with its adapters; `noise` is added to whatever is trainable in them, so that they show."""
+        """Return the module with its adapters, `noise` added to whatever is trainable in them, so that they show."""
         module, callback = self.make_module(), copy.deepcopy(self.callback)
         torch.manual_seed(5)
         callback.apply(module)
@@ -54,7 +54,7 @@ class Cell:
 
     @torch.no_grad()
     def look(self, module: L.LightningModule, batch: object, callback: AdapterCallback | None = None) -> Tensor:
-        """What the module computes for a batch, as in validation."""
+        """Return what the module computes for a batch, as in validation."""
         with _answers(callback, batch):
             return self.outputs(module, batch)
 
@@ -85,13 +85,13 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of every adapter's saved tensors, under its adapter's name."""
+    """Return a copy of every adapter's saved tensors, under its adapter's name."""
     stack = adapters(module)
     return {f"{p.name}:{key}": value.clone() for p in stack.parts for key, value in stack.tensors(p).items()}
 
 
 def rows(batch: object) -> int:
-    """How many rows a batch has."""
+    """Return how many rows a batch has."""
     return len(first_tensor(batch))
 
 
@@ -101,7 +101,7 @@ def first_tensor(batch: object) -> Tensor:
 
 
 def take(batch: Any, index: Tensor) -> Any:
-    """The batch with only these rows, in this order."""
+    """Return the batch with only these rows, in this order."""
     if isinstance(batch, Tensor):
         return batch[index]
     if isinstance(batch, Mapping):
@@ -122,9 +122,9 @@ def _answers(callback: AdapterCallback | None, batch: object) -> Iterator[None]:
 
 
 def _decayed(original: Callable[[], object]) -> object:
-    made = original()
-    for optimizer in made if isinstance(made, list | tuple) else [made]:
+    optimizers = original()
+    for optimizer in optimizers if isinstance(optimizers, list | tuple) else [optimizers]:
         for group in getattr(optimizer, "param_groups", []):
             if "weight_decay" in group:
                 group["weight_decay"] = 0.1
-    return made
+    return optimizers

@@ -20,7 +20,7 @@ from lightning_peft.testing.laws import LAWS, DoesNotApply, LawBroken
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one law.
+    """The outcome of one law.
 
     Args:
         law: its name.
@@ -91,7 +91,7 @@ def check_adaptation(
 
 
 def check_law(cell: Cell, law: str) -> Outcome:
-    """One law on one cell; an error in the middle of it is a law that does not hold."""
+    """Check one law on one cell; an error in the middle of it is a law that does not hold."""
     declared = cell.callback.exempt.get(law)
     if declared and law != "merge":  # where merging cannot be, its law asks for a clear error
         return Outcome(law, None, declared)
@@ -108,7 +108,7 @@ def check_law(cell: Cell, law: str) -> Outcome:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what Lightning says of any small run."""
+    """Silence what Lightning says of any small run."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

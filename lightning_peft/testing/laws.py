@@ -1,4 +1,4 @@
-"""The laws (one function each), and what tells a law that is broken from one that does not apply."""
+"""The laws, one function each, and the errors of a law that is broken and of one that does not apply."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from lightning_peft.testing.traces import first_difference, handles_on, traces
 
 
 class LawBroken(AssertionError):
-    """An adaptation does not obey a law."""
+    """The error of an adaptation that does not obey a law."""
 
 
 class DoesNotApply(Exception):
-    """A law says nothing about this module; the message says why."""
+    """The error of a law that says nothing about this module; the message says why."""
 
 
 def identity(cell: Cell) -> None:
-    """Injected but not trained: the outputs are the base's, to 1e-6 of the largest."""
+    """Check that injected but untrained adapters give the base's outputs, to 1e-6 of the largest."""
     module, _, callback = cell.adapted(noise=0.0)
     base = cell.base()
     for batch in cell.batches:
@@ -42,14 +42,14 @@ def identity(cell: Cell) -> None:
 
 
 def frozen(cell: Cell) -> None:
-    """After steps with weight decay everything not declared trainable is bit-equal, and the adapter is not."""
+    """Check that steps with weight decay leave all but what is declared trainable bit-equal, and move the adapter."""
     module = cell.train(1).lightning_module
     stack = adapters(module)
     untrained, _, _ = cell.adapted(noise=0.0)
     before, after = adapter_tensors(untrained), adapter_tensors(module)
     for part in stack.parts:
-        own = [key for key in after if key.startswith(f"{part.name}:")]
-        if all(key in before and torch.equal(before[key], after[key]) for key in own):
+        keys = [key for key in after if key.startswith(f"{part.name}:")]
+        if all(key in before and torch.equal(before[key], after[key]) for key in keys):
             raise LawBroken(f"training moved nothing of adapter {part.name!r}.")
     backbone = _name_of(module, stack.backbone)
     _take_off(module)
@@ -62,7 +62,7 @@ def frozen(cell: Cell) -> None:
 
 
 def off(cell: Cell) -> None:
-    """Disabled: the outputs are the base's, bit for bit; enabled they are not."""
+    """Check that disabled adapters give the base's outputs, bit for bit, and enabled ones do not."""
     module, stack, callback = cell.adapted()
     base = cell.base()
     for batch in cell.batches:
@@ -73,7 +73,7 @@ def off(cell: Cell) -> None:
 
 
 def merge(cell: Cell) -> None:
-    """Merged = unmerged to 1e-5; a method that cannot be merged says so and stays as it was."""
+    """Check that merged = unmerged to 1e-5, or that a method that cannot be merged says so and stays as it was."""
     module, stack, callback = cell.adapted()
     unmerged = [cell.look(module, batch, callback) for batch in cell.batches]
     if reason := cell.callback.exempt.get("merge"):
@@ -93,7 +93,7 @@ def merge(cell: Cell) -> None:
 
 
 def round_trip(cell: Cell) -> None:
-    """Saved and loaded on a fresh base, the outputs are bit-equal; after training the files hold what was trained."""
+    """Check that saving and loading keep the outputs bit-equal, and that the files hold only what was trained."""
     module, stack, callback = cell.adapted()
     again = cell.base()
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def round_trip(cell: Cell) -> None:
 
 
 def complete(cell: Cell) -> None:
-    """Every tensor that was trained has a key of its own in checkpoint and folder, and comes back from both."""
+    """Check that each trained tensor has a key of its own in checkpoint and folder, and comes back from both."""
     trainer, untrained = cell.train(1), dict(cell.adapted(noise=0.0)[0].named_parameters())
     module: Any = trainer.lightning_module.eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +143,7 @@ def complete(cell: Cell) -> None:
 
 
 def _written(trainer: L.Trainer, folder: Path) -> tuple[dict[str, Any], Path]:
-    """The module's checkpoint, read back, and its adapters in a folder."""
+    """Save the module; return its checkpoint, read back, and the folder of its adapters."""
     trainer.save_checkpoint(folder / "saved.ckpt")
     save_adapter(trainer.lightning_module, folder / "adapter")
     return read_checkpoint(folder / "saved.ckpt"), folder / "adapter"
@@ -157,7 +157,7 @@ def _restored(cell: Cell, checkpoint: dict[str, Any]) -> L.LightningModule:
 
 
 def _reloaded(cell: Cell, module: L.LightningModule, folder: Path) -> L.LightningModule:
-    """A fresh module with the adapters of a folder, and what no folder holds as the trained module has it."""
+    """Return a fresh module with the adapters of a folder; what no folder holds is as in the trained module."""
     fresh, name = cell.make_module(), _name_of(module, adapters(module).backbone)
     outside = {key: v for key, v in state_tensors(module).items() if name and not key.startswith(f"{name}.")}
     fresh.load_state_dict(outside, strict=False)
@@ -166,7 +166,7 @@ def _reloaded(cell: Cell, module: L.LightningModule, folder: Path) -> L.Lightnin
 
 
 def padding(cell: Cell) -> None:
-    """Neither padding, on either side, nor the order and company of rows change a row's result."""
+    """Check that neither padding, on either side, nor the order and company of rows change a row's result."""
     module, _, callback = cell.adapted()
     for batch in cell.batches:
         order = torch.arange(rows(batch)).flip(0)
@@ -181,7 +181,7 @@ def padding(cell: Cell) -> None:
 
 
 def causality(cell: Cell) -> None:
-    """In a causal model, other tokens in the future leave the past alone."""
+    """Check that in a causal model other tokens in the future leave the past alone."""
     module, _, callback = cell.adapted()
     base, batch = cell.base(), cell.batches[0]
     if not _has_tokens(batch):
@@ -190,17 +190,17 @@ def causality(cell: Cell) -> None:
     cut = batch["input_ids"].shape[1] // 2
     changed = batch["input_ids"].clone()
     changed[:, cut:] = changed[:, cut:].roll(1, 0).roll(1, 1)
-    other = batch | {"input_ids": changed}
-    was, now = cell.look(base, batch), cell.look(base, other)
+    variant = batch | {"input_ids": changed}
+    was, now = cell.look(base, batch), cell.look(base, variant)
     if was.dim() < 3 or was.shape[1] != changed.shape[1] or not _close(now[:, :cut], was[:, :cut], 1e-6):
         raise DoesNotApply("the base model is not causal")
-    was, now = cell.look(module, batch, callback), cell.look(module, other, callback)
+    was, now = cell.look(module, batch, callback), cell.look(module, variant, callback)
     _equal(now[:, :cut], was[:, :cut], 1e-6, "outputs before the changed tokens")
     _differ(now[:, cut:], was[:, cut:], "outputs at the changed tokens")
 
 
 def cache(cell: Cell) -> None:
-    """Generation with the key-value cache = without."""
+    """Check that generation with the key-value cache = without."""
     _, stack, _ = cell.adapted()
     backbone: Any = stack.backbone
     batch = cell.batches[0]
@@ -215,7 +215,7 @@ def cache(cell: Cell) -> None:
 
 
 def threads(cell: Cell) -> None:
-    """Two threads generating on one adapted model write what each writes alone."""
+    """Check that two threads generating on one adapted model write what each writes alone."""
     _, stack, _ = cell.adapted()
     backbone: Any = stack.backbone
     batch = cell.batches[0]
@@ -239,7 +239,7 @@ def threads(cell: Cell) -> None:
 
 
 def alive(cell: Cell) -> None:
-    """Backward from the training loss reaches every trained parameter of the adapter; a gradient of zero counts."""
+    """Check that backward from the training loss reaches all trained parameters; a gradient of zero counts."""
     module, stack, _ = cell.adapted()
     reached = Reached(trainable(stack.backbone))
     for number, batch in enumerate(cell.batches):
@@ -251,9 +251,9 @@ def alive(cell: Cell) -> None:
 
 
 def restored(cell: Cell) -> None:
-    """Taken off, or after `steering`, adapters leave attributes, methods, hooks and outputs as they were.
+    """Check that adapters, taken off or after `steering`, leave attributes, methods, hooks and outputs as before.
 
-    Only that the backbone is frozen stays, where it was not a loaded adapter that was put on for a while.
+    Only the frozen backbone stays so, where the adapter was not a loaded one put on for a while.
     """
     module, fitted, callback = cell.base(), cell.train(1), copy.deepcopy(cell.callback)
     before, outputs = traces(module), [cell.look(module, batch) for batch in cell.batches]
@@ -295,17 +295,17 @@ def _take_off(module: L.LightningModule) -> None:
 
 
 def count(cell: Cell) -> None:
-    """The number of trainable parameters is the closed formula's."""
+    """Check that the number of trainable parameters is the closed formula's."""
     if cell.count is None:
         raise DoesNotApply("no formula was given")
     _, stack, _ = cell.adapted(noise=0.0)
-    found, expected = sum(p.numel() for p in trainable(stack.backbone).values()), cell.count(cell.base())
-    if found != expected:
-        raise LawBroken(f"{found} parameters are trainable, the formula says {expected}.")
+    trained, expected = sum(p.numel() for p in trainable(stack.backbone).values()), cell.count(cell.base())
+    if trained != expected:
+        raise LawBroken(f"{trained} parameters are trainable, the formula says {expected}.")
 
 
 def resume(cell: Cell) -> None:
-    """Twice N steps = N steps, saved, loaded into new objects, N steps, bit for bit."""
+    """Check that twice N steps = N steps, saved, loaded into new objects, N steps, bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "half.ckpt")
         cell.train(1).save_checkpoint(path)
@@ -314,7 +314,7 @@ def resume(cell: Cell) -> None:
 
 
 def check_resumed(cell: Cell, continued: Mapping[str, Tensor]) -> None:
-    """The second half of `resume`, for a training that was continued elsewhere."""
+    """Check the second half of `resume`, for a training that was continued elsewhere."""
     whole = adapter_tensors(cell.train(2).lightning_module)
     if whole.keys() != continued.keys():
         raise LawBroken("the resumed adapter has other tensors than the one trained in one go.")
@@ -344,19 +344,19 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
-def _equal(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
+def _equal(a: Tensor, b: Tensor, tolerance: float, compared: str) -> None:
     if a.shape != b.shape:
-        raise LawBroken(f"{what} have shapes {tuple(a.shape)} and {tuple(b.shape)}.")
+        raise LawBroken(f"{compared} have shapes {tuple(a.shape)} and {tuple(b.shape)}.")
     if not (torch.equal(a, b) if tolerance == 0 else _close(a, b, tolerance)):
         distance = float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
         raise LawBroken(
-            f"{what} differ by {distance:.1e} of the largest value; {tolerance or 'bit-equality'} is asked."
+            f"{compared} differ by {distance:.1e} of the largest value; {tolerance or 'bit-equality'} is asked."
         )
 
 
-def _differ(a: Tensor, b: Tensor, what: str) -> None:
+def _differ(a: Tensor, b: Tensor, compared: str) -> None:
     if _close(a, b, 1e-4):
-        raise LawBroken(f"{what} are the same, so the law would hold of nothing.")
+        raise LawBroken(f"{compared} are the same, so the law would hold of nothing.")
 
 
 def _has_tokens(batch: Any) -> bool:
@@ -364,7 +364,7 @@ def _has_tokens(batch: Any) -> bool:
 
 
 def _padded(batch: Any) -> Iterator[dict[str, Any]]:
-    """The batch padded on the left and on the right, rows of different lengths."""
+    """Yield the batch padded on the left and on the right, rows of different lengths."""
     if not _has_tokens(batch):
         return
     ids = batch["input_ids"]
@@ -375,8 +375,8 @@ def _padded(batch: Any) -> Iterator[dict[str, Any]]:
             real = max(2, length - row)
             where = slice(0, real) if side == "right" else slice(length - real, length)
             new_ids[row, where], mask[row, where] = ids[row, :real], 1
-        kept = {key: value for key, value in batch.items() if not _token_wise(value, ids) or key == "decoder_input_ids"}
-        yield kept | {"input_ids": new_ids, "attention_mask": mask}
+        rest = {key: value for key, value in batch.items() if not _token_wise(value, ids) or key == "decoder_input_ids"}
+        yield rest | {"input_ids": new_ids, "attention_mask": mask}
 
 
 def _token_wise(value: Any, ids: Tensor) -> bool:
@@ -384,7 +384,7 @@ def _token_wise(value: Any, ids: Tensor) -> bool:
 
 
 def _alone(batch: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
-    """Each row without its padding, and which of its columns are real."""
+    """Yield each row without its padding, and which of its columns are real."""
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     for row in range(len(ids)):
         alone = take(batch, torch.tensor([row]))
@@ -400,7 +400,7 @@ def _name_of(module: L.LightningModule, backbone: nn.Module) -> str:
 
 
 def _speaking(callback: Any, module: L.LightningModule) -> Any:
-    """A copy of a callback that tells this module's adapters where answers begin."""
-    other = copy.copy(callback)
-    other.stack = adapters(module)
-    return other
+    """Return a copy of a callback that tells this module's adapters where answers begin."""
+    speaking = copy.copy(callback)
+    speaking.stack = adapters(module)
+    return speaking

@@ -28,15 +28,15 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What an architecture must have, see `Architecture.has`."""
+        """The features that an architecture must have, see `Architecture.has`."""
         return frozenset(self.example.needs)
 
     def make(self) -> AdapterCallback:
         """Return the callback."""
-        made = self.callback(backbone="backbone", **self.example.arguments)
+        callback = self.callback(backbone="backbone", **self.example.arguments)
         if self.example.four_bits:
-            made.exempt = {"merge": "what is written into quantised weights is rounded again", **made.exempt}
-        return made
+            callback.exempt = {"merge": "what is written into quantised weights is rounded again", **callback.exempt}
+        return callback
 
     def prepare(self, module: L.LightningModule) -> None:
         """Do to a module what comes before anything else, and belongs to the base."""

@@ -11,10 +11,14 @@ VOCABULARY = 64
 
 
 def tiny(kind: str) -> nn.Module:
-    """A small random model of an architecture: `llama` (grouped queries, tied), `wide_llama` (explicit head_dim),
-    `gpt2`, `gpt_neox`, `opt`, `qwen3_moe` (a mixture of fused experts), `bert` (an encoder with a masked-language
-    head), `t5`, `vit` (an image classifier), `hand_written` (a causal language model without transformers),
-    `convolutional` (features of an image)."""
+    """Return a small random model of an architecture.
+
+    Args:
+        kind: `llama` (grouped queries, tied), `wide_llama` (explicit head_dim), `gpt2`, `gpt_neox`, `opt`, `qwen3_moe`
+            (a mixture of fused experts), `bert` (an encoder with a masked-language head), `t5`, `vit` (an image
+            classifier), `hand_written` (a causal language model without transformers), `convolutional` (features of an
+            image).
+    """
     import transformers
 
     t: Any = transformers  # whose configurations take more than they declare
@@ -120,7 +124,7 @@ def tiny(kind: str) -> nn.Module:
 
 
 def rough(kind: str) -> nn.Module:
-    """A tiny model with random biases and norms: in a freshly made one a lost bias would not show."""
+    """Return a tiny model with random biases and norms: in a freshly made one a lost bias would not show."""
     model = tiny(kind)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -69,7 +69,7 @@ def cell_of(method: Method, architecture: Architecture) -> Cell:
 
 
 def _resumed(folder: Path, architecture: str, cells: dict[str, Cell]) -> dict[str, Outcome]:
-    """The law `resume` for several cells: halves here, their continuation in one other process."""
+    """Check `resume` for several cells: first halves here, their continuation in one other process."""
     outcomes: dict[str, Outcome] = {}
     for name, cell in cells.items():
         if declared := cell.callback.exempt.get("resume"):
@@ -101,7 +101,7 @@ def _compare(cell: Cell, continued: Path, errors: str) -> Outcome:
 
 
 def continue_training(folder: str, architecture: str) -> None:
-    """What the new process does: train each cell's second half from its checkpoint."""
+    """Train each cell's second half from its checkpoint, in the new process."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with quietly():
         for checkpoint in sorted(Path(folder).glob("*.ckpt")):
@@ -115,7 +115,7 @@ def continue_training(folder: str, architecture: str) -> None:
 
 
 def show(results: Results) -> Table:
-    """A table of methods × architectures: how many laws hold, how many do not apply, which are broken."""
+    """Return a table of methods × architectures: how many laws hold, how many do not apply, which are broken."""
     from rich.table import Table
 
     architectures = list(dict.fromkeys(architecture for _, architecture in results))
@@ -130,12 +130,12 @@ def show(results: Results) -> Table:
 
 
 def reasons(results: Results) -> list[str]:
-    """Which cells do not apply and why; one line for all with the same reason."""
+    """Return which cells do not apply and why; one line for all with the same reason."""
     return _grouped(results, None)
 
 
 def broken(results: Results) -> list[str]:
-    """Which laws are broken where, and how; one line for all with the same message."""
+    """Return which laws are broken where, and how; one line for all with the same message."""
     return _grouped(results, False)
 
 
@@ -146,8 +146,8 @@ def _grouped(results: Results, holds: bool | None) -> list[str]:
             if outcome.holds is holds:
                 laws.setdefault((cell, outcome.reason), []).append(outcome.law)
     cells: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for (cell, reason), of in laws.items():
-        law = "every law" if len(of) == len(LAWS) else ", ".join(of)
+    for (cell, reason), names in laws.items():
+        law = "every law" if len(names) == len(LAWS) else ", ".join(names)
         cells.setdefault((law, reason), []).append(cell)
     lines = []
     for (law, reason), where in cells.items():

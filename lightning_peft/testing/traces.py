@@ -1,4 +1,4 @@
-"""What stands on a module's instances, and what of it differs from before."""
+"""Traces of what stands on a module's instances, and their first difference from before."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def traces(module: nn.Module) -> Traces:
     Dictionaries, such as those of parameters, children and hooks, are taken apart, and so are configurations; what is
     in them is there itself, not copied.
     """
-    found: Traces = {}
+    values: Traces = {}
     for name, part in module.named_modules():
-        found[name, "its class"] = type(part)
+        values[name, "its class"] = type(part)
         for key, value in vars(part).items():
-            found[name, key] = value
+            values[name, key] = value
             inner = value if isinstance(value, dict) else value.to_dict() if hasattr(value, "to_dict") else {}
             # hooks have numbers, which differ between two modules that are alike
             names = [number if isinstance(entry, int) else entry for number, entry in enumerate(inner)]
-            found |= {(name, f"{key}[{n!r}]"): item for n, item in zip(names, inner.values(), strict=True)}
-            found[name, f"the order of {key}"] = tuple(map(str, inner))
-    return found
+            values |= {(name, f"{key}[{n!r}]"): item for n, item in zip(names, inner.values(), strict=True)}
+            values[name, f"the order of {key}"] = tuple(map(str, inner))
+    return values
 
 
 def first_difference(before: Traces, after: Traces) -> str | None:
@@ -50,13 +50,13 @@ def handles_on(*owners: Any) -> list[str]:
     return [key for owner in owners for key, value in vars(owner).items() if isinstance(value, Handle)]
 
 
-def _same(one: Any, other: Any) -> bool:
-    if one is other:
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
         return True
-    if type(one) is not type(other):
+    if type(a) is not type(b):
         return False
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return isinstance(one, _PLAIN) and one == other
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return isinstance(a, _PLAIN) and a == b

@@ -57,12 +57,12 @@ class Ablation(StatementLayers):
         self.where: Literal["writes", "block", "attention", "mlp"] = sites
 
     def find_sites(self, backbone: nn.Module) -> Sequence[LayerSite]:
-        read = super().find_sites(backbone)
+        sites = super().find_sites(backbone)
         if self.where == "writes":
-            self.targets = [replace(read[0], name=name) for name in stream_writers(backbone)]
+            self.targets = [replace(sites[0], name=name) for name in stream_writers(backbone)]
         else:
             self.targets = layer_sites(backbone, self.where)
-        return read
+        return sites
 
     def vectors(self, activations: Tensor, label: Tensor, group: Tensor) -> Tensor:
         return ablation_direction(activations, label)

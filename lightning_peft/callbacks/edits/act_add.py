@@ -84,8 +84,8 @@ class ActAdd(EditLayers):
         return self._read_prompts(backbone)
 
     def _read_prompts(self, backbone: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        read = capture_texts(backbone, self._sites, self._prompts, "all", share=False)  # as in ITI
-        return read.values, 1 - read.text, read.place
+        captured = capture_texts(backbone, self._sites, self._prompts, "all", share=False)  # as in ITI
+        return captured.values, 1 - captured.text, captured.place
 
     def layer_edit(self, activations: Tensor, label: Tensor, group: Tensor, sites: Sequence[LayerSite]) -> LayerEdit:
         vectors = act_add_vectors(activations[label == 1], activations[label == 0])
@@ -106,7 +106,7 @@ class ActAdd(EditLayers):
 
 
 def encode_alike(tokenizer: Any, *prompts: str) -> list[list[int]]:
-    """The prompts' tokens, shorter ones filled up on the right with spaces.
+    """Return the prompts' tokens, shorter ones filled up on the right with spaces.
 
     Raises:
         ValueError: the tokenizer has no token for a space.
@@ -121,7 +121,7 @@ def encode_alike(tokenizer: Any, *prompts: str) -> list[list[int]]:
 
 def _tokenizer(trainer: L.Trainer) -> Any:
     for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
-        found = getattr(owner, "tokenizer", None)
-        if callable(found):
-            return found
+        tokenizer = getattr(owner, "tokenizer", None)
+        if callable(tokenizer):
+            return tokenizer
     raise ValueError("ActAdd needs a tokenizer for its prompts: give the LightningModule or the data module one.")

@@ -79,7 +79,7 @@ class KnowledgeEditing(Edit):
     @property
     @abstractmethod
     def _count(self) -> int:
-        """How many layers are edited where none are named."""
+        """The number of layers that are edited where none are named."""
 
     @abstractmethod
     def _edit(self, model: nn.Module, moments: KeyMoments, prefixes: list[str]) -> KnowledgeEdit:
@@ -120,7 +120,7 @@ class KnowledgeEditing(Edit):
         self._moments.update(self._capture(ids, mask))
         if len(self._texts) < _KEPT_TEXTS:
             real = torch.ones_like(ids) if mask is None else mask
-            rows = [row[kept.bool()].tolist() for row, kept in zip(ids, real, strict=True)]
+            rows = [row[row_mask.bool()].tolist() for row, row_mask in zip(ids, real, strict=True)]
             self._texts += self._tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
@@ -134,9 +134,9 @@ class KnowledgeEditing(Edit):
             return self._edit(stack.backbone, moments, prefixes)
 
         self.edit_ = edit = from_rank_zero(trainer, make)
-        made = edit.adapter(stack.backbone)
-        stack.put(self.name, made)
-        numbers = float(sum(tensor.numel() for tensor in made.tensors.values()))
+        adapter = edit.adapter(stack.backbone)
+        stack.put(self.name, adapter)
+        numbers = float(sum(tensor.numel() for tensor in adapter.tensors.values()))
         trainer.lightning_module.log("edited_parameters", numbers, rank_zero_only=True)
 
     def end(self) -> None:

@@ -191,7 +191,7 @@ class AdaLoRA(AdapterCallback):
         return self.stack[self.name].tuner
 
     def _factors(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """All P `[outputs, r]`, and all Q `[r, inputs]`."""
+        """Return all P `[outputs, r]`, and all Q `[r, inputs]`."""
         assert self.stack is not None
         layers = list(self.stack[self.name].injection.layers())
         return [layer.lora_B[self.name] for layer in layers], [layer.lora_A[self.name] for layer in layers]
@@ -210,6 +210,6 @@ class AdaLoRA(AdapterCallback):
 
 
 def _distance(rows: Tensor) -> Tensor:
-    """How far rows `[r, n]` are from orthonormal: the Frobenius norm of what their products differ by."""
+    """Return how far rows `[r, n]` are from orthonormal: the Frobenius norm of their products minus the identity."""
     product = rows @ rows.T
     return (product - torch.eye(len(product), device=product.device, dtype=product.dtype)).norm()

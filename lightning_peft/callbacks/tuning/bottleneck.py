@@ -24,7 +24,7 @@ Scaling = float | Literal["learned", "channel"]
 
 
 class Bottleneck(AdapterCallback):
-    """What the bottleneck methods share: where their adapters go. Use one of its subclasses.
+    """The base of the bottleneck methods: it says where their adapters go. Use one of its subclasses.
 
     Args:
         settings: of `BottleneckConfig`.
@@ -74,7 +74,7 @@ class Bottleneck(AdapterCallback):
         return sum(self._added(*shape) for shape in counts.parts(backbone, self.attention))
 
     def _added(self, inputs: int, outputs: int) -> int:
-        """Return how many parameters one adapter has, at a part that is so wide."""
+        """Return the number of parameters of one adapter, at a part of these widths."""
         from lightning_peft.tuners.bottleneck import BottleneckConfig
 
         entering = inputs if self.options.get("placement") == "parallel" else outputs

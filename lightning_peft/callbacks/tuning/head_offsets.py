@@ -96,7 +96,7 @@ def head_config(
     pattern: str | None,
     num_heads: int | None,
 ) -> HeadOffsetsConfig:
-    """The configuration of trained head offsets on a backbone; the arguments are those of `HeadOffsets`.
+    """Return the configuration of trained head offsets on a backbone; the arguments are those of `HeadOffsets`.
 
     Raises:
         ValueError: heads that are not there, or answers of an encoder-decoder.
@@ -121,7 +121,7 @@ def head_config(
 
 
 def read_edit(folder: str) -> tuple[HeadOffsetsConfig, dict[str, Tensor], dict[str, Any]]:
-    """Saved head offsets to start a training from, their strength written into them.
+    """Return saved head offsets to start a training from, their strength written into them.
 
     Returns:
         The configuration at strength 1, the tensors, and the fingerprint of the base.
@@ -153,6 +153,6 @@ def check_heads(heads: list[tuple[int, int]] | None, positions: str, init_from: 
 
 
 def _projections(backbone: nn.Module) -> str | None:
-    """A pattern for the last matrices of all attentions, or None where the blocks' structure does not show any."""
+    """Return a pattern for the last matrices of all attentions, or None where the blocks' structure shows none."""
     names = [span.last for block in blocks(backbone) for span in block.attention]
     return "|".join(re.escape(name) for name in names) or None

@@ -82,7 +82,7 @@ class IA3(AdapterCallback):
 
 
 def _default(backbone: nn.Module) -> tuple[list[str], list[str]]:
-    """Target modules, and those of them that are feed-forward."""
+    """Return the target modules, and those of them that are feed-forward."""
     from peft.utils.constants import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
     )
@@ -90,8 +90,8 @@ def _default(backbone: nn.Module) -> tuple[list[str], list[str]]:
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
     )
 
-    found = blocks(backbone)
-    if fused := [name for block in found for name in block.experts]:
+    all_blocks = blocks(backbone)
+    if fused := [name for block in all_blocks for name in block.experts]:
         warnings.warn(
             f"IA3 leaves the experts of {type(backbone).__name__} alone, which are fused into {len(fused)} parameters "
             f"such as {fused[0]}: it multiplies what modules take or give.",
@@ -102,7 +102,7 @@ def _default(backbone: nn.Module) -> tuple[list[str], list[str]]:
         return known, inner or []
     # registered in the order query, key, value, output wherever they are apart
     named = dict(base_modules(backbone))
-    spans = [[n for n in span.matrices if takes_adapters(named[n])] for block in found for span in block.attention]
+    spans = [[n for n in span.matrices if takes_adapters(named[n])] for block in all_blocks for span in block.attention]
     attention = [name for matrices in spans for name in (matrices[1:3] if len(matrices) > 2 else matrices[:1])]
-    feedforward = [block.mlp.last for block in found if block.mlp and takes_adapters(named[block.mlp.last])]
+    feedforward = [block.mlp.last for block in all_blocks if block.mlp and takes_adapters(named[block.mlp.last])]
     return (attention + feedforward, feedforward) if attention else (every_matrix(backbone), [])

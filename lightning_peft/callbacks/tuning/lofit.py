@@ -105,11 +105,11 @@ class LoFiT(MultiPhase):
         norms = torch.cat([whole(value.detach()).norm(dim=1) for value in values])
         if not torch.isfinite(norms).all():
             raise ValueError("No heads can be chosen: a learnt scale is NaN or infinite.")
-        kept = torch.full_like(norms, OFF)
+        chosen = torch.full_like(norms, OFF)
         # sorted on the CPU, where equal norms keep their order on every process
         order = norms.cpu().sort(descending=True, stable=True).indices
-        kept[order[: max(1, round(self.share * len(norms)))].to(kept.device)] = OFFSET
-        for value, role, new in zip(values, roles, kept.split([len(role) for role in roles]), strict=True):
+        chosen[order[: max(1, round(self.share * len(norms)))].to(chosen.device)] = OFFSET
+        for value, role, new in zip(values, roles, chosen.split([len(role) for role in roles]), strict=True):
             role.copy_(new)
             write(value, torch.zeros(value.shape, dtype=value.dtype, device=value.device))
         return True
@@ -131,11 +131,11 @@ class LoFiT(MultiPhase):
                     value.grad.add_(value.detach().sign(), alpha=self.l1)
 
     def _values(self) -> list[nn.Parameter]:
-        """Each layer's vectors `[heads, head_dim]`."""
+        """Return each layer's vectors `[heads, head_dim]`."""
         return [layer.head_offsets[self.name] for layer in self._layers()]
 
     def _roles(self) -> list[Tensor]:
-        """Each layer's `[heads]`: what its vectors are."""
+        """Return each layer's `[heads]`: the roles of its vectors."""
         return [layer.head_offsets_roles[self.name] for layer in self._layers()]
 
     def _layers(self) -> list[Any]:

@@ -134,7 +134,7 @@ class LotteryTicket(MultiPhaseDeltas):
         return True
 
     def _scores(self, matrices: list[Delta]) -> list[Tensor]:
-        """How much each entry is worth keeping."""
+        """Return how much each entry is worth keeping."""
         if self.criterion == "random":
             generator = torch.Generator().manual_seed(self.seed * self.rounds + self.turn)
             return [torch.rand(d.base.shape, generator=generator).to(d.base.device) for d in matrices]

@@ -98,8 +98,8 @@ class LTSFT(MultiPhaseDeltas):
         self.chosen = dict(state_dict["chosen"])
 
     def plan(self, total: float, epoch: float) -> list[int]:
-        given = self.full_steps is not None or self.full_epochs is not None
-        if math.isinf(total) and (self.iterations > 1 or not given):
+        limited = self.full_steps is not None or self.full_epochs is not None
+        if math.isinf(total) and (self.iterations > 1 or not limited):
             raise ValueError("LTSFT divides the training into phases: give max_steps or max_epochs, or full_steps.")
         each = 0 if self.iterations == 1 else int(total) // self.iterations
         full = self.full_steps or (each or int(total)) // 2 if self.full_epochs is None else self.full_epochs * epoch

@@ -63,9 +63,9 @@ class SSB(AdapterCallback):
 
 
 def linear_layers(backbone: nn.Module) -> list[str]:
-    """The full names of the linear layers of the backbone's blocks, or of all of it where it has no blocks."""
+    """Return the full names of the linear layers of the backbone's blocks, or of all of it where it has no blocks."""
     named = dict(base_modules(backbone))
     inside = [name for block in blocks(backbone) for span in block.spans() for name in span.matrices]
     unreached = never_called(backbone)
-    found = [n for n in inside or every_matrix(backbone) if is_linear(named[n]) and takes_adapters(named[n])]
-    return [name for name in found if name not in unreached]
+    layers = [n for n in inside or every_matrix(backbone) if is_linear(named[n]) and takes_adapters(named[n])]
+    return [name for name in layers if name not in unreached]

@@ -1,4 +1,4 @@
-"""Another method for each depth of the backbone (SPAFIT by default), as one callback."""
+"""A method for each depth of the backbone (SPAFIT by default), as one callback."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Strata(Composite):
         return count
 
     def _strata(self, backbone: nn.Module) -> list[list[int]]:
-        """The numbers of each stratum's blocks."""
+        """Return the numbers of each stratum's blocks."""
         count = max((block.number + 1 for block in blocks(backbone)), default=0)
         bounds = self.boundaries or tuple(count * i // self.count for i in range(1, self.count))
         strata = [list(range(a, b)) for a, b in itertools.pairwise((0, *bounds, count))]
@@ -129,5 +129,5 @@ class Strata(Composite):
 
 
 def _stratum(key: str) -> int:
-    """The number, from 0, of the stratum that a method belongs to."""
+    """Return the number, from 0, of the stratum that a method belongs to."""
     return int(key.partition("-")[0]) - 1

@@ -53,8 +53,8 @@ class GatedLowRank(Bottleneck):
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from lightning_peft.tuners.bottleneck import BottleneckConfig
 
-        found = [projections(span) for span in attentions(backbone, self.layers)]
-        targets = [name for p in found for name in (p.query, p.value) if name]
+        all_projections = [projections(span) for span in attentions(backbone, self.layers)]
+        targets = [name for p in all_projections for name in (p.query, p.value) if name]
         return BottleneckConfig(target_modules=targets, **self.options)
 
     def trainable_parameters(self, backbone: nn.Module) -> int:
