@@ -28,50 +28,50 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 ELSEWHERE = {
     # training
     "LightningCLI's own optimizer holds no adapter": "callbacks/test_cli.py::test_the_clis_own_optimizer_trains_the_adapter_and_the_head",  # noqa: E501
-    "an optimizer made in __init__ holds no adapter": "callbacks/test_optimizers.py::test_an_optimizer_of_all_parameters_trains_the_adapter_and_nothing_frozen",  # noqa: E501
-    "a weight in no optimizer, or in two": "callbacks/test_optimizers.py::test_parameters_missing_or_held_twice_are_one_sentence",  # noqa: E501
-    "nothing is trainable": "callbacks/test_optimizers.py::test_nothing_trainable_is_one_sentence",
-    "weight decay or BatchNorm moves frozen weights": "callbacks/test_peft.py::test_everything_frozen_is_bit_equal_after_training_with_weight_decay",  # noqa: E501
-    "dropout of frozen parts is on": "callbacks/test_peft.py::test_dropout_of_frozen_parts_is_inactive_and_the_adapters_active",  # noqa: E501
-    "backward runs through all frozen blocks": "callbacks/test_peft.py::test_backward_does_not_visit_blocks_below_the_first_adapter",  # noqa: E501
-    "learning-rate and batch-size finders move the base": "callbacks/test_peft.py::test_finders_that_train_first_leave_the_backbone_alone",  # noqa: E501
-    "half precision rounds the adapter's steps away": "callbacks/test_everywhere.py::test_small_steps_are_not_rounded_away_in_half_precision",  # noqa: E501
-    "a data module that yields something else": "callbacks/test_peft.py::test_a_data_module_of_the_wrong_kind_is_one_sentence",  # noqa: E501
+    "an optimizer made in __init__ holds no adapter": "fitting/test_optimizers.py::test_an_optimizer_of_all_parameters_trains_the_adapter_and_nothing_frozen",  # noqa: E501
+    "a weight in no optimizer, or in two": "fitting/test_optimizers.py::test_parameters_missing_or_held_twice_are_one_sentence",  # noqa: E501
+    "nothing is trainable": "fitting/test_optimizers.py::test_nothing_trainable_is_one_sentence",
+    "weight decay or BatchNorm moves frozen weights": "fitting/test_peft.py::test_everything_frozen_is_bit_equal_after_training_with_weight_decay",  # noqa: E501
+    "dropout of frozen parts is on": "fitting/test_peft.py::test_dropout_of_frozen_parts_is_inactive_and_the_adapters_active",  # noqa: E501
+    "backward runs through all frozen blocks": "fitting/test_peft.py::test_backward_does_not_visit_blocks_below_the_first_adapter",  # noqa: E501
+    "learning-rate and batch-size finders move the base": "fitting/test_peft.py::test_finders_that_train_first_leave_the_backbone_alone",  # noqa: E501
+    "half precision rounds the adapter's steps away": "fitting/test_everywhere.py::test_small_steps_are_not_rounded_away_in_half_precision",  # noqa: E501
+    "a data module that yields something else": "fitting/test_batch_keys.py::test_only_a_batch_without_labels_and_without_a_loss_is_refused",  # noqa: E501
     # where it goes
-    "an unknown target module among known ones": "callbacks/test_lora.py::test_an_unknown_target_names_the_nearest",
-    "a block that does not exist": "callbacks/test_lora.py::test_layers_that_do_not_exist_are_one_sentence",
-    "the head is taken for the backbone": "callbacks/test_backbone.py::test_a_head_made_first_is_not_mistaken_for_the_backbone",  # noqa: E501
-    "two candidates for the backbone": "callbacks/test_backbone.py::test_two_transformers_models_are_not_guessed_between",  # noqa: E501
-    "a second fit injects twice": "callbacks/test_backbone.py::test_a_second_fit_trains_the_same_adapter_on",
-    "a second fit with other settings": "callbacks/test_backbone.py::test_a_second_fit_with_other_settings_says_what_differs",  # noqa: E501
+    "an unknown target module among known ones": "callbacks/tuning/test_lora.py::test_an_unknown_target_names_the_nearest",  # noqa: E501
+    "a block that does not exist": "callbacks/tuning/test_lora.py::test_layers_that_do_not_exist_are_one_sentence",
+    "the head is taken for the backbone": "fitting/test_find_backbone.py::test_a_head_made_first_is_not_mistaken_for_the_backbone",  # noqa: E501
+    "two candidates for the backbone": "fitting/test_find_backbone.py::test_two_transformers_models_are_not_guessed_between",  # noqa: E501
+    "a second fit injects twice": "fitting/test_find_backbone.py::test_a_second_fit_trains_the_same_adapter_on",
+    "a second fit with other settings": "fitting/test_find_backbone.py::test_a_second_fit_with_other_settings_says_what_differs",  # noqa: E501
     # other callbacks, strategies
-    "weight averaging before the adapter": "callbacks/test_peft.py::test_weight_averaging_placed_first_is_one_sentence",
+    "weight averaging before the adapter": "fitting/test_peft.py::test_weight_averaging_placed_first_is_one_sentence",
     "weights-only checkpoints without the average": "callbacks/test_averaging.py::test_a_checkpoint_made_in_training_holds_the_average",  # noqa: E501
-    "a launcher that spawns loses the adapter": "callbacks/test_peft.py::test_a_launcher_that_would_lose_the_adapter_is_one_sentence",  # noqa: E501
-    "each process begins with its own adapter": "callbacks/test_strategies.py::test_every_process_begins_with_rank_zeros_adapter",  # noqa: E501
-    "sharded before it is adapted": "callbacks/test_strategies.py::test_what_cannot_be_sharded_is_one_sentence",
-    "FSDP2 passes over keys it does not find": "callbacks/test_strategies.py::test_a_checkpoint_that_does_not_fit_is_one_sentence",  # noqa: E501
-    "what FSDP cannot clip, quantise or save": "callbacks/test_strategies.py::test_what_the_first_fsdp_cannot_do_is_one_sentence",  # noqa: E501
-    "DeepSpeed saves the whole backbone": "callbacks/test_strategies.py::test_deepspeed_is_told_to_leave_frozen_weights_out",  # noqa: E501
+    "a launcher that spawns loses the adapter": "fitting/test_peft.py::test_a_launcher_that_would_lose_the_adapter_is_one_sentence",  # noqa: E501
+    "each process begins with its own adapter": "fitting/test_strategies.py::test_every_process_begins_with_rank_zeros_adapter",  # noqa: E501
+    "sharded before it is adapted": "fitting/test_strategies.py::test_what_cannot_be_sharded_is_one_sentence",
+    "FSDP2 passes over keys it does not find": "fitting/test_strategies.py::test_a_checkpoint_that_does_not_fit_is_one_sentence",  # noqa: E501
+    "what FSDP cannot clip, quantise or save": "fitting/test_strategies.py::test_what_the_first_fsdp_cannot_do_is_one_sentence",  # noqa: E501
+    "DeepSpeed saves the whole backbone": "fitting/test_strategies.py::test_deepspeed_is_told_to_leave_frozen_weights_out",  # noqa: E501
     # checkpoints
-    "weights-only checkpoints hold the backbone": "test_checkpoint.py::test_the_file_holds_the_adapter_and_the_head_and_no_backbone_weight",  # noqa: E501
-    "a checkpoint with keys missing, unknown, misshapen or NaN": "test_checkpoint.py::test_a_damaged_checkpoint_is_one_sentence",  # noqa: E501
-    "a checkpoint of another base": "test_checkpoint.py::test_another_base_is_one_sentence",
-    "a checkpoint of other settings": "test_checkpoint.py::test_a_callback_with_other_settings_is_one_sentence",
-    "a checkpoint without adapters": "test_checkpoint.py::test_a_checkpoint_of_a_plain_module_is_refused_by_the_callback",  # noqa: E501
-    "a truncated or foreign file": "test_checkpoint.py::test_a_truncated_or_foreign_file_is_one_sentence",
-    "code in a checkpoint": "test_nothing_runs.py::test_a_checkpoint_runs_nothing",
-    "a resumed run that is not the same run": "test_checkpoint.py::test_training_on_in_a_new_process_equals_training_through",  # noqa: E501
-    "a backbone that load_from_checkpoint cannot see": "test_checkpoint.py::test_a_backbone_built_in_setup_cannot_be_loaded_without_a_trainer",  # noqa: E501
-    "an edit makes no optimizer step, so no checkpoint": "callbacks/test_iti.py::test_a_checkpoint_is_written_and_restores_the_edit_bit_for_bit",  # noqa: E501
+    "weights-only checkpoints hold the backbone": "fitting/test_checkpoints.py::test_the_file_holds_the_adapter_and_the_head_and_no_backbone_weight",  # noqa: E501
+    "a checkpoint with keys missing, unknown, misshapen or NaN": "fitting/test_checkpoints.py::test_a_damaged_checkpoint_is_one_sentence",  # noqa: E501
+    "a checkpoint of another base": "fitting/test_checkpoints.py::test_another_base_is_one_sentence",
+    "a checkpoint of other settings": "fitting/test_checkpoints.py::test_a_callback_with_other_settings_is_one_sentence",  # noqa: E501
+    "a checkpoint without adapters": "fitting/test_checkpoints.py::test_a_checkpoint_of_a_plain_module_is_refused_by_the_callback",  # noqa: E501
+    "a truncated or foreign file": "fitting/test_checkpoints.py::test_a_truncated_or_foreign_file_is_one_sentence",
+    "code in a checkpoint": "fitting/test_nothing_runs.py::test_a_checkpoint_runs_nothing",
+    "a resumed run that is not the same run": "fitting/test_checkpoints.py::test_training_on_in_a_new_process_equals_training_through",  # noqa: E501
+    "a backbone that load_from_checkpoint cannot see": "fitting/test_checkpoints.py::test_a_backbone_built_in_setup_cannot_be_loaded_without_a_trainer",  # noqa: E501
+    "an edit makes no optimizer step, so no checkpoint": "callbacks/edits/test_iti.py::test_a_checkpoint_is_written_and_restores_the_edit_bit_for_bit",  # noqa: E501
     # folders
-    "a damaged adapter folder": "tuners/folders/test_files.py::test_a_damaged_folder_is_one_sentence_and_leaves_the_model_alone",  # noqa: E501
-    "a folder of another base": "tuners/test_stack.py::test_another_base_is_refused_and_left_alone",
-    "a crash leaves half a folder": "tuners/folders/test_replacing.py::test_old_or_new_is_there_whenever_the_writer_dies",  # noqa: E501
+    "a damaged adapter folder": "stack/adapter_files/test_folder.py::test_a_damaged_folder_is_one_sentence_and_leaves_the_model_alone",  # noqa: E501
+    "a folder of another base": "stack/test_stack.py::test_another_base_is_refused_and_left_alone",
+    "a crash leaves half a folder": "stack/adapter_files/test_replacing.py::test_old_or_new_is_there_whenever_the_writer_dies",  # noqa: E501
     # editing and data
-    "activations that are NaN": "callbacks/test_iti.py::test_activations_that_are_not_finite",
-    "labels of one class only": "callbacks/test_iti.py::test_data_without_both_labels",
-    "an edit whose pass did not end": "callbacks/test_iti.py::test_a_fit_that_ends_before_the_pass_does",
+    "activations that are NaN": "callbacks/edits/test_iti.py::test_activations_that_are_not_finite",
+    "labels of one class only": "callbacks/edits/test_iti.py::test_data_without_both_labels",
+    "an edit whose pass did not end": "callbacks/edits/test_iti.py::test_a_fit_that_ends_before_the_pass_does",
     "a data file with missing columns": "truthfulqa/test_questions.py::test_a_bad_csv_is_one_sentence",
 }
 
