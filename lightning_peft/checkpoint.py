@@ -5,10 +5,4 @@ from __future__ import annotations
 from lightning_peft.fitting.checkpoint_files import check_readable, export_checkpoint, read_checkpoint
 from lightning_peft.fitting.checkpoints import AdapterCheckpointMixin, load_from_checkpoint
 
-__all__ = [
-    "AdapterCheckpointMixin",
-    "check_readable",
-    "export_checkpoint",
-    "load_from_checkpoint",
-    "read_checkpoint",
-]
+__all__ = ["AdapterCheckpointMixin", "check_readable", "export_checkpoint", "load_from_checkpoint", "read_checkpoint"]

@@ -16,12 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.backbone.modules import (
-    eager_key,
-    state_tensors,
-    uncompiled,
-    with_nested_keys,
-)
+from lightning_peft.backbone.modules import eager_key, state_tensors, uncompiled, with_nested_keys
 from lightning_peft.backbone.sharded import has_shards, is_sharded, write
 from lightning_peft.fitting.checkpoint_files import check_adapters, read_checkpoint
 from lightning_peft.fitting.checkpoint_names import META, checkpoint_names, is_inside, join, saved_name
@@ -31,12 +26,7 @@ from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite
 from lightning_peft.stack.adapter_files.saving import add_read, read_config
 from lightning_peft.stack.configs import different_fields
 from lightning_peft.stack.injection.head_training import saved_heads, without_heads
-from lightning_peft.stack.stack import (
-    AdapterStack,
-    check_same_keys,
-    find_stacks,
-    stack_of,
-)
+from lightning_peft.stack.stack import AdapterStack, check_same_keys, find_stacks, stack_of
 
 # the entries of a Lightning checkpoint that hold module weights; the second is written by weight-averaging callbacks
 _STATES = ("state_dict", "current_model_state")

@@ -83,12 +83,8 @@ class IA3(AdapterCallback):
 
 def _default(backbone: nn.Module) -> tuple[list[str], list[str]]:
     """Return the target modules, and those of them that are feed-forward."""
-    from peft.utils.constants import (
-        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
-    )
-    from peft.utils.constants import (
-        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
-    )
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
 
     all_blocks = blocks(backbone)
     if fused := [name for block in all_blocks for name in block.experts]:
