@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelSummary, StochasticWeightAveraging, WeightAveraging
@@ -81,6 +81,15 @@ class AdapterOptions(EditOptions, total=False):
     gradient_checkpointing: bool
     train_head: bool | str | list[str]
     check_finite: bool
+
+
+def by_name(positional: Sequence[object], options: EditOptions) -> AdapterOptions:
+    """Return options of which some were given by position, as classes derived from `PEFT` and `Edit` did before 0.2."""
+    if positional:
+        names = ("backbone", "name", "backbone_dropout", "gradient_checkpointing")
+        warnings.warn(f"Give {', '.join(names[: len(positional)])} by name since 0.2.", FutureWarning, stacklevel=4)
+        options = {**dict(zip(names, positional, strict=False)), **options}  # type: ignore[typeddict-item]
+    return cast(AdapterOptions, options)
 
 
 class AdapterCallback(Callback):

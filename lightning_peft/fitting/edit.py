@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_peft.fitting.adapter_callback import AdapterCallback, EditOptions
+from lightning_peft.fitting.adapter_callback import AdapterCallback, EditOptions, by_name
 from lightning_peft.fitting.lightning_private import count_step, is_last_batch
 from lightning_peft.replaced import Handle, replaced
 from lightning_peft.stack.stack import AdapterStack
@@ -33,8 +33,8 @@ class Edit(AdapterCallback):
 
     computed = True
 
-    def __init__(self, **options: Unpack[EditOptions]) -> None:
-        super().__init__(**options)
+    def __init__(self, *positional: str | None, **options: Unpack[EditOptions]) -> None:
+        super().__init__(**by_name(positional, options))
         self._taken: list[Handle] = []
         self._automatic = True  # the module's `automatic_optimization`
         self._done = False

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
+from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions, by_name
 from lightning_peft.fitting.law_example import LawExample
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-_ONCE_POSITIONAL = ("backbone", "name", "backbone_dropout", "gradient_checkpointing")
 
 
 class PEFT(AdapterCallback):
@@ -38,10 +35,7 @@ class PEFT(AdapterCallback):
     law_examples: Mapping[str, LawExample] = {}
 
     def __init__(self, config: PeftConfig, *positional: Any, **options: Unpack[AdapterOptions]) -> None:
-        if positional:
-            warnings.warn(f"Give {', '.join(_ONCE_POSITIONAL)} by name since 0.2.", FutureWarning, stacklevel=2)
-            options = {**dict(zip(_ONCE_POSITIONAL, positional, strict=False)), **options}  # type: ignore[typeddict-item]
-        super().__init__(**options)
+        super().__init__(**by_name(positional, options))
         self.config = config
 
     @property

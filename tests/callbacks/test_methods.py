@@ -53,6 +53,13 @@ def test_shared_arguments_by_position_are_taken_with_a_warning() -> None:
         made = PEFT(LoraConfig(), "net", "mine")
     assert (made.backbone, made.name) == ("net", "mine")
 
+    class Mine(Edit):
+        def __init__(self) -> None:
+            super().__init__(None, "mine")
+
+    with pytest.warns(FutureWarning, match="by name"):
+        assert Mine().name == "mine"
+
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_method_is_among_those_the_laws_are_run_on(name: str) -> None:
