@@ -142,7 +142,7 @@ def cases(section: str) -> dict[str, Make]:
 
 def _others() -> list[type[Callback]]:
     adapting = getattr(c, "AdapterCallback", c.PEFT)  # before 0.2 PEFT was the base of all
-    used = {adapting, c.PEFT, c.Edit}
+    used = {adapting, c.PEFT, c.Edit, getattr(c, "ReadingEdit", c.Edit)}
     for make in (*TUNED.values(), *EDITS.values()):
         with contextlib.suppress(AttributeError, TypeError):  # a commit may lack a name or an argument
             used |= {type(callback) for callback in make()}
