@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while."""
+"""A model in evaluation mode for a while, and frozen besides."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Run without dropout and without gradients for the model's own parameters; afterwards all is as it was."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -28,7 +28,7 @@ class Quantize(Callback):
         compute_dtype: what 4-bit layers compute in, e.g. `"bfloat16"`; default, what they would compute in otherwise.
         threshold: of int8's outliers, see `Quantization`.
         skip_modules: names, or ends of names, of modules to leave in full precision.
-        backbone: the submodule to quantise, found as `PEFT` finds its own.
+        backbone: the submodule to quantise, found as by `AdapterOptions.backbone`.
 
     Raises:
         ValueError: at `setup`, in one sentence: it is listed after an adapter, the strategy shards weights, there is

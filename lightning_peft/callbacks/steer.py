@@ -26,7 +26,7 @@ class Steer(L.Callback):
         adapter: a folder that `lightning_peft.load_adapter` reads: an edit, a tuned adapter, or a stack of them.
         scale: the dial: 1 as saved, 0 equal to the model without it bit for bit, negative reversed.
         positions: which tokens an edit acts on, in place of those it was saved with; see `lightning_peft.tokens`.
-        backbone: the submodule the adapter was made for; default as in `PEFT`.
+        backbone: the submodule the adapter was made for; default as in `AdapterOptions`.
 
     Raises:
         ValueError: the folder does not exist, or unknown positions; when evaluation starts, what

@@ -37,7 +37,7 @@ class TrunkCache(Callback):
             further rows are computed each time.
         folder: where to put a file that is mapped into memory; default: in RAM. It disappears with the process.
         dtype: the name of a torch dtype to keep states in, e.g. `"bfloat16"`; default: as they are, without any loss.
-        backbone: see `PEFT`; default: the backbone that has adapters.
+        backbone: see `AdapterOptions`; default: the backbone that has adapters.
 
     Raises:
         ValueError: when training starts or at its first step, in one sentence: a parameter below the first trained

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_peft.backbone.evaluating import frozen
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.backbone.modules import uncompiled
 from lightning_peft.editing.capture import Capture
-from lightning_peft.editing.facts.values import frozen
 from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
 from lightning_peft.fitting.find_backbone import find_backbone

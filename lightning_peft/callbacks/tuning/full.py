@@ -28,7 +28,7 @@ class FullFineTuning(AdapterCallback):
     Args:
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default everything in the backbone.
         within: train only the matrices of the blocks' `"attention"`, or only of their `"mlp"`.
-        backbone_dropout: see `PEFT`; plain fine-tuning of a model with dropout keeps it.
+        backbone_dropout: see `AdapterOptions`; plain fine-tuning of a model with dropout keeps it.
         **options: see `AdapterOptions`.
 
     Example:

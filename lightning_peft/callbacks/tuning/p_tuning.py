@@ -29,7 +29,7 @@ class PTuning(AdapterCallback):
         encoder_hidden_size: its hidden size; default the model's width.
         encoder_num_layers: of the LSTM.
         encoder_dropout: of the LSTM, in [0, 1).
-        backbone: see `PEFT`; it must be a transformers model that takes `inputs_embeds`.
+        backbone: see `AdapterOptions`; it must be a transformers model that takes `inputs_embeds`.
         **options: see `AdapterOptions`.
 
     Raises:

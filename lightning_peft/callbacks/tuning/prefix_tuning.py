@@ -27,7 +27,7 @@ class PrefixTuning(AdapterCallback):
         num_virtual_tokens: the length of the prefix, at least 1. The paper's choice is 10 for generation from tables.
         prefix_projection: compute the prefix by a two-layer perceptron, the paper's reparametrisation.
         encoder_hidden_size: the perceptron's hidden size; default the model's width.
-        backbone: see `PEFT`; it must be a transformers model that generates.
+        backbone: see `AdapterOptions`; it must be a transformers model that generates.
         **options: see `AdapterOptions`.
 
     Raises:

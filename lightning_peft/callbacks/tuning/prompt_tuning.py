@@ -26,7 +26,7 @@ class PromptTuning(AdapterCallback):
         init: what they are at the start: embeddings of tokens drawn from the `"vocab"`, of a `"text"`, or `"random"`.
         text: for `init="text"`; it is repeated or cut to the number of virtual tokens.
         tokenizer: for `init="text"`: the tokenizer's name or folder.
-        backbone: see `PEFT`; it must be a transformers model that takes `inputs_embeds`.
+        backbone: see `AdapterOptions`; it must be a transformers model that takes `inputs_embeds`.
         **options: see `AdapterOptions`.
 
     Raises:

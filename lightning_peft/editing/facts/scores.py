@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.evaluating import frozen
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.prompt_tokens import Prompt, Tokenizer, encode, object_log_probs
-from lightning_peft.editing.facts.values import frozen
 from lightning_peft.editing.intervals import clustered_wilson
 
 KINDS = ("efficacy", "paraphrase", "neighbourhood")

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.evaluating import frozen
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import memory_sites
 from lightning_peft.editing.facts.prompt_tokens import Prompt, Rows, Tokenizer, encode, object_log_probs
-from lightning_peft.editing.facts.values import frozen, hooked
+from lightning_peft.editing.facts.values import hooked
 
 
 @torch.no_grad()

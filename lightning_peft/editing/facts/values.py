@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.backbone.evaluating import evaluating
+from lightning_peft.backbone.evaluating import frozen
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.editing.facts.fact import Fact
@@ -226,16 +226,3 @@ def hooked(model: nn.Module, hooks: dict[str, Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Run without dropout and without gradients for the model's own parameters; afterwards all is as it was."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
