@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lightning_peft.backbone.find_backbone import is_lightning_module
 from lightning_peft.effects.slices import TextSlice
 from lightning_peft.effects.switches import adapted
 from lightning_peft.effects.text_sums import Off, effects_of
@@ -101,6 +102,7 @@ def kl(
         >>> kl(model, folder, texts) == on_model
         True
     """
+    _check_model(model)
     with adapted(model, adapter) as off:
         return _measured(model, texts, tokenizer, off, _KL, batch_size)
 
@@ -131,8 +133,14 @@ def cross_entropy(
         >>> math.isclose(float(cross_entropy(model, None, [[3, 4, 5, 6], [7, 8]])), math.log(40), rel_tol=1e-6)
         True
     """
+    _check_model(model)
     with nullcontext() if adapter is None else adapted(model, adapter):
         return _measured(model, texts, tokenizer, None, _CE, batch_size)
+
+
+def _check_model(model: nn.Module) -> None:
+    if is_lightning_module(model):
+        raise ValueError(f"{type(model).__name__} is a LightningModule: give the language model in it.")
 
 
 def _measured(
@@ -161,7 +169,7 @@ def _rows(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizerBase | N
     known = getattr(embedding, "num_embeddings", None)
     for number, row in enumerate(rows):
         if len(row) < 2:
-            raise ValueError(f"Text {number} has {len(row)} tokens: it needs 2, for nothing predicts the first.")
+            raise ValueError(f"Text {number} has fewer than 2 tokens, and nothing predicts the first: leave it out.")
         if known is not None and not 0 <= min(row) <= max(row) < known:
             token = next(token for token in row if not 0 <= token < known)
             raise ValueError(f"Text {number} has token {token}, but the model has {known}: is it another's tokenizer?")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_peft.backbone.find_backbone import is_lightning_module
 from lightning_peft.effects.peft_switches import acting, names_on
 from lightning_peft.effects.text_sums import Off
 from lightning_peft.stack.stack import AdapterStack, adapters, find_stacks
@@ -31,8 +30,6 @@ def adapted(model: nn.Module, adapter: str | Path | None) -> Iterator[Off]:
         ValueError: no adapter is on, there is none of this name, or adapters are merged into the weights.
         AdapterError: the folder cannot be read, or is for another base model.
     """
-    if is_lightning_module(model):
-        raise ValueError(f"{type(model).__name__} is a LightningModule: give the language model in it.")
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError("The model has adapters merged into its weights: unmerge them before measuring.")
     stack = adapters(model) if find_stacks(model) else None
