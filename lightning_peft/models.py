@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft.backbone.window import check_batch, check_loaded
+from lightning_peft.effects.text_sums import Off
 from lightning_peft.fitting.checkpoints import AdapterCheckpointMixin
 from lightning_peft.positions import answering_batch
 from lightning_peft.stack.injection.initialisation import changes_base
 from lightning_peft.stack.stack import adapters, find_stacks
 from lightning_peft.truthfulqa.evaluation import Evaluation, by_logprob
 from lightning_peft.truthfulqa.generation import Answer, AnswerGenerator
-from lightning_peft.truthfulqa.side_effects import Off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -48,3 +48,16 @@ def test_an_edit_is_computed_without_a_trainer_and_one_of_ones_own_stands_on_it(
     stack = made["adapters"](made["model"])
     assert [part.name for part in stack.parts] == ["iti", "median_difference"] and stack["iti"].scale == 2.0
     assert made["median"].record == {"texts": 36} and (tmp_path / "snow-is-white" / "adapter_config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_cost_of_an_edit_is_measured_on_the_model_and_in_its_folder(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = run("effects.md", tiny_folder("llama"))
+    assert made["change"].mean > 0 and made["before"].mean != made["after"].mean and len(made["own"].by_text) == 2
+    costs = list(made["costs"].values())
+    assert costs[0] == 0 and costs[2] == pytest.approx(made["change"].mean) and costs == sorted(costs)
+    assert made["mass"].shape == (6,) and bool(made["mass"].isfinite().all() and made["mass"].any())
+    assert len(made["answers"]) == 3 and all(made["answers"])

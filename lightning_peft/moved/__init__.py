@@ -39,6 +39,7 @@ _MOVED = {
     ("editing.facts", "editing.facts"): "prompts:prompt_tokens",
     ("sweep", "sweep"): "plan:settings",
     ("testing", "backbone"): "counts",
+    ("truthfulqa", "effects"): "text:slices",
     ("tuners", ""): "backbone",
     ("tuners", "backbone"): "quantization quantized_layers",
     ("tuners", "fitting"): "trunk",
@@ -72,6 +73,15 @@ NAMES: dict[str, str] = {
     "lightning_peft.callbacks.phases.PhasedDeltas": "lightning_peft.fitting.multi_phase.MultiPhaseDeltas",
     "lightning_peft.tuners.configs.with_strength": "lightning_peft.stack.configs.with_scale",
     "lightning_peft.tuners.configs.nearest_names": "lightning_peft.backbone.nearest_names.nearest_names",
+    "lightning_peft.truthfulqa.TextEffects": "lightning_peft.effects.TextEffects",
+    "lightning_peft.truthfulqa.TextSlice": "lightning_peft.effects.TextSlice",
+    "lightning_peft.truthfulqa.batch_effects": "lightning_peft.effects.batch_effects",
+    "lightning_peft.truthfulqa.text_effects": "lightning_peft.effects.text_effects",
+    "lightning_peft.truthfulqa.text_slice": "lightning_peft.effects.text_slice",
+    "lightning_peft.truthfulqa.side_effects.Off": "lightning_peft.effects.text_sums.Off",
+    "lightning_peft.truthfulqa.side_effects.TextEffects": "lightning_peft.effects.TextEffects",
+    "lightning_peft.truthfulqa.side_effects.batch_effects": "lightning_peft.effects.batch_effects",
+    "lightning_peft.truthfulqa.side_effects.text_effects": "lightning_peft.effects.text_effects",
 }
 # "module.Class.argument", the path as it is now, the argument as in 0.1 -> the argument; see `keep_old_arguments`
 ARGUMENTS: dict[str, str] = {}

@@ -16,6 +16,7 @@ from lightning_peft.backbone.heads import HeadSite, head_sites
 from lightning_peft.backbone.window import check_loaded, context_window
 from lightning_peft.compare.files import kept
 from lightning_peft.editing.iti import HeadEdit
+from lightning_peft.effects.slices import text_batches, text_slice
 from lightning_peft.files.locking import only_writer
 from lightning_peft.models import CausalLM
 from lightning_peft.stack.adapter_files.saving import save_adapter
@@ -26,7 +27,6 @@ from lightning_peft.sweep.results import Measured, best_point, collect, metrics_
 from lightning_peft.sweep.settings import Sweep, check, sweep_key
 from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
 from lightning_peft.truthfulqa.questions import Question, data_hash, load_questions, subset
-from lightning_peft.truthfulqa.text import text_batches, text_slice
 
 
 def run(plan: Sweep, settings: Mapping[str, Any], console: Console, wait: bool = False) -> dict[str, Any]:

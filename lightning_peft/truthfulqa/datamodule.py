@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_peft.backbone.window import context_window
+from lightning_peft.effects.slices import text_batches
 from lightning_peft.truthfulqa.batches import LengthGroupedSampler, as_dataset, evenly_mixed, padded, tokenizer_of
 from lightning_peft.truthfulqa.evaluation import Batch, Evaluation
 from lightning_peft.truthfulqa.fitting import fewer_demonstrations
@@ -32,7 +33,6 @@ from lightning_peft.truthfulqa.prompts import (
 from lightning_peft.truthfulqa.protocols import Protocol, ProtocolName, protocol_named
 from lightning_peft.truthfulqa.questions import Question, data_hash, load_questions, subset
 from lightning_peft.truthfulqa.side_effects import CAPABILITY_PRIMER, SideEffects
-from lightning_peft.truthfulqa.text import text_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
+from lightning_peft.effects.metric import TextEffects
+from lightning_peft.effects.text_sums import Off, batch_effects
 from lightning_peft.truthfulqa.metrics import ChoiceMetrics
 from lightning_peft.truthfulqa.scoring import AnswerScorer, ChoiceScorer
-from lightning_peft.truthfulqa.side_effects import Off, TextEffects, batch_effects
 
 Batch = dict[str, Tensor]
 Scores = Callable[[Batch], Tensor]
