@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.iti import HeadEdit
 from lightning_peft.editing.row_offsets import RowOffsets, displacements
+from lightning_peft.packing.choices import ChoiceScorer
 from lightning_peft.packing.fallback import objection
-from lightning_peft.truthfulqa.scoring import ChoiceScorer
 
 _TOLERANCE = 1e-3  # of the largest logit: rows together and alone must agree to this
 

@@ -14,7 +14,7 @@ from lightning_peft.backbone.window import check_lengths, lengths_of
 from lightning_peft.packing.fallback import objection
 from lightning_peft.packing.prefix_tree import common_prefix
 from lightning_peft.positions import answering
-from lightning_peft.truthfulqa.arguments import accepted_arguments
+from lightning_peft.backbone.accepted_arguments import accepted_arguments
 from lightning_peft.truthfulqa.presets import Ending, Prompting, cut_answer, is_finished
 
 if TYPE_CHECKING:

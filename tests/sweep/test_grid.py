@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_peft.editing import HeadEdit, head_sites
 from lightning_peft.editing.directions import random_directions
+from lightning_peft.packing.choices import ChoiceScorer
 from lightning_peft.stack.stack import adapters, stack_of
 from lightning_peft.sweep.fit import best_heads
 from lightning_peft.sweep.grid import Grid
-from lightning_peft.truthfulqa.scoring import ChoiceScorer
 from lightning_peft.truthfulqa.side_effects import batch_effects
 
 KINDS = ("llama", "gpt2", "gpt_neox")

@@ -12,8 +12,8 @@ from tiny_models import LANGUAGE_MODELS, VOCABULARY, tiny
 from torch import Tensor, nn
 
 from lightning_peft.editing import head_offsets_config, head_sites
+from lightning_peft.packing.choices import ChoiceScorer
 from lightning_peft.stack.stack import stack_of
-from lightning_peft.truthfulqa.scoring import ChoiceScorer
 
 PRIMER = [5, 9, 11, 3, 7, 8, 12, 30, 31, 9, 9, 4]
 
@@ -111,16 +111,6 @@ def test_questions_together_are_scored_as_each_alone(kind: str, positions: str |
     for _ in range(2):
         torch.testing.assert_close(scorer.score(ids, mask, labels), alone, atol=1e-4, rtol=1e-5)
     assert scorer.packs
-
-
-def test_a_text_longer_than_the_models_window_is_scored_row_by_row() -> None:
-    model = tiny("llama")
-    rows, prompt = question(0)
-    scorer, seen = ChoiceScorer(model), []
-    scorer._packs, scorer._window = True, len(rows[0]) - 1
-    model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
-    scorer.score(*batch(rows, prompt))
-    assert seen == [len(rows)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
