@@ -92,3 +92,19 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "longrope": (lambda: _rotated("longrope"), r"LlamaForCausalLM scores texts of more than 21 tokens row by row"),
     "dynamic": (lambda: _rotated("dynamic"), r"LlamaForCausalLM scores texts of more than 21 tokens row by row"),
 }
+
+
+def without_windows(kind: str) -> nn.Module:
+    """Return one of `PACKED` with the same weights, whose layers see everything."""
+    model: Any = PACKED[kind]()
+    changed = _model(type(model).__name__.removesuffix("ForCausalLM"), _unlimited(model.config))
+    changed.load_state_dict(model.state_dict())
+    return changed
+
+
+def _unlimited(config: Any) -> Any:
+    values = {"sliding_window": 10_000, "attention_chunk_size": 10_000}
+    for name in values:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, values[name])
+    return config

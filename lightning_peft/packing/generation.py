@@ -86,7 +86,9 @@ class GreedyWriter:
         limit = self._attention.longest_text
         alike = int(mask.sum(-1).max()) + max_new_tokens <= limit
         if not alike:
-            give_up(self.backbone, _INSTEAD, f"in texts of more than {limit:,} tokens its positions are encoded otherwise")
+            give_up(
+                self.backbone, _INSTEAD, f"in texts of more than {limit:,} tokens its positions are encoded otherwise"
+            )
         return alike
 
     def _written(

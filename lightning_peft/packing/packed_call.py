@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Beginning:
     """The beginning that the texts of several calls share: its tokens, and their keys and values in every layer.
 
-    It never forgets a token, whatever the layers' windows are, so that it can be cropped; the masks keep to the windows.
+    It never forgets a token, whatever the layers' windows are, so that it can be cropped; the masks keep to windows.
 
     Args:
         backbone: a causal language model of transformers.

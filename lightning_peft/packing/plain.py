@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ def score_plainly(
     tokens', are at most
 
     - `max(2^26, K V)`, K the tokens of the longest answer, where the model takes `logits_to_keep`;
-    - `32 V`, where its head can be called alone;
+    - `max(2^26, 32 V)`, where its head can be called alone;
     - `max(2^26, T V)`, T the tokens of the longest row, where a model allows neither.
 
     A model that caps or scales its logits holds them twice or three times meanwhile. Hidden states are those of 4,096
@@ -61,17 +61,16 @@ def score_plainly(
     """
     scores = torch.empty(len(rows))
     texts = [Row(i, row, start) for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
-    words = vocabulary(backbone)
     keeps = "logits_to_keep" in accepted_arguments(backbone)
     head = None if keeps else getattr(backbone, "get_output_embeddings", lambda: None)()
-    for part in _parts(backbone, texts, words if keeps else 0):
+    for part in _parts(backbone, texts, _predicting if keeps else _last):
         if keeps:
             values: list[Tensor] | None = _by_columns(backbone, part, normalise)
         else:
             values = None if head is None else _by_head(backbone, head, part, normalise)
         if values is None:
             head = None
-            smaller = _parts(backbone, part, words, whole=True)
+            smaller = _parts(backbone, part, _all)
             values = [value for some in smaller for value in _by_all_logits(backbone, some, normalise)]
         scores[[row.number for row in part]] = torch.stack(values).cpu()
     return scores
@@ -118,9 +117,7 @@ def _by_all_logits(backbone: nn.Module, part: list[Row], normalise: bool) -> lis
     with answering(backbone, start=start):
         # behind a prompt's virtual tokens
         logits = backbone(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
-    return [
-        _answer_logprob(logits[i, row.start : len(row.tokens) - 1], row, normalise) for i, row in enumerate(part)
-    ]
+    return [_answer_logprob(logits[i, row.start : len(row.tokens) - 1], row, normalise) for i, row in enumerate(part)]
 
 
 def _answer_logprob(logits: Tensor, row: Row, normalise: bool) -> Tensor:
@@ -143,27 +140,18 @@ def _inputs(backbone: nn.Module, part: list[Row]) -> tuple[dict[str, Any], Tenso
     return inputs, torch.tensor([row.start for row in part]), device
 
 
-def _parts(backbone: nn.Module, rows: Sequence[Row], words: int, whole: bool = False) -> Iterator[list[Row]]:
-    """Yield the rows of each call, of like length.
-
-    Args:
-        backbone: the model.
-        rows: the texts.
-        words: the size of the vocabulary, of which logits are made; 0 where the model makes none.
-        whole: make logits of every column, not of those alone that any row's answer needs.
-    """
-    longest = attention_of(backbone).longest_text
+def _parts(backbone: nn.Module, rows: Sequence[Row], columns: Callable[[Row], range]) -> Iterator[list[Row]]:
+    """Yield the rows of each call, of like length; `columns` gives those of which logits are made for a row."""
+    longest, words = attention_of(backbone).longest_text, vocabulary(backbone)
     part: list[Row] = []
-    columns: set[int] = set()
+    made: set[int] = set()  # for all rows, if for any
     for row in sorted(rows, key=lambda row: len(row.tokens)):
-        width = len(row.tokens)
-        more = columns | set(range(width) if whole else _predicting(row))
-        count = len(part) + 1
+        width, count, more = len(row.tokens), len(part) + 1, made | {*columns(row)}
         fits = count * width <= TOKENS and count * len(more) * words <= logprobs.LOGITS and width <= longest
         if part and not fits:
             yield part
-            part, more = [], set(range(width) if whole else _predicting(row))
-        part, columns = [*part, row], more
+            part, more = [], {*columns(row)}
+        part, made = [*part, row], more
     if part:
         yield part
 
@@ -171,6 +159,15 @@ def _parts(backbone: nn.Module, rows: Sequence[Row], words: int, whole: bool = F
 def _predicting(row: Row) -> range:
     """Return the numbers of the tokens that predict the answer's."""
     return range(row.start, len(row.tokens) - 1)
+
+
+def _last(row: Row) -> range:
+    """Return the one column that a hook on the head lets pass, whose number is that of any row's."""
+    return range(1)
+
+
+def _all(row: Row) -> range:
+    return range(len(row.tokens))
 
 
 def _targets(row: Row) -> list[int]:

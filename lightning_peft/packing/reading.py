@@ -105,7 +105,9 @@ class Reading:
         for number, row in enumerate(pack(sequences, skip, budget)):
             if number % self.way.ranks != self.way.rank:
                 continue
-            nodes = [path[p - skip] for i, path in zip(row.texts, row.nodes, strict=True) for p in wanted[i] if p >= skip]
+            nodes = [
+                path[p - skip] for i, path in zip(row.texts, row.nodes, strict=True) for p in wanted[i] if p >= skip
+            ]
             index, back = torch.tensor(nodes, dtype=torch.long).unique(return_inverse=True)
             cache = None if beginning is None else beginning.cache
             inputs = packed_inputs(self.backbone, row.tokens, row.places, row.sees, cache, self.device)
