@@ -120,7 +120,7 @@ def _choose_alpha(plan: Plan, row: Row, fold: int, earlier: Mapping[str, Path]) 
         scorer, metric = ChoiceScorer(module.backbone), MC2()
         for batch in data.test_dataloader():
             scores = scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
-            metric.update(scores, batch["mc2"], batch["question_id"])
+            metric.update(scores, batch["mc2"], batch["group"])
         trials.append({"alpha": alpha, "val_mc2": float(metric.compute())})
     best = max(trials, key=lambda trial: (trial["val_mc2"], -abs(trial["alpha"])))
     return {"alpha": best["alpha"], "trials": trials}
@@ -233,10 +233,10 @@ class _Samples(Callback):
             self.documents += outputs.tolist()
             return
         if "capability" in batch:
-            self.capability[int(batch["question_id"][0])] = mc1(outputs, batch["capability"].cpu())
+            self.capability[int(batch["group"][0])] = mc1(outputs, batch["capability"].cpu())
             return
         for index, logprob in enumerate(outputs.tolist()):
-            row = {"question_id": int(batch["question_id"][index]), "index": int(batch["choice"][index])}
+            row = {"question_id": int(batch["group"][index]), "index": int(batch["choice"][index])}
             row |= {"draw": self.draw, "logprob": logprob}
             self.rows.append(row | {name: int(batch[name][index]) for name in ("mc0", "mc1", "mc2")})
 

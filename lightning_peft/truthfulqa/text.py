@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_peft.truthfulqa.batches import padded
+from lightning_peft.data.batches import padded
 from lightning_peft.truthfulqa.questions import DataError
 
 if TYPE_CHECKING:

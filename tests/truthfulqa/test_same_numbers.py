@@ -1,6 +1,7 @@
 """The benchmark's numbers are those of release 0.1, whichever LightningModule holds the model.
 
-With `WRITE_NUMBERS=1` in the environment the tests write what the imported package measures to `NUMBERS`; release 0.1 did.
+With `WRITE_NUMBERS=1` in the environment the tests write what the imported package measures to `NUMBERS`; so did
+release 0.1.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
-
 from edits import add_lora
+from torch import Tensor, nn
 from tuning import trainer
 
 from lightning_peft import adapters
 from lightning_peft.compare.decoding import DoLaScoring
 from lightning_peft.models import CausalLM, Seq2SeqLM
-from lightning_peft.truthfulqa import Evaluation, Prompting, SideEffects, TruthfulQADataModule
+from lightning_peft.truthfulqa import Evaluate, Evaluation, Prompting, SideEffects, TruthfulQADataModule
 
 NUMBERS = Path(__file__).parents[1] / "data" / "evaluation-0.1.json"
 Folder = Callable[[str], Path]
@@ -33,9 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def questions(**arguments: Any) -> TruthfulQADataModule:
     effects = arguments.pop("effects", SideEffects(tokens=48, capability=4, length=12))
     prompting = Prompting(max_new_tokens=3)
-    return TruthfulQADataModule(
-        "package", limit=20, primer="", side_effects=effects, prompting=prompting, **arguments
-    )
+    return TruthfulQADataModule("package", limit=20, primer="", side_effects=effects, prompting=prompting, **arguments)
 
 
 def causal(folder: Folder) -> CausalLM:
@@ -126,11 +124,14 @@ def measured(module: Any, data: TruthfulQADataModule, *callbacks: L.Callback) ->
     """Return what `validate`, `test` and `predict` of one Trainer say, and the sums of what steps returned."""
     outputs = Outputs()
     run = trainer(outputs, *callbacks)
-    logged = {"validate": run.validate(module, data, verbose=False)[0], "test": run.test(module, data, verbose=False)[0]}
+    before = list(vars(run)["callbacks"])
+    logged = {verb: getattr(run, verb)(module, data, verbose=False)[0] for verb in ("validate", "test")}
     written: list[Any] = []
     if not isinstance(module, Own):
         for batch in run.predict(module, data) or []:
             written += batch.tolist() if isinstance(batch, Tensor) else [list(answer) for answer in batch]
+    assert vars(run)["callbacks"] == before, "what the data module put on is gone"
+    assert not vars(module).keys() & {"validation_step", "test_step", "predict_step"}
     return logged | {"outputs": outputs.sums, "predict": written}
 
 
@@ -155,8 +156,39 @@ def test_every_number_is_that_of_the_last_release(name: str, tiny_folder: Folder
     check(tiny(name, tiny_folder), name)
 
 
+def test_an_evaluation_by_contrast_may_be_a_callbacks(tiny_folder: Folder) -> None:
+    check(tiny("causal", tiny_folder, Evaluate(DoLaScoring(layers=[0, 1]))), "contrasted")
+
+
+class Foreign(L.LightningModule):
+    """Knows nothing of the benchmark, and has steps of its own."""
+
+    def __init__(self, module: CausalLM) -> None:
+        super().__init__()
+        self.backbone, self.tokenizer = module.backbone, module.tokenizer
+        self.keys: set[str] = set()
+
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
+        self.keys |= batch.keys()
+
+    test_step = predict_step = validation_step
+
+
+@pytest.mark.parametrize("name", ["causal", "contrasted"])
+def test_a_module_that_knows_nothing_of_the_benchmark_gets_the_same_numbers(name: str, tiny_folder: Folder) -> None:
+    module = Foreign(causal(tiny_folder))
+    given = [Evaluate(DoLaScoring(layers=[0, 1]))] if name == "contrasted" else []
+    numbers = measured(module, questions(), *given)
+    expected = json.loads(NUMBERS.read_text())[name]
+    del expected["validate"]["val_loss"]  # which is the module's own affair
+    assert numbers["predict"] == expected["predict"]
+    assert numbers["outputs"] == pytest.approx(expected["outputs"], rel=1e-4, abs=1e-3)
+    for verb in ("validate", "test"):
+        assert dict(numbers[verb]) == pytest.approx(expected[verb], rel=1e-4, abs=1e-5)
+    assert "labels" in module.keys and not module.keys & {"mc2", "capability", "document", "ending"}
+
+
 @pytest.mark.real_model
 @pytest.mark.usefixtures("all_threads")
 def test_every_number_of_smollm2_is_that_of_the_last_release(smollm2: Path) -> None:
     check(measured(CausalLM(str(smollm2)), questions()), "smollm2")
-
