@@ -22,7 +22,7 @@ from lightning_peft.models import CausalLM
 from lightning_peft.stack.adapter_files.folder import adapter_folders, read_folder
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 from lightning_peft.stack.stack import adapters, find_stacks, stack_of
-from lightning_peft.truthfulqa import MC2, ChoiceScorer, SampleWriter, TruthfulQADataModule
+from lightning_peft.truthfulqa import MC2, ChoiceScorer, Evaluate, SampleWriter, TruthfulQADataModule
 from lightning_peft.truthfulqa.metrics import mc1
 
 
@@ -57,8 +57,6 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         save_adapter(module, folder / "adapter")
 
     begin = time.perf_counter()
-    if row.scoring is not None:
-        module.scoring = row.scoring
     # a prompt or another scoring leaves the model as it is, and the base is the same in every fold
     effects = plan.data.side_effects if row.callback is not None or (row.kind == "base" and fold == 0) else None
     samples, shown, beyond = _Samples(), [], None
@@ -66,7 +64,7 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         samples.draw, data = draw, data_of(plan, row, fold, draw)
         data.side_effects = effects if draw == 0 else None
         writer = SampleWriter(folder if draw == 0 else None)
-        trainer = trainer_of(plan, [samples, writer])
+        trainer = trainer_of(plan, [samples, writer, Evaluate(row.scoring)])
         trainer.test(module, datamodule=data, verbose=False)
         shown += [data.demonstrations] if data.demonstrations else []
         batches = [batch for batch in loaded(trainer.test_dataloaders) if "document" not in batch]
@@ -120,7 +118,7 @@ def _choose_alpha(plan: Plan, row: Row, fold: int, earlier: Mapping[str, Path]) 
         scorer, metric = ChoiceScorer(module.backbone), MC2()
         for batch in data.test_dataloader():
             scores = scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
-            metric.update(scores, batch["mc2"], batch["question_id"])
+            metric.update(scores, batch["mc2"], batch["group"])
         trials.append({"alpha": alpha, "val_mc2": float(metric.compute())})
     best = max(trials, key=lambda trial: (trial["val_mc2"], -abs(trial["alpha"])))
     return {"alpha": best["alpha"], "trials": trials}
@@ -233,10 +231,10 @@ class _Samples(Callback):
             self.documents += outputs.tolist()
             return
         if "capability" in batch:
-            self.capability[int(batch["question_id"][0])] = mc1(outputs, batch["capability"].cpu())
+            self.capability[int(batch["group"][0])] = mc1(outputs, batch["capability"].cpu())
             return
         for index, logprob in enumerate(outputs.tolist()):
-            row = {"question_id": int(batch["question_id"][index]), "index": int(batch["choice"][index])}
+            row = {"question_id": int(batch["group"][index]), "index": int(batch["choice"][index])}
             row |= {"draw": self.draw, "logprob": logprob}
             self.rows.append(row | {name: int(batch[name][index]) for name in ("mc0", "mc1", "mc2")})
 

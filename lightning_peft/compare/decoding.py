@@ -120,7 +120,7 @@ class RTDScoring(Scoring):
         scorer = ChoiceScorer(module.backbone)
 
         def score(batch: Batch) -> Tensor:
-            choices = list(zip(batch["question_id"].tolist(), batch["choice"].tolist(), strict=True))
+            choices = list(zip(batch["group"].tolist(), batch["choice"].tolist(), strict=True))
             if "capability" in batch or not logprob_of.keys() >= set(choices):
                 raise ValueError(
                     "RTD scores questions of the test fold only: set the data's val_metrics to False, and "

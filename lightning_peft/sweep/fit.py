@@ -29,7 +29,7 @@ class Statements:
         truths: dict[tuple[int, tuple[int, ...]], int] = {}
         for data in folds:
             for batch in data.train_dataloader():
-                columns = batch["input_ids"], batch["attention_mask"].bool(), batch["truth"], batch["question_id"]
+                columns = batch["input_ids"], batch["attention_mask"].bool(), batch["label"], batch["group"]
                 for ids, real, truth, question in zip(*columns, strict=True):
                     truths[int(question), tuple(ids[real].tolist())] = int(truth)
         self.activations = capture_tokens(backbone, sites, [tokens for _, tokens in truths])

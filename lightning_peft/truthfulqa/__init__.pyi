@@ -1,5 +1,6 @@
 from .datamodule import TruthfulQADataModule as TruthfulQADataModule
 from .embeddings import SentenceEmbedder as SentenceEmbedder
+from .evaluate import Evaluate as Evaluate
 from .evaluation import Evaluation as Evaluation
 from .generation import Answer as Answer
 from .generation import AnswerGenerator as AnswerGenerator

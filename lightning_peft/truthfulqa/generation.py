@@ -38,8 +38,8 @@ def encode_prompts(
     """Encode prompts in batches of like length, padded on the left: the shortest first, whatever the questions' order.
 
     Returns:
-        Dicts with `input_ids [B, T]`, `attention_mask [B, T]`, `question_id [B]`, `prompt_end [B]` (the position id
-        of the last prompt token), and `ending` and `max_new_tokens` of the prompting.
+        Dicts with `input_ids [B, T]`, `attention_mask [B, T]`, `group [B]` (the question's id), `prompt_end [B]` (the
+        position id of the last prompt token), and `ending` and `max_new_tokens` of the prompting.
     """
     rows = sorted(
         ((prompting.encode(tokenizer, q.text), q.id) for q in questions), key=lambda row: (len(row[0]), row[1])
@@ -54,7 +54,7 @@ def encode_prompts(
             {
                 "input_ids": torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in part]),
                 "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part]),
-                "question_id": torch.tensor([number for _, number in part]),
+                "group": torch.tensor([number for _, number in part]),
                 "prompt_end": torch.tensor([len(ids) - 1 for ids, _ in part]),
                 "ending": prompting.ending,
                 "max_new_tokens": prompting.max_new_tokens,
@@ -83,7 +83,7 @@ class AnswerGenerator:
         texts = self.write(batch["input_ids"], batch["attention_mask"], ending, batch["max_new_tokens"])
         return [
             Answer(number, cut_answer(text, ending), text)
-            for number, text in zip(batch["question_id"].tolist(), texts, strict=True)
+            for number, text in zip(batch["group"].tolist(), texts, strict=True)
         ]
 
     def write(

@@ -23,6 +23,7 @@ from lightning_peft.compare.decoding import DoLaScoring, RTDScoring
 from lightning_peft.compare.plan import Data, Plan, Row, check
 from lightning_peft.models import CausalLM
 from lightning_peft.truthfulqa import SideEffects, TruthfulQADataModule
+from lightning_peft.truthfulqa.evaluation import by_logprob
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYERS, LIMIT = [1, 2], 12
@@ -156,7 +157,7 @@ def test_a_module_scores_by_log_probability_unless_told_otherwise(
     tiny_folder: Callable[[str], Path], cells: dict[str, Any], data: TruthfulQADataModule
 ) -> None:
     module = CausalLM(str(tiny_folder("llama")))
-    by_default, by_contrast = module.scoring(module), DoLaScoring(layers=LAYERS)(module)
+    by_default, by_contrast = by_logprob(module.backbone), DoLaScoring(layers=LAYERS)(module)
     batch = next(iter(data.test_dataloader()))
     count = len(batch["input_ids"])
     torch.testing.assert_close(by_default(batch), scores(cells["base"])[:count], atol=1e-4, rtol=1e-5)

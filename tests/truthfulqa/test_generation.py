@@ -109,7 +109,7 @@ def test_prompts_are_padded_on_the_left_in_batches_of_like_length(tiny_tokenizer
     assert lengths == sorted(lengths) and (torch.cat([b["attention_mask"][:, -1] for b in batches]) == 1).all()
     for batch in batches:
         assert torch.equal(batch["prompt_end"], batch["attention_mask"].sum(-1) - 1)
-        for row, mask, number in zip(*(batch[n] for n in ("input_ids", "attention_mask", "question_id")), strict=True):
+        for row, mask, number in zip(*(batch[n] for n in ("input_ids", "attention_mask", "group")), strict=True):
             assert row[mask.bool()].tolist() == SHORT.encode(tiny_tokenizer, questions[number].text)
 
 

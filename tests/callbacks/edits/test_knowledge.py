@@ -28,7 +28,7 @@ FACTS = [
     Fact("she", "Q: Who is {}? A:", "false", "true", ("What is {}",), ("he",)),
 ]
 TOKENS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(7))
-DATA = Statements(drop=("truth", "question_id", "prompt_end"))
+DATA = Statements(drop=("label", "group", "prompt_end"))
 QUICK: dict[str, Any] = {"v_num_grad_steps": 2, "clamp_norm_factor": 50.0, "shrinkage": 0.1, "prefixes": 0}
 
 
