@@ -24,7 +24,7 @@ def main(args: list[str]) -> dict[str, Any]:
     from lightning_peft.compare.verdict import verdict
     from lightning_peft.files.locking import only_writer
 
-    plan, settings, wait = read_plan("compare", "Compare adaptations on one question set.", Plan, args)
+    plan, settings, wait = read_plan("compare", "Compare adaptations on one task.", Plan, args)
     settings["rows"] = {row["name"]: row for row in settings["rows"]}
     # a table of numbers must not be folded to the 80 columns assumed where there is no terminal
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -33,7 +33,8 @@ _MOVED = {
     ),
     ("callbacks", "planning"): "activations:activation_bytes plan:estimate trained_bytes",
     ("cli", "cli"): "scoring:validation",
-    ("compare", "compare"): "scoring:decoding",
+    ("compare", "files"): "files:kept",
+    ("compare", "truthfulqa"): "answering:answers_section answers decoding scoring:decoding texts",
     ("editing", "editing"): "checkpoints:differences",
     ("editing", "editing.probes"): "examples:linear",
     ("editing.facts", "editing.facts"): "prompts:prompt_tokens",
@@ -70,6 +71,7 @@ NAMES: dict[str, str] = {
     "lightning_peft.tuners.ways.kinds.kind_of": "lightning_peft.stack.injection.registry.injection_for",
     "lightning_peft.callbacks.phases.Phased": "lightning_peft.fitting.multi_phase.MultiPhase",
     "lightning_peft.callbacks.phases.PhasedDeltas": "lightning_peft.fitting.multi_phase.MultiPhaseDeltas",
+    "lightning_peft.compare.plan.Data": "lightning_peft.truthfulqa.settings.Data",
     "lightning_peft.tuners.configs.with_strength": "lightning_peft.stack.configs.with_scale",
     "lightning_peft.tuners.configs.nearest_names": "lightning_peft.backbone.nearest_names.nearest_names",
 }
