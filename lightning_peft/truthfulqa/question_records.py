@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # arguments that callbacks had not in release 68ae323, and their defaults: at these, its finished cells still count
 _LATER: dict[str, Any] = {"target_parameters": None}
 _BATCH_SIZE = 16  # that a row of that release had written
+_DECODING = ("lightning_peft.truthfulqa.decoding.", "lightning_peft.compare.scoring.")  # now, and in that release
 
 
 class QuestionRecords(CellRecords):
@@ -219,6 +220,8 @@ def _as_in_the_first_release(settings: Any) -> Any:
     values = {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
     if "batch_size" in values and "few_shot" in values and values["batch_size"] is None:
         values["batch_size"] = _BATCH_SIZE
+    if str(values.get("class_path")).startswith(_DECODING[0]):
+        values["class_path"] = values["class_path"].replace(*_DECODING)
     if "class_path" in values and issubclass(callback := resolve(values["class_path"]), AdapterCallback):
         shared = {"backbone": None, "name": callback.default_name}
         if not callback.computed:

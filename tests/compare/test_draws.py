@@ -77,8 +77,9 @@ def test_an_edit_is_computed_once_and_scored_under_each_draw(
 def smaller(tiny: Path, output: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The plan of table 1 with these rows for a tiny model and few questions."""
     plan = yaml.safe_load((ROOT / "configs" / "compare" / "table1.yaml").read_text())
-    data = {"source": "package", "limit": 16, "side_effects": {"tokens": 256, "capability": 8}}
-    return plan | {"model": str(tiny), "rows": rows, "data": data, "output": str(output), "accelerator": "cpu"}
+    effects = {"tokens": 256, "capability": 8}
+    plan["task"]["init_args"] = {"model": str(tiny), "source": "package", "limit": 16, "side_effects": effects}
+    return plan | {"rows": rows, "output": str(output), "accelerator": "cpu"}
 
 
 def test_every_row_of_table_1_runs(
