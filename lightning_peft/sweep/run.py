@@ -14,9 +14,9 @@ from rich.console import Console
 from lightning_peft.backbone.fingerprint import fingerprint
 from lightning_peft.backbone.heads import HeadSite, head_sites
 from lightning_peft.backbone.window import check_loaded, context_window
-from lightning_peft.compare.files import kept
 from lightning_peft.editing.iti import HeadEdit
 from lightning_peft.effects.slices import text_batches, text_slice
+from lightning_peft.files.kept import kept
 from lightning_peft.files.locking import only_writer
 from lightning_peft.models import CausalLM
 from lightning_peft.stack.adapter_files.saving import save_adapter

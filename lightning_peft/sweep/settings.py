@@ -7,11 +7,11 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lightning_peft.compare.plan import Data
 from lightning_peft.editing.directions import DIRECTIONS
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.adapter_files.names import check_folder_name
 from lightning_peft.tokens import Tokens
+from lightning_peft.truthfulqa.settings import Data
 
 
 @dataclass

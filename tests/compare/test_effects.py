@@ -11,14 +11,16 @@ import pytest
 from rich.console import Console
 
 from lightning_peft.callbacks import LoRA
-from lightning_peft.compare.effects import effect_scores, effects_view, forgotten_scores
+from lightning_peft.compare.effects import effects_view
 from lightning_peft.compare.measured import measured_table
 from lightning_peft.compare.page import write_html
-from lightning_peft.compare.plan import Data, Plan, Row, check
+from lightning_peft.compare.plan import Plan, Row, check
 from lightning_peft.compare.statistics import mean_interval
 from lightning_peft.compare.terminal import table
 from lightning_peft.compare.verdict import verdict
 from lightning_peft.truthfulqa import SideEffects, forgotten
+from lightning_peft.truthfulqa.side_effects_section import effect_scores, forgotten_scores
+from lightning_peft.truthfulqa.task import TruthfulQA
 
 FOLDS: list[dict[str, Any]] = [
     {"documents": [[100, 300.0, 310.0, 8.0], [20, 80.0, 90.0, 4.0]], "capability": {"1": 1.0, "2": 0.0, "3": 1.0}},
@@ -126,4 +128,4 @@ def test_side_effects_that_cannot_be_measured_are_one_sentence_at_the_start(
 ) -> None:
     rows = [Row("base", "Base", "base"), Row("lora", "LoRA", "tuned", LoRA(), learning_rates=[1e-3])]
     with pytest.raises(ValueError, match=sentence):
-        check(Plan("x", "m", rows, Data(side_effects=effects)))
+        check(Plan("x", rows, TruthfulQA("m", side_effects=effects)))
