@@ -33,7 +33,7 @@ _MOVED = {
     ),
     ("callbacks", "planning"): "activations:activation_bytes plan:estimate trained_bytes",
     ("cli", "cli"): "scoring:validation",
-    ("compare", "compare"): "scoring:decoding",
+    ("compare", "compare"): "answers_view:sections scoring:decoding",
     ("editing", "editing"): "checkpoints:differences",
     ("editing", "editing.probes"): "examples:linear",
     ("editing.facts", "editing.facts"): "prompts:prompt_tokens",
