@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from lightning_peft.callbacks import LoRA
-from lightning_peft.compare.sections import section_views
 from lightning_peft.compare.measured import measured_table
 from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plan import Plan, Row, check
+from lightning_peft.compare.sections import section_views
 from lightning_peft.compare.statistics import mean_interval
 from lightning_peft.compare.terminal import table
 from lightning_peft.compare.verdict import verdict

@@ -16,11 +16,11 @@ import lightning as L
 import pytest
 import torch
 from edits import add_lora
+from lightning_peft.compare.decoding import DoLaScoring
 from torch import Tensor, nn
 from tuning import trainer
 
 from lightning_peft import adapters
-from lightning_peft.compare.decoding import DoLaScoring
 from lightning_peft.models import CausalLM, Seq2SeqLM
 from lightning_peft.truthfulqa import Evaluate, Evaluation, Prompting, SideEffects, TruthfulQADataModule
 
