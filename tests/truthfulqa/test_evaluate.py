@@ -90,6 +90,8 @@ def test_each_verb_has_one_while_it_runs_and_none_after(tiny_tokenizer: Any) -> 
         verb(module, data)
         check_gone(run, module, before)
     assert during.counts == {1} and "mine" in during.outputs
+    data.setup()
+    check_gone(run, module, before)
     assert all("label" in batch for batch in module.batches), "answers alone come to the module"
 
 
