@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from lightning_peft.backbone.find_backbone import find_backbone
@@ -66,13 +67,13 @@ class Evaluate(Callback):
 
     @classmethod
     def put_on(cls, trainer: L.Trainer, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Put one on a Trainer that has none, until its `teardown`.
+        """Put one on a running Trainer that has none, until its `teardown`.
 
         Args:
             trainer: of which the data module is being set up.
             tokenizer: for a module that has none.
         """
-        if _evaluating(trainer) is None:
+        if trainer.state.status == TrainerStatus.RUNNING and _evaluating(trainer) is None:
             callback = cls(tokenizer=tokenizer)
             callback._by_data = True
             vars(trainer)["callbacks"] = [callback, *_callbacks(trainer)]
