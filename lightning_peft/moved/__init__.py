@@ -50,6 +50,7 @@ _MOVED = {
     ),
     ("tuners.ways", "stack.injection"): "adaption:adaption_prompt kinds:registry prompts:prompt_learning",
     ("tuners.weight_deltas", "tuners.weight_deltas"): "places:owners",
+    ("truthfulqa", "backbone"): "arguments:accepted_arguments",
 }
 
 
