@@ -57,6 +57,7 @@ _MOVED = {
     ("tuners.ways", "stack.injection"): "adaption:adaption_prompt kinds:registry prompts:prompt_learning",
     ("tuners.weight_deltas", "tuners.weight_deltas"): "places:owners",
     ("truthfulqa", "data"): "batches",
+    ("truthfulqa", "backbone"): "arguments:accepted_arguments",
 }
 
 
