@@ -15,6 +15,7 @@ from lightning_peft.tasks.split import Split
 from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
 from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2, mc3
 from lightning_peft.truthfulqa.protocols import ProtocolName, protocol_named
+from lightning_peft.truthfulqa.questions import data_hash, load_questions, subset
 from lightning_peft.truthfulqa.side_effects import SideEffects
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class TruthfulQA(ChoiceTask):
         if unknown := row_options.keys() - options.keys():
             raise ValueError(f"TruthfulQA has no row option {', '.join(sorted(unknown))}; it has {', '.join(options)}.")
         options |= row_options
-        return TruthfulQADataModule(
+        questions = _InnerQuestions if split.inner else TruthfulQADataModule
+        return questions(
             source=self.source,
             train="statements" if options["edits"] else "answers",
             fold=split.fold,
@@ -108,6 +110,11 @@ class TruthfulQA(ChoiceTask):
             protocol=self.protocol,
             fit_window=self.fit_window,
         )
+
+    def depends_on(self) -> str:
+        """Return the hash of the questions."""
+        questions = load_questions(self.source)
+        return data_hash(questions if self.limit is None else subset(questions, self.limit, self.seed))
 
     def choice_scores(self, logprobs: Tensor, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """Return MC0 to MC3 of one question, those that it has choices for.
@@ -124,3 +131,16 @@ class TruthfulQA(ChoiceTask):
             for name, function in functions.items()
             if {0, 1} <= set(choices[name].tolist())
         }
+
+
+class _InnerQuestions(TruthfulQADataModule):
+    """The questions outside a fold: trained on the inner training questions, tested on the inner validation questions.
+
+    Demonstrations are of the inner training questions alone.
+    """
+
+    def setup(self, stage: str | None = None) -> None:
+        is_set_up = bool(self.test_questions)
+        super().setup(stage)
+        if not is_set_up:
+            self.val_questions, self.test_questions = [], self.val_questions
