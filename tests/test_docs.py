@@ -48,3 +48,13 @@ def test_an_edit_is_computed_without_a_trainer_and_one_of_ones_own_stands_on_it(
     stack = made["adapters"](made["model"])
     assert [part.name for part in stack.parts] == ["iti", "median_difference"] and stack["iti"].scale == 2.0
     assert made["median"].record == {"texts": 36} and (tmp_path / "snow-is-white" / "adapter_config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_of_ones_own_is_swept(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = run("sweep.md", tiny_folder("llama"))["results"]
+    assert len(results["points"]) == 5 and results["confirmed"]["prompts"] == 12
+    assert (tmp_path / "runs" / "mine" / "adapter-fold1" / "adapter_config.json").exists()

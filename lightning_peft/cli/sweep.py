@@ -19,9 +19,10 @@ def main(args: list[str]) -> dict[str, Any]:
     from lightning_peft.sweep.run import run
     from lightning_peft.sweep.settings import Sweep, check
 
-    does = "Measure ITI at many numbers of heads and strengths together."
-    plan, settings, wait = read_plan("sweep", does, Sweep, args)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    does = "Measure ITI at many numbers of heads and strengths together, on a task that scores choices."
+    with one_sentence("sweep"):
+        plan, settings, wait = read_plan("sweep", does, Sweep, args)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     output = Path(plan.output or f"runs/{plan.name}")
     with one_sentence("sweep"):
         check(plan)

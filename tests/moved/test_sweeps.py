@@ -1,0 +1,26 @@
+"""What sweeps of 0.1 did not write is filled in."""
+
+from __future__ import annotations
+
+from lightning_peft.moved.sweeps import completed, incomplete
+
+
+def test_results_without_measures_are_of_three() -> None:
+    whole = completed({"choose": "mc1", "points": []})
+    assert {name: measure["label"] for name, measure in whole["measures"].items()} == {
+        "mc0": "MC0",
+        "mc1": "MC1",
+        "mc2": "MC2",
+    }
+    assert (whole["primary"], whole["unit"], whole["choose"]) == ("mc2", "question", "mc1")
+
+
+def test_results_with_measures_stay_as_they_are() -> None:
+    results = {"measures": {"accuracy": {}}, "primary": "accuracy", "unit": "image"}
+    assert completed(results) is results
+
+
+def test_a_measure_that_some_questions_lack_since_they_were_measured_before_is_incomplete() -> None:
+    before, now, without = {"mc1": 1.0, "mc2": 0.5}, {"mc1": 1.0, "mc2": 0.5, "mc3": 1.0}, {"mc1": 1.0}
+    assert incomplete([now, before]) == {"mc3"}
+    assert incomplete([now, without]) == incomplete([]) == set(), "it has no choices for either"
