@@ -125,7 +125,9 @@ def _plan(questions: int) -> str:
     import yaml
 
     plan = yaml.safe_load((ROOT / "configs" / "compare" / "quick.yaml").read_text())
-    plan["model"], plan["accelerator"] = str(MODEL), "cpu"
+    benchmark = plan.pop("task")["init_args"]  # in the form of 0.1, which every commit reads
+    del benchmark["model"]
+    plan["model"], plan["data"], plan["accelerator"] = str(MODEL), benchmark, "cpu"
     if questions < plan["data"]["limit"]:
         plan["data"] |= {"limit": questions, "side_effects": {"tokens": 128, "length": 64, "capability": 2}}
         for row in plan["rows"]:

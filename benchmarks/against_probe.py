@@ -93,6 +93,11 @@ def tokenizer() -> Any:
 class Statements(L.LightningDataModule):
     """The labelled statements, to fit on and to validate with; what ends in a question is their beginnings."""
 
+    def setup(self, stage: str) -> None:
+        for callback in vars(self.trainer)["callbacks"]:
+            if getattr(callback, "question_ends", False):
+                callback.sigma_texts = self.question_ends()  # 0.1 asks for them
+
     def train_dataloader(self) -> DataLoader:
         return statements()
 
@@ -113,8 +118,9 @@ def statements() -> DataLoader:
         ids[length - 1] = (5 if truth else 7) + i // 2 % 2
         mask = (torch.arange(WIDTH) < length).long()
         labels = ids.masked_fill((mask == 0) | (torch.arange(WIDTH) < 2), -100)
-        row = {"input_ids": ids, "attention_mask": mask, "labels": labels, "truth": truth}
-        rows.append(row | {"question_id": i // 3})  # where answers begin is known by the labels
+        row = {"input_ids": ids, "attention_mask": mask, "labels": labels}  # by which it is known where answers begin
+        row |= {"label": truth, "group": i // 3}
+        rows.append(row | {"truth": truth, "question_id": i // 3})  # the same as 0.1 calls them
     return DataLoader(rows, batch_size=5)  # type: ignore[arg-type]
 
 

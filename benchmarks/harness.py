@@ -37,8 +37,8 @@ def ours(arguments: argparse.Namespace) -> Work:
         scorer, found = ChoiceScorer(module.backbone), []
         for batch in data.test_dataloader():
             logprobs = scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
-            for question in batch["question_id"].unique_consecutive():
-                rows = batch["question_id"] == question
+            for question in batch["group"].unique_consecutive():
+                rows = batch["group"] == question
                 scores = logprobs[rows]
                 row: dict[str, Any] = {"mc1": mc1(scores, batch["mc1"][rows], ties="lm_eval")}
                 row["mc2"] = mc2(scores, batch["mc2"][rows])

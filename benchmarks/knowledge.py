@@ -37,9 +37,9 @@ from lightning_peft.editing.facts import (
     read_facts,
     score_facts,
 )
+from lightning_peft.effects import text_slice
 from lightning_peft.models import CausalLM
 from lightning_peft.stack.stack import stack_of
-from lightning_peft.truthfulqa.text import text_slice
 
 KINDS = ("efficacy", "paraphrase", "neighbourhood")
 

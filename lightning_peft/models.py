@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft.backbone.window import check_batch, check_loaded
 from lightning_peft.fitting.checkpoints import AdapterCheckpointMixin
 from lightning_peft.positions import answering_batch
-from lightning_peft.stack.injection.initialisation import changes_base
-from lightning_peft.stack.stack import adapters, find_stacks
-from lightning_peft.truthfulqa.evaluation import Evaluation, by_logprob
-from lightning_peft.truthfulqa.generation import Answer, AnswerGenerator
-from lightning_peft.truthfulqa.side_effects import Off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,12 +70,40 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
         return inputs
 
 
+class TokenMean(nn.Module):
+    """The mean of losses over all tokens of an epoch and of all processes; a module, so that it follows its owner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # a loss that is NaN stays one; MeanMetric(nan_strategy="disable") takes no weights (torchmetrics 1.9)
+        self.loss, self.tokens = SumMetric(nan_strategy="disable"), SumMetric()
+
+    def begin(self) -> None:
+        """Forget what was added before."""
+        for metric in (self.loss, self.tokens):
+            metric.reset()
+            metric.update(0)  # of several processes those without any loss must take part too
+
+    def add(self, loss: Tensor, tokens: int) -> None:
+        """Count a batch's mean loss as often as it has tokens."""
+        if tokens:  # the mean of none is no number
+            self.loss.update(loss.detach().float() * tokens)
+            self.tokens.update(tokens)
+
+    def finish(self) -> float | None:
+        """Return the mean, None where there was no token in any process, and begin anew."""
+        loss, tokens = self.loss.compute(), self.tokens.compute()
+        for metric in (self.loss, self.tokens):
+            metric.reset()
+        return float(loss / tokens) if tokens else None
+
+
 class _LanguageModel(_Pretrained, ABC):
-    """The base of the two language models: they are trained on answers, and evaluated on choices and text too."""
+    """The base of the two language models, which are trained and measured on answers."""
 
     def __init__(self, pretrained: str, auto: str, learning_rate: float, weight_decay: float, dtype: str) -> None:
         super().__init__(pretrained, auto, learning_rate, weight_decay, dtype)
-        self.evaluation = Evaluation()
+        self.answer_loss = TokenMean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, count = self._loss(batch)
@@ -88,48 +111,28 @@ class _LanguageModel(_Pretrained, ABC):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._begin()
+        self.answer_loss.begin()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Evaluate a batch as `test_step` does."""
-        return self._evaluate(batch)
+        self.answer_loss.add(*self._loss(batch))
+        return None
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.evaluation.finish("val_").items():
-            self.log(name, value, prog_bar=name in ("val_loss", "val_mc2"), sync_dist=True)
+        self._log_loss("val_loss", prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
-        self._begin()
+        self.answer_loss.begin()
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Return the scores of choices, `[B]`, in nats; the effects of text, `[B, 4]`; of other batches nothing."""
-        return self._evaluate(batch)
+        self.answer_loss.add(*self._loss(batch))
+        return None
 
     def on_test_epoch_end(self) -> None:
-        results = self.evaluation.finish()
-        self.log_dict({"test_loss" if name == "loss" else name: results[name] for name in results}, sync_dist=True)
+        self._log_loss("test_loss")
 
-    def _begin(self) -> None:
-        off: Off | None = None
-        configs: list[Any] = []
-        if find_stacks(self.backbone):
-            stack = adapters(self.backbone)
-            off, configs = stack.disabled, [part.config for part in stack.parts]
-        elif hasattr(self.backbone, "disable_adapter"):  # wrapped by peft itself
-            wrapper: Any = self.backbone
-            off, configs = wrapper.disable_adapter, list(wrapper.peft_config.values())
-        base = not any(map(changes_base, configs))
-        self.evaluation.begin(self.backbone, self._scorer, off if base else None, base)
-
-    def _evaluate(self, batch: Batch) -> Tensor | None:
-        result = self.evaluation.step(batch)
-        if result is None:
-            self.evaluation.add_loss(*self._loss(batch))
-        return result
-
-    def _scorer(self) -> Callable[[Batch], Tensor]:
-        """Return the function that scores choices."""
-        return by_logprob(self.backbone)
+    def _log_loss(self, name: str, prog_bar: bool = False) -> None:
+        if (loss := self.answer_loss.finish()) is not None:
+            self.log(name, loss, prog_bar=prog_bar, sync_dist=True)
 
     @abstractmethod
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
@@ -137,18 +140,10 @@ class _LanguageModel(_Pretrained, ABC):
 
 
 class CausalLM(_LanguageModel):
-    """A causal language model, trained on answers and tested on choices.
+    """A causal language model, trained on the tokens whose label is not -100.
 
-    Training and validation: cross-entropy over the tokens whose label is not -100. Validation and test: rows with
-    `mc0`, `mc1` or `mc2 [B]` are one question's choices (1 true, 0 false, -1 not among that metric's); their exact
-    log-probabilities give MC0, MC1, MC2 and MC3, logged as `mc0` … `mc3`; rows with `capability` give the share of
-    simple questions answered rightly. Whatever adapter is active counts. Rows with `document` are neutral text: logged
-    are its cross-entropy with and without the adapters, `ce` and `ce_base`, and `kl`, in nats per token; of adapters
-    that cannot be switched off `ce` alone. The loss of other rows is `val_loss` or `test_loss`; in validation all names
-    begin with `val_`.
-
-    `scoring` may be set to score choices otherwise than by their log-probability: it is called with this module before
-    the first choices of a test or validation, and what it returns with each batch of them, for scores `[B]`.
+    `val_loss` and `test_loss` are the mean cross-entropy over these tokens of the whole epoch, on all processes;
+    `predict` returns logits.
 
     Args:
         pretrained: a model on the Hugging Face hub, or a folder.
@@ -162,29 +157,15 @@ class CausalLM(_LanguageModel):
     ) -> None:
         super().__init__(pretrained, "AutoModelForCausalLM", learning_rate, weight_decay, dtype)
         self.save_hyperparameters()
-        self.scoring: Callable[[CausalLM], Callable[[Batch], Tensor]] = _by_logprob
-        self._generator: AnswerGenerator | None = None
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits `[B, T, vocabulary]`."""
         with self._answers(batch):
             return self.backbone(**self._inputs(batch)).logits
 
-    def on_predict_epoch_start(self) -> None:
-        self._generator = AnswerGenerator(self.backbone, self.tokenizer)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer] | Tensor:
-        """Write greedy answers to a batch of prompts of `TruthfulQADataModule`; of any other batch return logits."""
-        if "ending" not in batch:
-            return self(batch)
-        assert self._generator is not None
-        return self._generator.answer(batch)
-
-    def on_predict_epoch_end(self) -> None:
-        self._generator = None
-
-    def _scorer(self) -> Callable[[Batch], Tensor]:
-        return self.scoring(self)
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return logits `[B, T, vocabulary]`."""
+        return self(batch)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the mean cross-entropy over answer tokens, and their number.
@@ -204,11 +185,6 @@ class CausalLM(_LanguageModel):
 
     def _answers(self, batch: Batch) -> AbstractContextManager[None]:
         return answering_batch(self.backbone, batch)
-
-
-def _by_logprob(module: CausalLM) -> Callable[[Batch], Tensor]:
-    """Return a function that scores answers by their exact log-probabilities behind their prompts."""
-    return by_logprob(module.backbone)
 
 
 class SequenceClassifier(_Pretrained):
@@ -268,10 +244,10 @@ class SequenceClassifier(_Pretrained):
 
 
 class Seq2SeqLM(_LanguageModel):
-    """An encoder-decoder trained on `labels [B, U]`, the target tokens, -100 where padded, and tested on choices.
+    """An encoder-decoder trained on `labels [B, U]`, the target tokens, -100 where padded.
 
-    Validation and test: choices give `mc0` … `mc3` and `capability` as in `CausalLM`, the prompt read by the encoder
-    and the answers scored by the decoder; the loss of other batches is `val_loss` or `test_loss`.
+    `val_loss` and `test_loss` are the mean cross-entropy over the target tokens of the whole epoch, on all processes;
+    `predict` generates.
 
     Args:
         pretrained: a model on the Hugging Face hub, or a folder.

@@ -77,8 +77,8 @@ class ABQuestions(ChoiceTask):
     def module(self) -> L.LightningModule:
         return CausalLM(self.model)
 
-    def data(self, split: Split, edits: bool = False, units_per_batch: int = 8) -> ABData:
-        assert edits and units_per_batch == 1, "as a sweep asks"
+    def data(self, split: Split, edits: bool = False) -> ABData:
+        assert edits, "as a sweep asks"
         outside = [number for number in range(self.limit) if number % split.folds != split.fold]
         if split.inner:
             return ABData(outside[::2], outside[1::2])

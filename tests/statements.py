@@ -26,7 +26,7 @@ class Statements(Dataset):
             ids[length - 1] = (5 if true else 7) + i // 2 % 2
             mask = (torch.arange(WIDTH) < length).long()
             labels = ids.masked_fill((mask == 0) | (torch.arange(WIDTH) < 2), -100)
-            row = {"input_ids": ids, "attention_mask": mask, "labels": labels, "truth": true, "question_id": i // 3}
+            row = {"input_ids": ids, "attention_mask": mask, "labels": labels, "label": true, "group": i // 3}
             self.rows.append({k: v for k, v in (row | {"prompt_end": 1}).items() if k not in drop})
 
     def __len__(self) -> int:

@@ -58,3 +58,16 @@ def test_a_task_of_ones_own_is_swept(
     results = run("sweep.md", tiny_folder("llama"))["results"]
     assert len(results["points"]) == 5 and results["confirmed"]["prompts"] == 12
     assert (tmp_path / "runs" / "mine" / "adapter-fold1" / "adapter_config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_cost_of_an_edit_is_measured_on_the_model_and_in_its_folder(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = run("effects.md", tiny_folder("llama"))
+    assert made["change"].mean > 0 and made["before"].mean != made["after"].mean and len(made["own"].by_text) == 2
+    costs = list(made["costs"].values())
+    assert costs[0] == 0 and costs[2] == pytest.approx(made["change"].mean) and costs == sorted(costs)
+    assert made["mass"].shape == (6,) and bool(made["mass"].isfinite().all() and made["mass"].any())
+    assert len(made["answers"]) == 3 and all(made["answers"])

@@ -13,7 +13,7 @@ from tuning import ROOT, python
 from lightning_peft import callbacks
 from lightning_peft.exports import public_classes, stub, write_stub
 
-PACKAGES = ["", ".callbacks", ".editing", ".truthfulqa", ".truthfulqa.judges"]
+PACKAGES = ["", ".callbacks", ".editing", ".effects", ".truthfulqa", ".truthfulqa.judges"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

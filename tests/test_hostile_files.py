@@ -21,7 +21,7 @@ from tuning import QUIET, Classifier, classifier, fit
 from lightning_peft import export_checkpoint, load_adapter, load_from_checkpoint, save_adapter
 from lightning_peft.callbacks import HeadOffsets, LoRA, Steer
 from lightning_peft.cli import main
-from lightning_peft.compare.plan import Data, Plan, Row
+from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.compare.run import run as compare
 from lightning_peft.editing.arithmetic import combine
 from lightning_peft.files.atomic import new_file, new_folder, scratch_folder
@@ -38,6 +38,7 @@ from lightning_peft.stack.steering import steering
 from lightning_peft.sweep.run import run as sweep
 from lightning_peft.sweep.settings import Sweep
 from lightning_peft.truthfulqa.judges import save_quality
+from lightning_peft.truthfulqa.task import TruthfulQA
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
@@ -210,8 +211,8 @@ def write_one() -> tuple[Any, ...]:
 def test_the_name_of_a_row_or_a_plan_leads_nowhere(name: str, world: Path) -> None:
     name = name.replace("{world}", str(world))
     console = Console(quiet=True)
-    rows = [Row("base", "", "base"), Row(name, "", "prompt", few_shot=0)]
-    for plan in (Plan("a", "no-model", rows, Data(), output="out"), Plan(name, "no-model", rows[:1], Data())):
+    rows, task = [Row("base", "", "base"), Row(name, "", "prompt", few_shot=0)], TruthfulQA("no-model")
+    for plan in (Plan("a", rows, task, output="out"), Plan(name, rows[:1], task)):
         said = harmless(world, world / "deep/er/out", lambda plan=plan: compare(plan, {"rows": {}}, console))
         assert "name consists of letters, digits, - and _, at most 100 of them" in said
     plan = Sweep(name, "no-model", [1], [1.0])

@@ -32,7 +32,6 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # rooms that do not touch the numerics, and what they are kept free of
 WITHOUT = {"files": {"torch", "lightning"}, "backbone": {"lightning"}, "stack": {"lightning"}, "tuners": {"lightning"}}
-EXCEPT = {("models", "truthfulqa")}  # evaluation inside the module
 
 
 def imported(source: str, package: str = "") -> set[str]:
@@ -70,17 +69,12 @@ def test_imports_go_down(room: str) -> None:
     for file in files(room):
         package = ".".join(file.relative_to(ROOT).parts[:-1])
         names = imported(file.read_text(), package)
-        others = {name for name in names & FLOOR.keys() if name != room and (room, name) not in EXCEPT}
+        others = {name for name in names & FLOOR.keys() if name != room}
         upward = {name for name in others if FLOOR[name] >= FLOOR[room]}
         upward |= names & WITHOUT.get(room, set())
         if upward:
             wrong[str(file.relative_to(ROOT))] = upward
     assert wrong == {}
-
-
-@pytest.mark.parametrize(("room", "other"), EXCEPT)
-def test_an_exception_is_still_one(room: str, other: str) -> None:
-    assert any(other in imported(file.read_text()) for file in files(room))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from lightning_peft.stack.adapter_files.compression import restore
 from lightning_peft.stack.adapter_files.folder import COMPRESSED, adapter_folders
 from lightning_peft.stack.adapter_files.saving import load_adapter
 from lightning_peft.stack.stack import stack_of
-from lightning_peft.truthfulqa import TruthfulQADataModule
 
 
 class Scorer:
@@ -39,7 +38,7 @@ class Scorer:
         )
         trainer: Any = built.trainer
         self.module, self.data, self.trainer, self.monitor = built.model, built.datamodule, trainer, monitor
-        if monitor == "val_loss" and isinstance(self.data, TruthfulQADataModule) and self.data.val_metrics is None:
+        if monitor == "val_loss" and getattr(self.data, "val_metrics", False) is None:
             self.data.val_metrics = False  # or choices would be scored with every adapter, for nothing
         adapting = [callback for callback in trainer.callbacks if isinstance(callback, AdapterCallback)]
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in adapting]

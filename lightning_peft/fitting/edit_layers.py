@@ -12,8 +12,7 @@ from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.editing.contrast import LayerEdit, check_statements, data_hash, site_probes
 from lightning_peft.editing.layers import layer_offsets_config
 from lightning_peft.editing.selection import Selection
-from lightning_peft.fitting.adapter_callback import EditOptions
-from lightning_peft.fitting.reading_edit import ReadingEdit
+from lightning_peft.fitting.reading_edit import ReadingEdit, ReadingOptions
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.computed import ComputedAdapter, saved_key
 from lightning_peft.stack.gates import check_gate
@@ -43,7 +42,7 @@ class EditLayers(ReadingEdit[LayerSite]):
         layers: Sequence[int] | str | None,
         alpha: float,
         positions: str,
-        **options: Unpack[EditOptions],
+        **options: Unpack[ReadingOptions],
     ) -> None:
         check_policy(positions)
         Selection(sites=sites, layers=_fixed(layers))
@@ -116,7 +115,7 @@ class StatementLayers(EditLayers):
         beta: float = 0.0,
         threshold: float = 0.5,
         C: float = 1.0,
-        **options: Unpack[EditOptions],
+        **options: Unpack[ReadingOptions],
     ) -> None:
         check_gate(gate, threshold)
         super().__init__(sites, layers, alpha, positions, **options)

@@ -18,6 +18,7 @@ from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.backbone.modules import uncompiled
 from lightning_peft.editing.capture import Capture
 from lightning_peft.fitting.adapter_callback import EditOptions
+from lightning_peft.fitting.batch_keys import check_keys, check_labels, labels_and_groups
 from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
 from lightning_peft.fitting.find_backbone import find_backbone
 from lightning_peft.stack.adapter import Adapter
@@ -32,12 +33,31 @@ Tokenizer = Callable[..., Mapping[str, Any]]
 S = TypeVar("S", HeadSite, LayerSite)
 
 
+class ReadingOptions(EditOptions, total=False):
+    """The arguments of every edit that reads labelled texts, besides those of its method.
+
+    Args:
+        backbone, name, strict_base: as `EditOptions`.
+        label_key: the key of a batch under which it says which texts are wanted: 1 for those that are (true), 0 for
+            those that are not, `[B]`. Default `"label"`.
+        group_key: the key under which it says which texts belong together when they are split or paired, as those about
+            one question: integers `[B]`. Default `"group"`.
+    """
+
+    label_key: str
+    group_key: str
+
+
 class ReadingEdit(Edit, Generic[S]):
     """Base of the edits that read sites at the last token of labelled texts and compute an adapter from that.
 
     A subclass says where it reads (`find_sites`), which adapter it is before anything is computed (`empty_config`) and
-    the formula (`edit`). Batches hold `input_ids [B, T]`, `attention_mask [B, T]`, `truth [B]` (the label, 0 or 1) and
-    `question_id [B]` (the group: texts that belong together).
+    the formula (`edit`). Batches hold `input_ids [B, T]`, `attention_mask [B, T]`, `label [B]` (0 or 1) and
+    `group [B]` (an integer: texts that belong together), the last two under the names that `label_key` and `group_key`
+    give.
+
+    Args:
+        label_key, group_key, **options: see `ReadingOptions`.
 
     Attributes:
         edit_: after `fit` the result that `edit` keeps there, on every rank.
@@ -58,11 +78,14 @@ class ReadingEdit(Edit, Generic[S]):
         ...         return ComputedAdapter(self.empty_config(sites), dict(zip(keys, vectors[:, None])))
     """
 
-    batch_keys: tuple[str, ...] = ("input_ids", "truth", "question_id")
+    batch_keys: tuple[str, ...] = ("input_ids", "label", "group")
     batch_size = 16  # texts of a call, without a Trainer
 
-    def __init__(self, **options: Unpack[EditOptions]) -> None:
+    def __init__(self, *, label_key: str = "label", group_key: str = "group", **options: Unpack[EditOptions]) -> None:
         super().__init__(**options)
+        self.label_key, self.group_key = label_key, group_key
+        names = {"label": label_key, "group": group_key}
+        self.batch_keys = tuple(names.get(key, key) for key in self.batch_keys)
         self.edit_: Any = None
         self._sites: Sequence[S] = []
         self._capture: Capture | None = None
@@ -97,13 +120,21 @@ class ReadingEdit(Edit, Generic[S]):
         self._sites = self.find_sites(backbone)
         return self.empty_config(self._sites)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        meanings = {self.label_key: "label", self.group_key: "group"}
+        check_keys(type(self).__name__, self.batch_keys, batch, meanings)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
     def begin(self, stack: AdapterStack) -> None:
         self._capture = Capture(stack.backbone, self._sites).__enter__()
 
     def observe(self, batch: Mapping[str, Tensor]) -> None:
         # data of one label alone are refused before anything is read; ranks, though, must call a model equally often
+        label, _ = self._columns(batch)
         self._held.append(batch)
-        self._labels |= set(batch["truth"].tolist()) if not self._rows else set()
+        self._labels |= set(label.tolist()) if not self._rows else set()
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if several or len(self._labels) > 1:
             for held in self._held:
@@ -114,13 +145,17 @@ class ReadingEdit(Edit, Generic[S]):
     def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         assert self._capture is not None
         activations = self._capture(batch["input_ids"], batch.get("attention_mask"))
-        return activations, batch["truth"].cpu(), batch["question_id"].cpu()
+        label, group = self._columns(batch)
+        return activations, label.cpu(), group.cpu()
+
+    def _columns(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return labels_and_groups(type(self).__name__, batch, self.label_key, self.group_key)
 
     def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
         if self._held:
             raise ValueError(
-                "Statements of both classes are needed, truth 0 and 1; the values given are "
-                f'{sorted(self._labels)}: `TruthfulQADataModule(train="statements")`, say, yields both.'
+                f"Statements of both classes are needed, {self.label_key} 0 and 1; the values given are "
+                f"{sorted(self._labels)}: let the training data hold texts that are not wanted beside those that are."
             )
         rows = self.gather_rows(stack, trainer)
 
@@ -191,20 +226,21 @@ def edit(
         The adapter, on the model in place of one of its name; `adapters(model)` scales, switches and removes it.
 
     Raises:
-        ValueError: lists of different lengths, or as the method's `fit`.
+        ValueError: lists of different lengths, a label that is neither 0 nor 1, or as the method's `fit`.
     """
     if not len(texts) == len(label) == len(group):
         raise ValueError(
             f"Each text needs one label and one group, but there are {len(texts)} texts, {len(label)} labels and "
             f"{len(group)} groups."
         )
+    columns = torch.as_tensor(label).long(), torch.as_tensor(group)
+    check_labels(type(method).__name__, columns[0])
     if isinstance(model, L.LightningModule):
         model = model.get_submodule(find_backbone(model, method.backbone) or "")
     stack = stack_of(uncompiled(model))
     method.make_config(stack.backbone)
     try:
         with frozen(stack.backbone), stack.disabled(method.name) if method.name in stack else nullcontext():
-            columns = torch.as_tensor(label).long(), torch.as_tensor(group)
             rows = method.read(stack.backbone, tokenizer, texts, *columns)
         return stack.put(method.name, method.edit(*rows, method._sites))
     finally:

@@ -33,12 +33,18 @@ _MOVED = {
     ),
     ("callbacks", "planning"): "activations:activation_bytes plan:estimate trained_bytes",
     ("cli", "cli"): "scoring:validation",
-    ("compare", "compare"): "scoring:decoding",
+    ("compare", "files"): "files:kept",
+    (
+        "compare",
+        "truthfulqa",
+    ): "answering:answers_section answers decoding effects:side_effects_section scoring:decoding texts",
+    ("compare", "compare"): "answers_view:sections",
     ("editing", "editing"): "checkpoints:differences",
     ("editing", "editing.probes"): "examples:linear",
     ("editing.facts", "editing.facts"): "prompts:prompt_tokens",
     ("sweep", "sweep"): "plan:settings",
     ("testing", "backbone"): "counts",
+    ("truthfulqa", "effects"): "text:slices",
     ("tuners", ""): "backbone",
     ("tuners", "backbone"): "quantization quantized_layers",
     ("tuners", "fitting"): "trunk",
@@ -50,6 +56,7 @@ _MOVED = {
     ),
     ("tuners.ways", "stack.injection"): "adaption:adaption_prompt kinds:registry prompts:prompt_learning",
     ("tuners.weight_deltas", "tuners.weight_deltas"): "places:owners",
+    ("truthfulqa", "data"): "batches",
 }
 
 
@@ -70,8 +77,18 @@ NAMES: dict[str, str] = {
     "lightning_peft.tuners.ways.kinds.kind_of": "lightning_peft.stack.injection.registry.injection_for",
     "lightning_peft.callbacks.phases.Phased": "lightning_peft.fitting.multi_phase.MultiPhase",
     "lightning_peft.callbacks.phases.PhasedDeltas": "lightning_peft.fitting.multi_phase.MultiPhaseDeltas",
+    "lightning_peft.compare.plan.Data": "lightning_peft.truthfulqa.settings.Data",
     "lightning_peft.tuners.configs.with_strength": "lightning_peft.stack.configs.with_scale",
     "lightning_peft.tuners.configs.nearest_names": "lightning_peft.backbone.nearest_names.nearest_names",
+    "lightning_peft.truthfulqa.TextEffects": "lightning_peft.effects.TextEffects",
+    "lightning_peft.truthfulqa.TextSlice": "lightning_peft.effects.TextSlice",
+    "lightning_peft.truthfulqa.batch_effects": "lightning_peft.effects.batch_effects",
+    "lightning_peft.truthfulqa.text_effects": "lightning_peft.effects.text_effects",
+    "lightning_peft.truthfulqa.text_slice": "lightning_peft.effects.text_slice",
+    "lightning_peft.truthfulqa.side_effects.Off": "lightning_peft.effects.text_sums.Off",
+    "lightning_peft.truthfulqa.side_effects.TextEffects": "lightning_peft.effects.TextEffects",
+    "lightning_peft.truthfulqa.side_effects.batch_effects": "lightning_peft.effects.batch_effects",
+    "lightning_peft.truthfulqa.side_effects.text_effects": "lightning_peft.effects.text_effects",
 }
 # "module.Class.argument", the path as it is now, the argument as in 0.1 -> the argument; see `keep_old_arguments`
 ARGUMENTS: dict[str, str] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -36,7 +36,7 @@ class OldPaths(MetaPathFinder):
             if spec is not None and spec.loader is not None:
                 return None
             return ModuleSpec(fullname, _Scattered(self.modules), is_package=True)
-        real = importlib.util.find_spec(new) if new else None
+        real = _locate(new) if new else None
         if real is None:
             return None
         is_package = real.submodule_search_locations is not None
@@ -46,6 +46,23 @@ class OldPaths(MetaPathFinder):
         """Return whether modules of a package stand elsewhere than in the package that took its place."""
         below = [key for key in self.modules if key.startswith(f"{package}.")]
         return new is None or any(self.modules[key] != new + key[len(package) :] for key in below)
+
+
+def _locate(name: str) -> ModuleSpec | None:
+    """Return a module's spec, or None where there is no such module, without importing the packages that it is in.
+
+    importlib holds its global lock while it asks a finder (`_find_spec`, Python 3.11): a finder that imports could wait
+    for a thread that is importing, which waits for that lock.
+    """
+    module, package = sys.modules.get(name), name.rpartition(".")[0]
+    if module is not None and module.__spec__ is not None:
+        return module.__spec__
+    if not package:
+        return PathFinder.find_spec(name)
+    parent = _locate(package)
+    if parent is None or parent.submodule_search_locations is None:
+        return None
+    return PathFinder.find_spec(name, parent.submodule_search_locations)
 
 
 class _Alias(Loader):

@@ -1,89 +1,64 @@
-"""Plans of 0.1: a model and questions in place of a task."""
+"""Plans of comparisons and sweeps as they were before there were tasks: a model and its questions at the top."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from lightning_peft.moved import resolve, warn_moved
 
 C = TypeVar("C", bound=type)
-
-_TASK = "lightning_peft.truthfulqa.task.TruthfulQA"
-_OLD = ("model", "data", "dtype")
-_DEFAULT_DTYPE = "float32"
+_DATA = "lightning_peft.truthfulqa.settings.Data"
 
 
-def keep_old_plans(data: type) -> Callable[[C], C]:
-    """Let the class of a plan take `model`, `data` and `dtype`, as in 0.1, in place of its second argument, `task`.
+def keep_old_plans(*order: str) -> Callable[[C], C]:
+    """Let a plan of a task also take `model`, `data` and `dtype`, which mean the benchmark's task; makes a decorator.
+
+    In Python they may stand by position, as they did; in YAML and on the command line they are options of their own.
 
     Args:
-        data: the dataclass that the questions were given in.
+        *order: the arguments in their order in 0.1.
     """
-
-    def decorate(cls: C) -> C:
-        untyped: Any = cls
-        path, init = f"{cls.__module__}.{cls.__qualname__}", untyped.__init__
-
-        @functools.wraps(init)
-        def translated(self: object, *args: object, **kwargs: Any) -> None:
-            if len(args) > 1 and isinstance(args[1], str):  # by position: name, model, the others, data among them
-                questions = [arg for arg in args if isinstance(arg, data)]
-                kwargs |= dict(zip(["data"], questions, strict=False))
-                others = [arg for arg in args if not isinstance(arg, data)]
-                names = ["name", "model", *list(inspect.signature(init).parameters)[3:]]  # in place of the task
-                kwargs |= dict(zip(names, others, strict=False))
-                args = ()
-            old = {name: kwargs.pop(name) for name in _OLD if name in kwargs}
-            if old:
-                if "task" in kwargs:
-                    raise ValueError(f"{cls.__name__} was given a task and {', '.join(old)}: they belong to the task.")
-                warn_moved(f"{path}(model=…, data=…)", f"{path}(task={_TASK}(model=…, …))")
-                kwargs["task"] = _task(cls.__name__, data, old)
-            elif len(args) < 2 and "task" not in kwargs:
-                raise ValueError(f"{cls.__name__} needs a task, such as {_TASK}.")
-            init(self, *args, **kwargs)
-
-        vars(translated)["__signature__"] = _with_old(inspect.signature(init), data)
-        translated.__annotations__ = init.__annotations__ | {"model": str, "data": data | None, "dtype": str}
-        untyped.__init__ = translated
-        return cls
-
-    return decorate
+    return functools.partial(_keep_old_plans, order=order)
 
 
-def settings_before(task: Any) -> dict[str, Any] | None:
-    """Return a task's part of what a plan of 0.1 was hashed as; None of a task that there was not.
+def _keep_old_plans(cls: C, order: tuple[str, ...]) -> C:
+    untyped: Any = cls
+    init = untyped.__init__
+    parameters = inspect.signature(init).parameters
+    place = list(parameters).index("task") - 1  # among positional arguments
 
-    By it what 0.1 had finished still counts.
-    """
-    if type(task) is not resolve(_TASK):  # a subclass may do otherwise
-        return None
-    data = {name: getattr(task, name) for name in ("source", "limit", "val_fraction", "seed", "protocol")}
-    data |= {"num_folds": task.folds, "side_effects": asdict(task.side_effects)}
-    if task.fit_window:  # which came later
-        data["fit_window"] = True
-    return {"model": task.model, "dtype": task.dtype, "data": data}
+    @functools.wraps(init)
+    def translated(self: object, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 1 and isinstance(args[1], str):
+            kwargs = dict(zip(order, args, strict=False)) | kwargs
+            args = ()
+        given = {name: kwargs.pop(name) for name in ("model", "data", "dtype") if name in kwargs}
+        old = {name: value for name, value in given.items() if value is not None}
+        if old:
+            if kwargs.pop("task", None) is not None:
+                raise ValueError(
+                    f"A plan has a task or, as in 0.1, {', '.join(old)}, not both: give the task's init_args."
+                )
+            if "model" not in old:
+                raise ValueError(f"A plan without a task needs a model beside {', '.join(old)}.")
+            warn_moved(f"{cls.__name__}(model=…, data=…, dtype=…)", f"{cls.__name__}(task=TruthfulQA(model=…, …))")
+            data = old.pop("data", None) or resolve(_DATA)()
+            kwargs["task"] = data.task(**old)
+        elif kwargs.get("task") is None and len(args) <= place:
+            raise ValueError("A plan needs a task, what it measures on: task: {class_path: …, init_args: …}.")
+        init(self, *args, **kwargs)
 
-
-def _task(plan: str, kind: type, old: dict[str, Any]) -> object:
-    if "model" not in old:
-        raise ValueError(f"{plan} was given {', '.join(old)} and no model: give a task with all of them.")
-    data: Any = old.get("data") or kind()
-    values = {field.name: getattr(data, field.name) for field in fields(data)}
-    return resolve(_TASK)(model=old["model"], dtype=old.get("dtype", _DEFAULT_DTYPE), **values)
-
-
-def _with_old(signature: inspect.Signature, data: type) -> inspect.Signature:
-    """Return the signature that jsonargparse reads, all by keyword: what is not given stays out of what it saves."""
-    by_keyword, not_given = inspect.Parameter.KEYWORD_ONLY, argparse.SUPPRESS
-    own = list(signature.parameters.values())
-    parameters = [own[0], *(parameter.replace(kind=by_keyword) for parameter in own[1:])]
-    parameters = [p.replace(default=not_given) if p.name == "task" else p for p in parameters]
-    for name, annotation in (("model", str), ("data", data | None), ("dtype", str)):
-        parameters.append(inspect.Parameter(name, by_keyword, default=not_given, annotation=annotation))
-    return inspect.Signature(parameters)
+    translated.__annotations__ = init.__annotations__ | {"model": str | None, "dtype": str | None}
+    translated.__annotations__ |= {"data": resolve(_DATA) | None}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    optional = {name: p.replace(kind=keyword) for name, p in parameters.items() if name != "self"}
+    optional["task"] = optional["task"].replace(default=None)
+    for name in ("model", "data", "dtype"):
+        optional[name] = inspect.Parameter(name, keyword, default=None, annotation=translated.__annotations__[name])
+    signature = inspect.Signature([parameters["self"], *optional.values()])
+    vars(translated)["__signature__"] = signature
+    untyped.__init__ = translated
+    return cls

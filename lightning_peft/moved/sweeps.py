@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lightning_peft.moved import resolve
+
+_TASK = "lightning_peft.truthfulqa.task.TruthfulQA"
 _MEASURES = ("mc0", "mc1", "mc2")
 _LATER = {"mc3": "mc2"}  # a measure that 0.1 did not make, and the one whose choices are its own
 
@@ -26,3 +29,14 @@ def incomplete(rows: Iterable[Mapping[str, float]]) -> set[str]:
         rows: the scores of each unit by measure.
     """
     return {later for row in rows for later, there in _LATER.items() if there in row and later not in row}
+
+
+def key_before(task: Any) -> tuple[dict[str, Any], str] | None:
+    """Return the settings and the hash by which 0.1 knew this task, so that its finished parts still count.
+
+    Returns:
+        None of a task that there was not.
+    """
+    if type(task) is not resolve(_TASK):  # a subclass may do otherwise
+        return None
+    return {"model": task.model, "dtype": task.dtype, "data": task.settings()}, task.data_hash()

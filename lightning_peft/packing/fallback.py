@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+_NATS = 1e-3  # by which log-probabilities of texts may differ
 _OWN = __name__.split(".")[0]
 _WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # the ways that each model was said to go without
 
@@ -53,6 +55,16 @@ def objection(
     if reason and instead:
         give_up(model, instead, reason)
     return reason
+
+
+def rounding(scores: Tensor, dtype: torch.dtype) -> float:
+    """Return how far log-probabilities computed in two ways may be apart by rounding, in nats.
+
+    Example:
+        >>> rounding(torch.tensor([-20.0]), torch.bfloat16)
+        0.15725
+    """
+    return _NATS + (0.0 if dtype == torch.float32 else float(torch.finfo(dtype).eps * scores.abs().max()))
 
 
 def give_up(model: nn.Module, instead: str, reason: str) -> None:

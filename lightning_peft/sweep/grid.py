@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.iti import HeadEdit
 from lightning_peft.editing.row_offsets import RowOffsets, displacements
+from lightning_peft.packing import logprobs
+from lightning_peft.packing.choices import ChoiceScorer
 from lightning_peft.packing.fallback import objection
-from lightning_peft.truthfulqa.scoring import ChoiceScorer
 
 _TOLERANCE = 1e-3  # of the largest logit: rows together and alone must agree to this
 
@@ -77,12 +78,14 @@ class Grid:
     def divergence(self, tokens: Tensor) -> Tensor:
         """Sum KL(base ‖ edited) of the next token after each of `tokens [T]` but the last: `[points]`, in nats.
 
-        Without a prompt every position is one of an answer, and is edited.
+        Without a prompt every position is one of an answer, and is edited. Of logits at most 2^26 are held at once, or
+        those of one intervention on the text, beside the base's.
         """
         tokens = tokens[None].to(self._device)
         base = self.backbone(input_ids=tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         divergences = torch.zeros(len(self.points), dtype=torch.float64)
-        for call in self._together:
+        together = max(1, logprobs.LOGITS // base.numel())  # rows of a call
+        for call in (c[i : i + together] for c in self._together for i in range(0, len(c), together)):
             with self._edit(call):
                 logits = self.backbone(input_ids=tokens, use_cache=False).logits[:, :-1]
             for point, row in zip(call, logits, strict=True):

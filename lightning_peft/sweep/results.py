@@ -14,10 +14,10 @@ from rich import box
 from rich.table import Table
 
 from lightning_peft.compare.statistics import mean_interval, paired_difference
+from lightning_peft.compare.writing import plural
 from lightning_peft.files.records import write_atomically
 from lightning_peft.moved.sweeps import completed, incomplete
 from lightning_peft.sweep.settings import Sweep, chosen_by
-from lightning_peft.tasks import Measure
 
 _RESAMPLES = 2_000  # a few hundred intervals are made
 _COLUMNS = ("mean", "low", "high")
@@ -104,34 +104,31 @@ def collect(
     rows = [row for part in (measured, confirmed) if part is not None for row in part.scores.values()]
     left_out = incomplete([row[0] for row in rows])
     names = [n for n in task.measures if n == choose or (n not in left_out and any(n in row[0] for row in rows))]
+    data = task.records.describe_data(units)
+    data.pop("text", None)  # that of the task's side effects; a sweep has its own
     results = {
         "name": plan.name,
         "model": model,
         "measured": _measured_on(plan, len(measured.scores), sum(measured.tokens)),
-        "data": {f"{task.unit}s": units, "folds": task.folds},
+        "data": data,
         "split": plan.split,
         "choose": choose,
         "points": [_entry(measured, names, point) for point in range(len(measured.points))],
         "chosen": chosen,
         "confirmed": None,
         "settings": dict(settings),
-        "measures": {name: _as_json(task.measures[name]) for name in names},
+        "measures": {name: task.measures[name].as_dict() for name in names},
         "primary": task.primary,
         "unit": task.unit,
     }
     if confirmed is not None:
         base, choice = (_entry(confirmed, names, point) for point in range(2))
-        results["confirmed"] = {f"{task.unit}s": len(confirmed.scores), "base": base, "chosen": choice}
+        results["confirmed"] = {plural(task.unit): len(confirmed.scores), "base": base, "chosen": choice}
     return results
 
 
-def _as_json(measure: Measure) -> dict[str, Any]:
-    shown = ("label", "meaning", "better", "range", "written")
-    return {name: getattr(measure, name) for name in shown}
-
-
 def _measured_on(plan: Sweep, units: int, tokens: int) -> str:
-    several = f"{plan.task.unit}s"
+    several = plural(plan.task.unit)
     if plan.split == "validation":
         how = f"validation {several}, each by interventions computed from the other training {several} of its fold"
     else:
@@ -205,7 +202,7 @@ def table(results: Mapping[str, Any]) -> Table:
 def verdict(results: Mapping[str, Any]) -> list[str]:
     """Describe the choice, and its worth on units that had no part in it."""
     results = completed(results)
-    measures, several = results["measures"], f"{results['unit']}s"
+    measures, several = results["measures"], plural(results["unit"])
     by = measures[results["choose"]]
     lines = [
         f"Fold {choice['fold']}: the {'highest' if by['better'] > 0 else 'lowest'} {by['label']} on its validation "

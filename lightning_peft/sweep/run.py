@@ -17,8 +17,10 @@ from lightning_peft.backbone.find_backbone import find_backbone
 from lightning_peft.backbone.fingerprint import fingerprint
 from lightning_peft.backbone.heads import HeadSite, head_sites
 from lightning_peft.backbone.window import check_lengths, context_window
-from lightning_peft.compare.files import kept
+from lightning_peft.compare.writing import plural
 from lightning_peft.editing.iti import HeadEdit
+from lightning_peft.effects.slices import text_batches, text_slice
+from lightning_peft.files.kept import kept
 from lightning_peft.files.locking import only_writer
 from lightning_peft.stack.adapter_files.saving import save_adapter
 from lightning_peft.stack.stack import stack_of
@@ -27,7 +29,6 @@ from lightning_peft.sweep.grid import Grid
 from lightning_peft.sweep.results import Measured, best_point, collect, write_results
 from lightning_peft.sweep.settings import Sweep, check, choice_task, chosen_by, sweep_key
 from lightning_peft.sweep.texts import Batch, SplitTexts, check_texts, splits_of
-from lightning_peft.truthfulqa.text import text_batches, text_slice
 
 
 def run(plan: Sweep, settings: Mapping[str, Any], console: Console, wait: bool = False) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class _Run:
     def __init__(self, plan: Sweep, console: Console, settings: Mapping[str, Any]) -> None:
         self.plan, self.console, self.settings = plan, console, settings
         self.output = Path(plan.output or f"runs/{plan.name}")
-        self.task, self.depends_on = choice_task(plan), plan.task.depends_on()
+        self.task = choice_task(plan)
         device = plan.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.module = self.task.module().eval().to(device)
         self.backbone, self.sites = _heads(self.module)
@@ -76,7 +77,7 @@ class _Run:
         self.units = sum(len(texts.units) for texts in whole)  # each is in one fold
         self.model = getattr(self.backbone, "name_or_path", "") or type(self.backbone).__name__
         check_texts(self.backbone, self.task.unit, self.splits)
-        self.key = sweep_key(plan, self.depends_on, fingerprint(self.backbone), settings.get("task"))
+        self.key = sweep_key(plan, fingerprint(self.backbone))
 
     def results(self) -> dict[str, Any]:
         measured, confirmed = Measured([(0, 0.0), *self.plan.points]), Measured([(0, 0.0), (-1, 0.0)])
@@ -97,7 +98,6 @@ class _Run:
         results = collect(
             self.plan, self.settings, self.model, self.units, measured, chosen, confirmed if chosen else None
         )
-        results["data"]["hash"] = self.depends_on
         if shown := [texts.demonstrations for texts in self.splits.values() if texts.demonstrations]:
             results["demonstrations"] = shown
             fitted, shots = min(shown)
@@ -122,7 +122,7 @@ class _Run:
             return {"record": edit.record} | {name: tensor.tolist() for name, tensor in tensors.items()}
 
         for name, texts in self.splits.items():
-            progress = f"{name}: probes of {texts.groups} {self.task.unit}s"
+            progress = f"{name}: probes of {texts.groups} {plural(self.task.unit)}"
             part = self._part(f"{name}-edit", progress, {}, partial(fitted, texts), _is_edit)
             directions, sigma, accuracy = (torch.tensor(part[key]) for key in ("directions", "sigma", "accuracy"))
             heads = [(layer, head) for layer, head in part["record"]["heads"]]
@@ -137,14 +137,14 @@ class _Run:
         Returns:
             By unit each row's scores; of each text each row's summed divergence; the tokens of each text.
         """
-        units, unit = self.splits[name].units, self.task.unit
+        units, units_called = self.splits[name].units, plural(self.task.unit)
         edits = [(best_heads(edit, k), alpha) for k, alpha in points]
         grid = Grid(self.backbone, self.sites, edits, self.plan.positions, self.plan.rows)
         of_point = {"points": [list(point) for point in points]}
         scores: dict[int, list[dict[str, float]]] = {}
         for first in range(0, len(units), self.plan.chunk):
             some = dict(islice(units.items(), first, first + self.plan.chunk))
-            progress = f"{name}: {unit}s {first + 1} to {first + len(some)} of {len(units)}"
+            progress = f"{name}: {units_called} {first + 1} to {first + len(some)} of {len(units)}"
             make = partial(self._scored, grid, list(some.values()))
             fits = partial(_are_rows, len(some), 1 + len(points))
             rows = self._part(f"{name}-{first:04d}", progress, of_point, make, fits)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lightning_peft.compare.files import hashed
-from lightning_peft.compare.plan import Data
+from lightning_peft.compare.plan import check_task
 from lightning_peft.editing.directions import DIRECTIONS
-from lightning_peft.moved.plans import keep_old_plans, settings_before
+from lightning_peft.files.kept import hashed
+from lightning_peft.moved.plans import keep_old_plans
+from lightning_peft.moved.sweeps import key_before
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.adapter_files.names import check_folder_name
 from lightning_peft.tasks import ChoiceTask, Split, Task
+from lightning_peft.tasks.arguments import described, option_names
 from lightning_peft.tokens import Tokens
 
 
-@keep_old_plans(Data)
+@keep_old_plans("name", "model", "num_heads", "alphas", "data", "split")
 @dataclass
 class Sweep:
     """One sweep, read from YAML by `lightning-peft sweep --config`.
@@ -69,12 +71,6 @@ class Sweep:
     def points(self) -> list[tuple[int, float]]:
         """`(K, alpha)` of every point but the base."""
         return [(k, alpha) for k in self.num_heads for alpha in self.alphas if alpha != 0]
-
-    @property
-    def row_options(self) -> dict[str, Any]:
-        """What the task's `data` is given beside the split."""
-        shots = {} if self.few_shot is None else {"few_shot": self.few_shot}
-        return {"edits": True, "units_per_batch": 1} | shots
 
 
 # what says how to run and not what to compute
@@ -131,6 +127,7 @@ def check(plan: Sweep) -> None:
 
 def _check_task(plan: Sweep) -> None:
     task = choice_task(plan)
+    check_task(task)
     of_units = [name for name, measure in task.measures.items() if measure.of_units]
     if chosen_by(plan) not in of_units:
         raise ValueError(
@@ -139,27 +136,33 @@ def _check_task(plan: Sweep) -> None:
         )
     if getattr(task, "answers", None) is not None:
         raise ValueError("A sweep scores choices and writes no answers: leave the task's answers out.")
-    task.check()
     for inner in (False, True) if plan.split == "validation" else (False,):  # a split or an option that it has not
-        task.data(Split(0, task.folds, task.seed, inner=inner), **plan.row_options)
+        task.data(Split(0, task.folds, task.seed, inner=inner), **data_options(plan))
 
 
-def sweep_key(plan: Sweep, depends_on: Any, model: dict[str, Any], task: Any = None) -> str:
+def data_options(plan: Sweep) -> dict[str, Any]:
+    """Return what the task's `data` is given beside the split.
+
+    Raises:
+        ValueError: the sweep sets demonstrations, which the task's data does not take.
+    """
+    taken = option_names(plan.task.data)
+    values = {"edits": True, "units_per_batch": 1}
+    if plan.few_shot is not None:
+        if taken is not None and "few_shot" not in taken:
+            raise ValueError(f"few_shot is {plan.few_shot}, but {type(plan.task).__name__}.data takes none.")
+        values["few_shot"] = plan.few_shot
+    return {name: value for name, value in values.items() if taken is None or name in taken}
+
+
+def sweep_key(plan: Sweep, model: dict[str, Any]) -> str:
     """Hash everything the numbers depend on; results under another key are computed again.
 
     Args:
         plan: the sweep.
-        depends_on: what the task's numbers depend on beside its arguments.
         model: fingerprint of the base.
-        task: the task as it was written, JSON-able; default its class and its attributes.
     """
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
     settings = {name: value for name, value in values.items() if name not in (*_NOT_RESULTS, "task")}
-    settings |= settings_before(plan.task) or {"task": task or _described(plan.task)}
-    return hashed([settings, depends_on, model])
-
-
-def _described(task: Task) -> dict[str, Any]:
-    attributes = {name: value for name, value in vars(task).items() if not name.startswith("_")}
-    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in attributes.items()}
-    return {"class_path": f"{type(task).__module__}.{type(task).__qualname__}", "attributes": plain}
+    task, depends_on = key_before(plan.task) or ({"task": described(plan.task)}, plan.task.depends_on())
+    return hashed([settings | task, depends_on, model])

@@ -11,7 +11,8 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_peft.backbone.window import check_lengths, lengths_of
-from lightning_peft.sweep.settings import Sweep
+from lightning_peft.compare.writing import plural
+from lightning_peft.sweep.settings import Sweep, data_options
 from lightning_peft.tasks import Split
 
 Batch = Mapping[str, Tensor]
@@ -55,7 +56,7 @@ def splits_of(plan: Sweep, module: L.LightningModule) -> dict[str, SplitTexts]:
     splits, task = {}, plan.task
     for fold in range(task.folds):
         for name, inner in _SPLITS[plan.split].items():
-            data = task.data(Split(fold, task.folds, task.seed, inner=inner), **plan.row_options)
+            data = task.data(Split(fold, task.folds, task.seed, inner=inner), **data_options(plan))
             data.trainer = trainer
             data.prepare_data()
             data.setup("fit")
@@ -96,11 +97,8 @@ def check_texts(backbone: nn.Module, unit: str, splits: Mapping[str, SplitTexts]
     """
     for texts in splits.values():
         lengths = (length for batch in texts.units.values() for length in lengths_of(batch))
-        check_lengths(backbone, lengths, f"{unit}s with their choices", whole=True)
+        check_lengths(backbone, lengths, f"{plural(unit)} with their choices", whole=True)
         check_lengths(backbone, (len(tokens) for _, tokens in texts.labels), "statements", whole=True)
-
-
-_TODAY = {"label": "truth", "group": "question_id"}
 
 
 def _column(batch: Any, name: str) -> Tensor:
@@ -109,9 +107,8 @@ def _column(batch: Any, name: str) -> Tensor:
     Raises:
         ValueError: it has none of this name.
     """
-    for key in (name, _TODAY.get(name)):
-        if isinstance(batch, Mapping) and key in batch:
-            return batch[key]
+    if isinstance(batch, Mapping) and name in batch:
+        return batch[name]
     keys = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
     raise ValueError(
         f"A batch of the task's data has no {name!r}, it has {keys}: see ChoiceTask for what its batches hold."

@@ -1,5 +1,8 @@
+from .cell import Cell as Cell
+from .cell_records import CellRecords as CellRecords
 from .choices import ChoiceTask as ChoiceTask
 from .measure import Measure as Measure
+from .scoring import Scoring as Scoring
 from .section import Section as Section
 from .split import Split as Split
 from .task import Task as Task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Measure:
                 f"The measure {self.label!r} has {'no function' if self.function is None else 'a function'} and the "
                 f"columns {self.columns}: give a function and the names of the columns it takes, or neither."
             )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return how it is told in `results.json`."""
+        names = ("label", "meaning", "better", "range", "written")
+        return {name: getattr(self, name) for name in names} | {"range": list(self.range)}
 
     @property
     def of_units(self) -> bool:

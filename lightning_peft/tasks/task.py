@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import lightning as L
 
+from lightning_peft.tasks.arguments import bound_arguments
+from lightning_peft.tasks.cell_records import CellRecords
 from lightning_peft.tasks.measure import Measure
 from lightning_peft.tasks.section import Section
 from lightning_peft.tasks.split import Split
 from lightning_peft.tasks.unit_scores import UnitScores
 
-Scores = dict[str, dict[int, list[float]]]  # by column and unit, one value a draw
-
 
 class Task(ABC):
     """A module, its data by split, and what is measured; a comparison knows nothing else.
+
+    A task of one's own has `measures`, `module` and `data`; the rest has defaults.
 
     Attributes:
         measures: by name, in the order of the table's columns.
@@ -25,6 +27,14 @@ class Task(ABC):
         unit: what a unit is called in sentences, in the singular.
         folds: every unit is tested once, by a module that has not seen its fold.
         seed: of the split into folds.
+
+    Example:
+        >>> class Digits(Task):  # doctest: +SKIP
+        ...     measures = {"accuracy": Measure("Accuracy", "share of digits told right", range=(0, 1))}
+        ...     def module(self):
+        ...         return DigitClassifier.load_from_checkpoint("digits.ckpt")
+        ...     def data(self, split):
+        ...         return DigitData(split.fold, split.folds, split.seed)
     """
 
     measures: ClassVar[Mapping[str, Measure]]
@@ -32,6 +42,14 @@ class Task(ABC):
     unit: str = "unit"
     folds: int = 2
     seed: int = 0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the arguments, which finished cells depend on."""
+        task = super().__new__(cls)
+        task._made_with = bound_arguments(cls, args, kwargs)
+        return task
+
+    _made_with: dict[str, Any]
 
     @property
     def primary(self) -> str:
@@ -42,15 +60,19 @@ class Task(ABC):
     def module(self) -> L.LightningModule:
         """Return the pretrained module, the same each time.
 
-        A `learning_rate` attribute is set before it is tuned. Its `test_step` returns what `scores` gathers.
+        Its `learning_rate` is set before it is tuned. Its `test_step` returns what `scores` gathers.
         """
 
     @abstractmethod
     def data(self, split: Split, **row_options: Any) -> L.LightningDataModule:
-        """Return the data of a split; `row_options` are the row's, such as `batch_size`.
+        """Return the data of a split, whose test set has the units that are tested.
+
+        A task names the row options that it takes as keyword arguments, with defaults: `batch_size`; `few_shot`, a
+        number of demonstrations, and `draw`, which of several draws of them; `edits`, whether the training set is for
+        an edit, which reads labelled texts. Those that a row does not set are not given.
 
         Raises:
-            ValueError: the split cannot be made, or a row option is not one of this task's.
+            ValueError: the split cannot be made.
         """
 
     def scores(self) -> UnitScores:
@@ -69,5 +91,10 @@ class Task(ABC):
 
     @property
     def sections(self) -> Sequence[Section]:
-        """Further tables, such as side effects or free answers; by default none."""
+        """Further tables, such as side effects or free answers; by default none. They are made anew for each run."""
         return ()
+
+    @property
+    def records(self) -> CellRecords:
+        """What a comparison keeps of this task's cells; by default the units' columns."""
+        return CellRecords(self)

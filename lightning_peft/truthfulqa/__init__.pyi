@@ -1,5 +1,6 @@
 from .datamodule import TruthfulQADataModule as TruthfulQADataModule
 from .embeddings import SentenceEmbedder as SentenceEmbedder
+from .evaluate import Evaluate as Evaluate
 from .evaluation import Evaluation as Evaluation
 from .generation import Answer as Answer
 from .generation import AnswerGenerator as AnswerGenerator
@@ -27,9 +28,4 @@ from .samples import write_samples as write_samples
 from .scoring import AnswerScorer as AnswerScorer
 from .scoring import ChoiceScorer as ChoiceScorer
 from .side_effects import SideEffects as SideEffects
-from .side_effects import TextEffects as TextEffects
-from .side_effects import batch_effects as batch_effects
 from .side_effects import forgotten as forgotten
-from .side_effects import text_effects as text_effects
-from .text import TextSlice as TextSlice
-from .text import text_slice as text_slice

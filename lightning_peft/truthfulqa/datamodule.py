@@ -15,8 +15,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_peft.backbone.window import context_window
-from lightning_peft.truthfulqa.batches import LengthGroupedSampler, as_dataset, evenly_mixed, padded, tokenizer_of
-from lightning_peft.truthfulqa.evaluation import Batch, Evaluation
+from lightning_peft.callbacks.edits.iti import ITI
+from lightning_peft.data.batches import LengthGroupedSampler, as_dataset, evenly_mixed, padded, tokenizer_of
+from lightning_peft.effects.slices import text_batches
+from lightning_peft.truthfulqa.evaluate import Evaluate
+from lightning_peft.truthfulqa.evaluation import Batch
 from lightning_peft.truthfulqa.fitting import fewer_demonstrations
 from lightning_peft.truthfulqa.folds import assign_folds, inner_split
 from lightning_peft.truthfulqa.generation import encode_prompts
@@ -32,7 +35,6 @@ from lightning_peft.truthfulqa.prompts import (
 from lightning_peft.truthfulqa.protocols import Protocol, ProtocolName, protocol_named
 from lightning_peft.truthfulqa.questions import Question, data_hash, load_questions, subset
 from lightning_peft.truthfulqa.side_effects import CAPABILITY_PRIMER, SideEffects
-from lightning_peft.truthfulqa.text import text_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,8 +45,8 @@ class Example(TypedDict):
 
     input_ids: list[int]
     labels: list[int]
-    truth: int
-    question_id: int
+    group: int
+    label: NotRequired[int]
     prompt_end: NotRequired[int]
 
 
@@ -52,8 +54,9 @@ class TruthfulQADataModule(L.LightningDataModule):
     """TruthfulQA (or this package's own questions) in folds: train on all but one, test on that one.
 
     Batches are dicts of tensors, padded on the right: `input_ids [B, T]`, `attention_mask [B, T]`, `labels [B, T]`
-    (-100 outside the answer), `truth [B]` (1 true, 0 false), `question_id [B]`, and `prompt_end [B]`, the position
-    id of the last prompt token, from which the answer is predicted.
+    (-100 outside the answer), `group [B]`, the id of the question a row belongs to, `prompt_end [B]`, the position id
+    of the last prompt token, from which the answer is predicted, and of answers and statements `label [B]` (1 true,
+    0 false).
 
     - Training, `train="answers"` (to tune): every true answer to the inner training questions, shuffled,
       rows of like length together.
@@ -62,13 +65,13 @@ class TruthfulQADataModule(L.LightningDataModule):
     - Validation: every true answer to the inner validation questions; where metrics are validated too, batches as in
       test, but of these questions, stand evenly among them, so that a limit of batches keeps some of each kind.
       (Training on statements is on these questions too: what is measured of an edit computed so is no forecast.)
-    - Test: questions of the test fold after the primer, a row is a choice, and `mc0`, `mc1`, `mc2 [B]` say what it is
-      to each metric (1 true, 0 false, -1 not among its choices), `choice [B]` which of its question's it is, and
-      `strict [B]` whether a tie counts as wrong.
+    - Test, which `Evaluate` measures: questions of the test fold after the primer, a row is a choice, and `mc0`, `mc1`,
+      `mc2 [B]` say what it is to each metric (1 true, 0 false, -1 not among its choices), `choice [B]` which of
+      its question's it is, and `strict [B]` whether a tie counts as wrong.
     - Test, where `side_effects` are asked for: then simple questions after a primer of theirs, with `capability [B]`
       in place of these, and batches of neutral text, which have `document [B]` and no labels.
     - Prediction: prompts for free answers to the questions of the test fold, padded on the left, the shortest first;
-      each answer says which `question_id` it is to. See `generation.encode_prompts`.
+      each `Answer` says which question it is to. See `generation.encode_prompts`.
 
     For encoder-decoder models `input_ids [B, T]` are prompts and `labels [B, U]` answers, encoded on their own and
     without an end token, as lm-evaluation-harness does; then there is no `prompt_end`.
@@ -95,7 +98,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         encoder_decoder: whether batches are for an encoder-decoder; default, as the LightningModule's backbone is one.
         val_metrics: whether validation measures choices, and what `side_effects` asks for, beside the loss. True: at
             each validation of a fit too, which takes time, but callbacks may then monitor `val_mc2`. False: never.
-            Default: in `trainer.validate` alone, of a LightningModule that has an `Evaluation`, as ours have.
+            Default: in `trainer.validate` alone, where an `Evaluate`, or the module's own `Evaluation`, measures them.
         fit_window: where demonstrations with a question are longer than the LightningModule's backbone can read (or
             than that number of tokens), leave out as many as need be, from the front: the same number before each
             question.
@@ -155,16 +158,35 @@ class TruthfulQADataModule(L.LightningDataModule):
         self.demonstrations: tuple[int, int] | None = None
         self._fitted: dict[Any, tuple[str, int, int]] = {}
         self._set_up_tokenizer: PreTrainedTokenizerBase | None = None
+        self._given: list[ITI] = []  # those that have `question_ends` until the end of fit
         self._apart = False  # prompts and answers, as an encoder-decoder reads them
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the questions and split them; the same questions stay where they are when called again."""
+        """Load the questions and split them; the same questions stay where they are when called again.
+
+        The Trainer is given an `Evaluate` where it has none, until its `teardown`, and interventions that take sigma
+        over texts which end in a question are given `question_ends`.
+        """
         self._set_up_tokenizer = tokenizer_of(self, self.tokenizer)
         self._apart = self._reads_apart() if self.encoder_decoder is None else self.encoder_decoder
         if self._apart and self.side_effects is not None and self.side_effects.tokens:
             raise ValueError("An encoder-decoder has no next token of a text: set side_effects.tokens to 0.")
-        if self.test_questions:
-            return
+        if not self.test_questions:
+            self._split()
+        if self.trainer is not None:
+            Evaluate.put_on(self.trainer, self._set_up_tokenizer)
+            if stage == "fit":
+                self._give_question_ends(self.trainer)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Take back the texts that interventions were given."""
+        while self._given:
+            self._given.pop().sigma_texts = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown()
+
+    def _split(self) -> None:
         questions = load_questions(self.source)
         if self.limit is not None:
             questions = subset(questions, self.limit, self.seed)
@@ -173,6 +195,12 @@ class TruthfulQADataModule(L.LightningDataModule):
         outside = [question for question, fold in zip(questions, folds, strict=True) if fold != self.fold]
         self.test_questions = [question for question, fold in zip(questions, folds, strict=True) if fold == self.fold]
         self.train_questions, self.val_questions = inner_split(outside, self.val_fraction, self.seed)
+
+    def _give_question_ends(self, trainer: L.Trainer) -> None:
+        for callback in vars(trainer)["callbacks"]:
+            if isinstance(callback, ITI) and callback.question_ends and callback.sigma_texts is None:
+                callback.sigma_texts = self.question_ends(callback.seed)
+                self._given.append(callback)
 
     @property
     def fold_questions(self) -> list[Question]:
@@ -306,7 +334,7 @@ class TruthfulQADataModule(L.LightningDataModule):
         if trainer is None or trainer.state.fn != TrainerFn.VALIDATING or self._in_parts():
             return False
         # another's validation_step would take choices, false ones among them, for answers
-        return any(isinstance(part, Evaluation) for part in trainer.lightning_module.modules())
+        return Evaluate.measures(trainer)
 
     def _in_parts(self) -> bool:
         """Return whether several processes each hold a part of the model, so that all must call it equally often."""
@@ -327,7 +355,7 @@ class TruthfulQADataModule(L.LightningDataModule):
 
     def _answers(self, questions: Sequence[Question]) -> list[Example]:
         return [
-            self._example(question, question_prompt(question.text, ""), " " + choice.text, 1)
+            self._example(question, question_prompt(question.text, ""), " " + choice.text) | {"label": 1}
             for question in questions
             for choice in question.choices
             if choice.mc2 == 1
@@ -339,8 +367,8 @@ class TruthfulQADataModule(L.LightningDataModule):
             for choice in question.choices:
                 if choice.mc2 >= 0:
                     text = statement(question.text, choice.text)
-                    example = self._continued(question, text[: -len(choice.text)], choice.text, choice.mc2)
-                    example["labels"] = [-100] * len(example["labels"])
+                    example = self._continued(question, text[: -len(choice.text)], choice.text)
+                    example["labels"], example["label"] = [-100] * len(example["labels"]), choice.mc2
                     examples.append(example)
         return examples
 
@@ -362,7 +390,7 @@ class TruthfulQADataModule(L.LightningDataModule):
     ) -> Batch:
         """Put each choice after its question's context."""
         pairs = [(question, choice) for question in questions for choice in question.choices]
-        batch = self._collate([self._example(q, contexts[q.id], answer(c.text), c.mc2) for q, c in pairs])
+        batch = self._collate([self._example(q, contexts[q.id], answer(c.text)) for q, c in pairs])
         for metric in ("mc0", "mc1", "mc2"):
             batch[metric] = torch.tensor([getattr(choice, metric) for _, choice in pairs])
         batch["choice"] = torch.tensor([i for question in questions for i in range(len(question.choices))])
@@ -380,26 +408,25 @@ class TruthfulQADataModule(L.LightningDataModule):
         text = settings.text()
         return batches, [] if text is None else list(text_batches(text, self._tokenizer))
 
-    def _example(self, question: Question, context: str, answer: str, truth: int) -> Example:
+    def _example(self, question: Question, context: str, answer: str) -> Example:
         if not self._apart:
-            return self._continued(question, context, answer, truth)
+            return self._continued(question, context, answer)
         ids, labels = encode_answer(self._tokenizer, context, answer)
-        return {"input_ids": ids, "labels": labels, "truth": truth, "question_id": question.id}
+        return {"input_ids": ids, "labels": labels, "group": question.id}
 
-    def _continued(self, question: Question, context: str, answer: str, truth: int) -> Example:
+    def _continued(self, question: Question, context: str, answer: str) -> Example:
         """Encode context and answer as one text."""
         ids, prompt = encode_pair(self._tokenizer, context, answer)
         return {
             "input_ids": ids,
             "labels": [-100] * prompt + ids[prompt:],
-            "truth": truth,
-            "question_id": question.id,
+            "group": question.id,
             "prompt_end": prompt - 1,
         }
 
     def _collate(self, examples: Sequence[Mapping[str, object]]) -> Batch:
         batch = padded(examples, self._tokenizer)
-        for name in ("truth", "question_id", "prompt_end"):
+        for name in ("label", "group", "prompt_end"):
             if name in examples[0]:
                 batch[name] = torch.tensor([e[name] for e in examples])
         return batch

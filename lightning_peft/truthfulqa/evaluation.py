@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import SumMetric
 
+from lightning_peft.effects.metric import TextEffects
+from lightning_peft.effects.text_sums import Off, batch_effects
+from lightning_peft.models import TokenMean
 from lightning_peft.truthfulqa.metrics import ChoiceMetrics
 from lightning_peft.truthfulqa.scoring import AnswerScorer, ChoiceScorer
-from lightning_peft.truthfulqa.side_effects import Off, TextEffects, batch_effects
 
 Batch = dict[str, Tensor]
 Scores = Callable[[Batch], Tensor]
@@ -45,8 +46,7 @@ class Evaluation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.choices, self.text = ChoiceMetrics(), TextEffects()
-        # a loss that is NaN stays one; MeanMetric(nan_strategy="disable") takes no weights (torchmetrics 1.9)
-        self.loss, self.tokens = SumMetric(nan_strategy="disable"), SumMetric()
+        self.loss = TokenMean()
         self._scoring: Callable[[], Scores] | None = None
         self._scores: Scores | None = None
         self._effects: Scores | None = None
@@ -80,9 +80,7 @@ class Evaluation(nn.Module):
         self.choices.begin()
         self.text.reset()
         self.text.update(torch.zeros(1, 4))  # of several processes those without any text must take part too
-        for metric in (self.loss, self.tokens):
-            metric.reset()
-            metric.update(0)  # as must those without any loss
+        self.loss.begin()
 
     def step(self, batch: Batch) -> Tensor | None:
         """Measure a batch of choices or of neutral text.
@@ -107,18 +105,15 @@ class Evaluation(nn.Module):
 
     def add_loss(self, loss: Tensor, tokens: int) -> None:
         """Count a batch's mean loss as often as it has tokens."""
-        if tokens:  # the mean of none is no number
-            self.loss.update(loss.detach().float() * tokens)
-            self.tokens.update(tokens)
+        self.loss.add(loss, tokens)
 
     def finish(self, prefix: str = "") -> dict[str, float]:
         """Return the results over all processes, under names that begin with `prefix`, and begin anew."""
-        loss, tokens = self.loss.compute(), self.tokens.compute()
-        results = {"loss": float(loss / tokens)} if tokens else {}
+        loss = self.loss.finish()
+        results = {} if loss is None else {"loss": loss}
         results |= {name: float(value) for name, value in self.choices.finish().items()}
         results |= {name: value for name, value in self.text.compute().items() if not math.isnan(value)}
-        for metric in (self.text, self.loss, self.tokens):
-            metric.reset()
+        self.text.reset()
         self._scoring = self._scores = self._effects = None
         return {prefix + name: value for name, value in results.items()}
 

@@ -177,7 +177,7 @@ class ChoiceMetrics(nn.ModuleDict):
         for name, metric in self._metrics().items():
             truth = columns.get("mc2" if name == "mc3" else name)
             if truth is not None:
-                metric.update(logprobs, truth, columns["question_id"], columns.get("strict"))
+                metric.update(logprobs, truth, columns["group"], columns.get("strict"))
 
     def finish(self) -> dict[str, Tensor]:
         """Return the metrics that had any question, over all processes, and begin anew."""

@@ -14,14 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.files.data_error import DataError
+
 OWN_SET = Path(__file__).with_name("questions.csv")
 _COLUMNS = ("Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 _BETWEEN = re.compile(r"[\s,]*")  # the entries of a JSON list
 _BINARY_COLUMN = "Best Incorrect Answer"  # since the release of January 2025
-
-
-class DataError(ValueError):
-    """A question file that cannot be used; the message says which file, where, and why."""
 
 
 @dataclass(frozen=True)

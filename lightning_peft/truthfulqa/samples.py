@@ -178,7 +178,7 @@ class SampleWriter(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], *_: object
     ) -> None:
         if "mc2" in batch:
-            places = zip(batch["question_id"].tolist(), batch["choice"].tolist(), strict=True)
+            places = zip(batch["group"].tolist(), batch["choice"].tolist(), strict=True)
             self._found |= dict(zip(places, outputs.tolist(), strict=True))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lightning_peft.models import CausalLM
 from lightning_peft.tasks.choices import ChoiceTask
 from lightning_peft.tasks.measure import Measure
+from lightning_peft.tasks.section import Section
 from lightning_peft.tasks.split import Split
+from lightning_peft.truthfulqa.answers import Answers
+from lightning_peft.truthfulqa.answers_section import AnswersSection
+from lightning_peft.truthfulqa.choice_scores import ChoiceScores
 from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
 from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2, mc3
 from lightning_peft.truthfulqa.protocols import ProtocolName, protocol_named
-from lightning_peft.truthfulqa.questions import data_hash, load_questions, subset
+from lightning_peft.truthfulqa.question_records import QuestionRecords
+from lightning_peft.truthfulqa.questions import Question, data_hash, load_questions, subset
 from lightning_peft.truthfulqa.side_effects import SideEffects
-
-if TYPE_CHECKING:
-    from lightning_peft.compare.answers import Answers
+from lightning_peft.truthfulqa.side_effects_section import SideEffectsSection
+from lightning_peft.truthfulqa.splits import SplitQuestions
 
 MEASURES = {
     "mc0": Measure(
@@ -82,39 +87,91 @@ class TruthfulQA(ChoiceTask):
     def module(self) -> CausalLM:
         return CausalLM(self.model, dtype=self.dtype)
 
-    def data(self, split: Split, **row_options: Any) -> TruthfulQADataModule:
+    def data(
+        self,
+        split: Split,
+        *,
+        edits: bool = False,
+        batch_size: int = 16,
+        few_shot: int | None = None,
+        draw: int = 0,
+        units_per_batch: int = 8,
+    ) -> TruthfulQADataModule:
         """Return the questions of a split.
 
         Args:
-            split: as the task's.
-            **row_options: `edits` (train on statements, with labels and groups), `batch_size`, `few_shot`, `draw`,
-                `units_per_batch`.
+            split: of the questions.
+            edits: train on statements, each with its label and group, and not on the true answers.
+            batch_size: rows of a training batch.
+            few_shot: number of demonstrations, drawn from the training questions, in place of the 6-shot primer.
+            draw: which draw of them.
+            units_per_batch: questions of a test batch.
         """
-        options = {"edits": False, "batch_size": 16, "few_shot": None, "draw": 0, "units_per_batch": 8}
-        if unknown := row_options.keys() - options.keys():
-            raise ValueError(f"TruthfulQA has no row option {', '.join(sorted(unknown))}; it has {', '.join(options)}.")
-        options |= row_options
-        questions = _InnerQuestions if split.inner else TruthfulQADataModule
-        return questions(
-            source=self.source,
-            train="statements" if options["edits"] else "answers",
-            fold=split.fold,
-            num_folds=split.folds,
-            val_fraction=self.val_fraction,
-            seed=split.seed,
-            limit=self.limit,
-            batch_size=options["batch_size"],
-            few_shot=options["few_shot"],
-            draw=options["draw"],
-            questions_per_batch=options["units_per_batch"],
-            protocol=self.protocol,
-            fit_window=self.fit_window,
-        )
+        options: dict[str, Any] = {
+            "source": self.source,
+            "train": "statements" if edits else "answers",
+            "fold": split.fold,
+            "num_folds": split.folds,
+            "val_fraction": self.val_fraction,
+            "seed": split.seed,
+            "limit": self.limit,
+            "batch_size": batch_size,
+            "few_shot": few_shot,
+            "draw": draw,
+            "questions_per_batch": units_per_batch,
+            "protocol": self.protocol,
+            "fit_window": self.fit_window,
+        }
+        if split.inner or split.size is not None:
+            return SplitQuestions(split.size, split.inner, **options)
+        return TruthfulQADataModule(**options)
+
+    def scores(self) -> ChoiceScores:
+        return ChoiceScores(self.choice_scores)
+
+    def questions(self) -> list[Question]:
+        """Return all questions, of all folds."""
+        questions = load_questions(self.source)
+        return questions if self.limit is None else subset(questions, self.limit, self.seed)
+
+    def data_hash(self) -> str:
+        """Return a hash of the questions."""
+        return data_hash(self.questions())
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that scores depend on; one that came later is left out where it changes nothing."""
+        values = {name: getattr(self, name) for name in ("source", "limit", "val_fraction", "seed", "protocol")}
+        values |= {"num_folds": self.folds, "side_effects": asdict(self.side_effects)}
+        return values | ({"fit_window": True} if self.fit_window else {})
 
     def depends_on(self) -> str:
-        """Return the hash of the questions."""
-        questions = load_questions(self.source)
-        return data_hash(questions if self.limit is None else subset(questions, self.limit, self.seed))
+        """Return a hash of the questions and of the neutral text."""
+        text = self.side_effects.text()
+        return self.data_hash() + (text.sha256 if text else "")
+
+    def check(self) -> None:
+        protocol_named(self.protocol)
+        if self.folds < 2:
+            raise ValueError(f"num_folds must be at least 2, so that tests are on unseen questions, got {self.folds}.")
+        effects = self.side_effects
+        if 0 < effects.tokens < 2 * effects.length or effects.capability == 1:
+            raise ValueError(
+                f"side_effects need 2 documents ({2 * effects.length} tokens) and 2 questions for an interval, or 0 of "
+                f"either for none, got {effects.tokens} tokens and {effects.capability} questions."
+            )
+        effects.questions()
+        if self.answers is not None:
+            self.answers.check()
+
+    @property
+    def sections(self) -> Sequence[Section]:
+        """Side effects and free answers."""
+        return (SideEffectsSection(self), AnswersSection(self))
+
+    @property
+    def records(self) -> QuestionRecords:
+        """Every choice's log-probability, and side effects."""
+        return QuestionRecords(self)
 
     def choice_scores(self, logprobs: Tensor, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """Return MC0 to MC3 of one question, those that it has choices for.
@@ -131,16 +188,3 @@ class TruthfulQA(ChoiceTask):
             for name, function in functions.items()
             if {0, 1} <= set(choices[name].tolist())
         }
-
-
-class _InnerQuestions(TruthfulQADataModule):
-    """The questions outside a fold: trained on the inner training questions, tested on the inner validation questions.
-
-    Demonstrations are of the inner training questions alone.
-    """
-
-    def setup(self, stage: str | None = None) -> None:
-        is_set_up = bool(self.test_questions)
-        super().setup(stage)
-        if not is_set_up:
-            self.val_questions, self.test_questions = [], self.val_questions

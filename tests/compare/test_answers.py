@@ -17,21 +17,23 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_peft.callbacks import ITI, LoRA
-from lightning_peft.compare import answering
-from lightning_peft.compare.answers import Answers
-from lightning_peft.compare.answers_view import answers_view
-from lightning_peft.compare.cell import data_of, trainer_of
-from lightning_peft.compare.decoding import DoLaScoring
+from lightning_peft.compare.cell import cell_of
 from lightning_peft.compare.measured import measured_table
 from lightning_peft.compare.page import write_html
-from lightning_peft.compare.plan import Data, Plan, Row, check
+from lightning_peft.compare.plan import Plan, Row, check
 from lightning_peft.compare.run import run
+from lightning_peft.compare.sections import section_views
 from lightning_peft.models import CausalLM
 from lightning_peft.sweep.settings import Sweep
 from lightning_peft.sweep.settings import check as check_sweep
-from lightning_peft.truthfulqa import SideEffects
+from lightning_peft.tasks import Cell
+from lightning_peft.truthfulqa import SideEffects, answers_section
+from lightning_peft.truthfulqa.answers import Answers
+from lightning_peft.truthfulqa.decoding import DoLaScoring
 from lightning_peft.truthfulqa.judges import Confusion, JudgeQuality, save_quality
 from lightning_peft.truthfulqa.references import reference_scores
+from lightning_peft.truthfulqa.settings import Data
+from lightning_peft.truthfulqa.task import TruthfulQA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = ["base", "zero", "few", "iti", "lora", "both"]
@@ -76,20 +78,21 @@ def made(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         Row("both", "LoRA + ITI", "stack", iti, after="lora"),
         Row("dola", "DoLa", "decoded", scoring=DoLaScoring()),
     ]
-    data = Data("package", limit=12, side_effects=SideEffects(tokens=0, capability=0))
-    plan = Plan("x", str(tiny_folder("llama")), rows, data, output=str(folder / "run"), accelerator="cpu")
+    effects = SideEffects(tokens=0, capability=0)
+    task = TruthfulQA(str(tiny_folder("llama")), "package", limit=12, side_effects=effects)
+    plan = Plan("x", rows, task, output=str(folder / "run"), accelerator="cpu")
     settings = {"rows": {row.name: {"name": row.name} for row in rows}}
     before = run(plan, settings, Console(file=io.StringIO()))
     cells = {path: path.stat().st_mtime_ns for path in folder.glob("run/cells/*/result.json")}
     judges = {kind: judge_folder(folder / kind, kind, 0.8 if kind == "truth" else 0.5) for kind in ("truth", "info")}
-    data.answers = Answers(max_new_tokens=12, truth_judge=judges["truth"], info_judge=judges["info"])
+    task.answers = Answers(max_new_tokens=12, truth_judge=judges["truth"], info_judge=judges["info"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answering, "LanguageModelJudge", Judge)
+        patch.setattr(answers_section, "LanguageModelJudge", Judge)
         after = run(plan, settings, Console(file=io.StringIO()))
     calls = Judge.loaded, Judge.asked
     written = [json.loads(line) for line in (folder / "run" / "answers.jsonl").read_text().splitlines()]
     found = {"before": before, "after": after, "cells": cells, "written": written, "calls": calls}
-    return {"plan": plan, "settings": settings} | found
+    return {"plan": plan, "task": task, "settings": settings} | found
 
 
 def rows_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -116,14 +119,15 @@ def test_every_row_answers_every_question_once(made: dict[str, Any]) -> None:
 def test_the_answers_are_those_of_the_row_s_model_and_prompt(name: str, made: dict[str, Any]) -> None:
     from lightning_peft import load_adapter
 
-    plan: Plan = made["plan"]
+    plan, task = made["plan"], made["task"]
     row = next(row for row in plan.rows if row.name == name)
-    module, data = CausalLM(plan.model), data_of(plan, row, 1)
+    folder = Path(plan.output) / "cells" / f"{name}-fold1"
+    cell = cell_of(plan, row, 1, folder)
+    module, data = CausalLM(task.model), task.data(cell.split, **cell.options_of(0))
     if row.callback is not None:
-        load_adapter(module.backbone, Path(plan.output or "") / "cells" / f"{name}-fold1" / "adapter")
-    assert plan.data.answers is not None
-    data.prompting = plan.data.answers.prompting(None)
-    batches: Any = trainer_of(plan, []).predict(module, datamodule=data)
+        load_adapter(module.backbone, folder / "adapter")
+    data.prompting = task.answers.prompting(None)
+    batches: Any = cell.trainer([]).predict(module, datamodule=data)
     expected = {answer.question_id: answer.text for batch in batches for answer in batch}
     questions = {question.id: question for question in data.test_questions}
     found = [a for a in made["written"] if a["method"] == name and a["fold"] == 1]
@@ -152,8 +156,8 @@ def test_a_judge_is_loaded_once_and_nothing_is_judged_or_written_twice(
     made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert made["calls"] == (2, 2 * 2 * len(ROWS))
-    monkeypatch.setattr(answering, "LanguageModelJudge", None)
-    monkeypatch.setattr(answering, "_write", pytest.fail)
+    monkeypatch.setattr(answers_section, "LanguageModelJudge", None)
+    monkeypatch.setattr(answers_section, "_write", pytest.fail)
     again = run(made["plan"], made["settings"], Console(file=io.StringIO()))
     assert again == made["after"]
 
@@ -161,18 +165,17 @@ def test_a_judge_is_loaded_once_and_nothing_is_judged_or_written_twice(
 def test_a_row_that_cannot_answer_is_left_out_and_stops_no_other(
     made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, console = answering._write, Console(file=io.StringIO(), width=200)
+    write, console = answers_section._write, Console(file=io.StringIO(), width=200)
 
-    def fails(plan: Plan, asked: Answers, row: Row, *rest: Any) -> list[dict[str, Any]]:
-        if row.name == "iti":
+    def fails(task: TruthfulQA, options: Answers, cell: Cell, *rest: Any) -> list[dict[str, Any]]:
+        if cell.row == "iti":
             raise RuntimeError("no answer")
-        return write(plan, asked, row, *rest)
+        return write(task, options, cell, *rest)
 
-    monkeypatch.setattr(answering, "_write", fails)
-    monkeypatch.setattr(answering, "LanguageModelJudge", Judge)
+    monkeypatch.setattr(answers_section, "_write", fails)
+    monkeypatch.setattr(answers_section, "LanguageModelJudge", Judge)
     plan: Plan = made["plan"]
-    assert plan.data.answers is not None
-    monkeypatch.setattr(plan.data.answers, "max_new_tokens", 2)
+    monkeypatch.setattr(made["task"].answers, "max_new_tokens", 2)
     shutil.copytree(plan.output or "", tmp_path / "run")
     monkeypatch.setattr(plan, "output", str(tmp_path / "run"))
     rows = rows_of(run(plan, made["settings"], console))
@@ -191,15 +194,15 @@ def test_a_judge_that_cannot_be_loaded_leaves_the_rest(
     for verdicts in (tmp_path / "run").glob("cells/*/judged-info.json"):
         verdicts.unlink()
     monkeypatch.setattr(plan, "output", str(tmp_path / "run"))
-    monkeypatch.setattr(answering, "LanguageModelJudge", SimpleNamespace(from_adapter=fails))
+    monkeypatch.setattr(answers_section, "LanguageModelJudge", SimpleNamespace(from_adapter=fails))
     rows = rows_of(run(plan, made["settings"], console))
     assert "The info judge failed: OSError: no such base" in console.file.getvalue()
     assert all("bleu_acc" in rows[name]["metrics"] and "true_info" not in rows[name]["metrics"] for name in ROWS)
 
 
 def test_terminal_and_page_show_shares_corrections_and_the_judges(made: dict[str, Any], tmp_path: Path) -> None:
-    view = answers_view(made["after"])
-    assert view is not None and [column["label"] for column in view["columns"]][2:] == ["True", "Info", "True*Info"]
+    (view,) = section_views(made["after"])
+    assert [column["label"] for column in view["columns"]][2:] == ["True", "Info", "True*Info"]
     console = Console(file=io.StringIO(), width=160)
     console.print(measured_table(view))
     page = write_html(made["after"], tmp_path / "report.html").read_text(encoding="utf-8")
@@ -207,7 +210,7 @@ def test_terminal_and_page_show_shares_corrections_and_the_judges(made: dict[str
         for words in ("Free answers", "corrected", "accuracy 0.800, AUROC 0.750", "Without answers: DoLa."):
             assert words in shown
         assert shown.count("no better than that") == 1  # the info judge
-    assert answers_view(made["before"]) is None
+    assert section_views(made["before"]) == []
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,7 @@ def test_answers_that_cannot_be_had_are_refused_before_anything_runs(
     peft.LoraConfig(r=2, base_model_name_or_path="base").save_pretrained("bare")
     peft.LoraConfig(r=2).save_pretrained("nameless")
     with pytest.raises(ValueError, match=sentence):
-        check(Plan("x", "m", [Row("base", "", "base")], Data("package", answers=Answers(**change))))
+        check(Plan("x", [Row("base", "", "base")], TruthfulQA("m", "package", answers=Answers(**change))))
 
 
 def test_a_sweep_writes_no_answers() -> None:
@@ -242,4 +245,4 @@ def test_a_sweep_writes_no_answers() -> None:
 def test_demonstrations_stand_in_the_six_questions_of_qa_only() -> None:
     rows = [Row("base", "", "base"), Row("few", "", "prompt", few_shot=5)]
     with pytest.raises(ValueError, match="Row 'few' has few_shot, which goes with answers of the preset 'qa'"):
-        check(Plan("x", "m", rows, Data("package", answers=Answers("null"))))
+        check(Plan("x", rows, TruthfulQA("m", "package", answers=Answers("null"))))

@@ -16,17 +16,20 @@ from rich.console import Console
 from tiny_models import tiny
 
 from lightning_peft.callbacks import ITI, LoRA
-from lightning_peft.compare import answering, cell
+from lightning_peft.compare import cell
 from lightning_peft.compare import run as running
-from lightning_peft.compare.answers import Answers
-from lightning_peft.compare.files import kept
 from lightning_peft.compare.finished import finished
 from lightning_peft.compare.page import write_html
-from lightning_peft.compare.plan import Data, Plan, Row
+from lightning_peft.compare.plan import Plan, Row
+from lightning_peft.files.kept import kept
 from lightning_peft.files.records import DamagedError
-from lightning_peft.truthfulqa import SideEffects
+from lightning_peft.truthfulqa import SideEffects, answers_section
+from lightning_peft.truthfulqa.answers import Answers
+from lightning_peft.truthfulqa.question_records import QuestionRecords
+from lightning_peft.truthfulqa.task import TruthfulQA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+RECORDS = QuestionRecords(TruthfulQA("m"))
 CELLS = [f"{name}-fold{fold}" for name in ("base", "iti", "lora", "both") for fold in (0, 1)]
 
 
@@ -49,12 +52,12 @@ def whole(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Plan
         Row("both", "LoRA + ITI", "stack", iti, after="lora"),
     ]
     effects = SideEffects(tokens=256, capability=2)
-    data = Data("package", limit=12, side_effects=effects, answers=Answers(max_new_tokens=3))
     folder, model = tmp_path_factory.mktemp("damage") / "whole", tiny("llama")
     model.config.max_position_embeddings = 1024  # else the report would speak of its window, as a release did not
     model.save_pretrained(folder.with_name("model"))
     tiny_tokenizer.save_pretrained(folder.with_name("model"))
-    plan = Plan("x", str(folder.with_name("model")), rows, data, output=str(folder), accelerator="cpu")
+    task = TruthfulQA(str(folder.with_name("model")), limit=12, side_effects=effects, answers=Answers(max_new_tokens=3))
+    plan = Plan("x", rows, task, output=str(folder), accelerator="cpu")
     assert "failed" not in again(plan)
     return plan
 
@@ -94,7 +97,7 @@ def as_the_release_wrote_it(folder: Path) -> None:
 def test_a_finished_comparison_computes_nothing_and_says_the_same(whole: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     before = written(Path(str(whole.output)))
     monkeypatch.setattr(running, "run_cell", lambda *_: pytest.fail("a cell was computed"))
-    monkeypatch.setattr(answering, "_write", lambda *_: pytest.fail("an answer was written"))
+    monkeypatch.setattr(answers_section, "_write", lambda *_: pytest.fail("an answer was written"))
     said = again(whole)
     assert "again" not in said and said.count("finished before") == len(CELLS)
     assert before.keys() >= {"results.json", "samples.jsonl", "answers.jsonl", "report.html"}
@@ -112,10 +115,10 @@ def test_every_damaged_file_of_a_cell_is_noticed_and_named(whole: Plan, tmp_path
             content = path.read_bytes()
             DAMAGES[damage](path)
             with pytest.raises(DamagedError) as caught:
-                finished(place, key)
+                finished(place, key, RECORDS)
             assert str(path) in str(caught.value)
             path.write_bytes(content)
-        assert finished(place, key) is not None
+        assert finished(place, key, RECORDS) is not None
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "flipped"])
@@ -131,7 +134,7 @@ def test_cells_of_a_release_without_sums_count_where_they_can_be_read(whole: Pla
             content = path.read_bytes()
             DAMAGES[damage](path)
             with pytest.raises(DamagedError, match=str(path.parent if "adapter" in str(path) else path)):
-                finished(place, key)
+                finished(place, key, RECORDS)
             path.write_bytes(content)
 
 

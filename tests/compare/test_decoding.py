@@ -19,10 +19,12 @@ from torch import Tensor
 
 from lightning_peft.cli import main
 from lightning_peft.compare.cell import run_cell
-from lightning_peft.compare.decoding import DoLaScoring, RTDScoring
-from lightning_peft.compare.plan import Data, Plan, Row, check
+from lightning_peft.compare.plan import Plan, Row, check
 from lightning_peft.models import CausalLM
 from lightning_peft.truthfulqa import SideEffects, TruthfulQADataModule
+from lightning_peft.truthfulqa.decoding import DoLaScoring, RTDScoring
+from lightning_peft.truthfulqa.evaluation import by_logprob
+from lightning_peft.truthfulqa.task import TruthfulQA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYERS, LIMIT = [1, 2], 12
@@ -46,7 +48,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def cells(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    plan = Plan("decoded", str(tiny_folder("llama")), ROWS, Data("package", limit=LIMIT), accelerator="cpu")
+    plan = Plan("decoded", ROWS, TruthfulQA(str(tiny_folder("llama")), "package", limit=LIMIT), accelerator="cpu")
     check(plan)
     folder = tmp_path_factory.mktemp("cells")
     return {row.name: run_cell(plan, row, 0, folder / row.name, {}) for row in ROWS}
@@ -156,7 +158,7 @@ def test_a_module_scores_by_log_probability_unless_told_otherwise(
     tiny_folder: Callable[[str], Path], cells: dict[str, Any], data: TruthfulQADataModule
 ) -> None:
     module = CausalLM(str(tiny_folder("llama")))
-    by_default, by_contrast = module.scoring(module), DoLaScoring(layers=LAYERS)(module)
+    by_default, by_contrast = by_logprob(module.backbone), DoLaScoring(layers=LAYERS)(module)
     batch = next(iter(data.test_dataloader()))
     count = len(batch["input_ids"])
     torch.testing.assert_close(by_default(batch), scores(cells["base"])[:count], atol=1e-4, rtol=1e-5)
@@ -184,22 +186,23 @@ def test_the_temperature_chosen_is_the_likeliest_on_inner_validation_questions(
 @pytest.mark.parametrize("wrong", [Row("x", "", "decoded"), Row("x", "", "prompt", scoring=DoLaScoring(), few_shot=5)])
 def test_decoded_rows_and_no_others_have_a_scoring(wrong: Row) -> None:
     with pytest.raises(ValueError, match=r"rows of kind decoded, and no others, have a scoring\.$"):
-        check(Plan("plan", "", [Row("base", "", "base"), wrong]))
+        check(Plan("plan", [Row("base", "", "base"), wrong], TruthfulQA("")))
 
 
 def test_rows_are_read_from_yaml_and_a_changed_one_is_run_again(
     tmp_path: Path, tiny_folder: Callable[[str], Path]
 ) -> None:
     def compared(layers: Any) -> dict[str, Any]:
-        place = "lightning_peft.compare.decoding."
+        place = "lightning_peft.truthfulqa.decoding."
         scorings = {
             "dola": {"class_path": place + "DoLaScoring", "init_args": {"layers": layers}},
             "rtd": {"class_path": place + "RTDScoring", "init_args": {"k": 5}},
         }
         rows: list[dict[str, Any]] = [{"name": "base", "label": "Base", "kind": "base"}]
         rows += [{"name": name, "label": name, "kind": "decoded", "scoring": how} for name, how in scorings.items()]
-        data = {"source": "package", "limit": LIMIT, "side_effects": {"tokens": 0, "capability": 0}}
-        values = {"name": "x", "model": str(tiny_folder("llama")), "data": data, "rows": rows, "accelerator": "cpu"}
+        task = {"model": str(tiny_folder("llama")), "limit": LIMIT, "side_effects": {"tokens": 0, "capability": 0}}
+        values = {"name": "x", "rows": rows, "task": {"class_path": "TruthfulQA", "init_args": task}}
+        values |= {"accelerator": "cpu"}
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values | {"output": str(tmp_path / "out")}))
         main(["compare", "--config", str(tmp_path / "plan.yaml")])
         found = json.loads((tmp_path / "out" / "results.json").read_text())

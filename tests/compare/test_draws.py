@@ -17,21 +17,25 @@ from tuning import ROOT
 from lightning_peft.callbacks import ITI
 from lightning_peft.cli import main
 from lightning_peft.compare import cell
-from lightning_peft.compare.plan import Data, Plan, Row, check
+from lightning_peft.compare.plan import Plan, Row, check
 from lightning_peft.compare.run import run as run_plan
 from lightning_peft.models import CausalLM
 from lightning_peft.sweep.settings import Sweep
 from lightning_peft.sweep.settings import check as check_sweep
 from lightning_peft.truthfulqa import SideEffects, TruthfulQADataModule, read_samples
+from lightning_peft.truthfulqa.task import TruthfulQA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-DATA = Data("package", limit=12, side_effects=SideEffects(tokens=0, capability=0))
+
+
+def task(model: object = "m") -> TruthfulQA:
+    return TruthfulQA(str(model), "package", limit=12, side_effects=SideEffects(tokens=0, capability=0))
 
 
 @pytest.fixture
 def run(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[[Row], dict[str, Any]]:
     def cell_of(row: Row) -> dict[str, Any]:
-        plan = Plan("draws", str(tiny_folder("llama")), [Row("base", "", "base"), row], DATA, accelerator="cpu")
+        plan = Plan("draws", [Row("base", "", "base"), row], task(tiny_folder("llama")), accelerator="cpu")
         check(plan)
         return cell.run_cell(plan, row, 0, tmp_path / row.name, {})
 
@@ -45,12 +49,12 @@ def logprobs(found: dict[str, Any], draw: int = 0) -> list[float]:
 def test_no_demonstrations_are_an_empty_primer(
     run: Callable[[Row], dict[str, Any]], tiny_folder: Callable[[str], Path]
 ) -> None:
-    module, samples = CausalLM(str(tiny_folder("llama"))), cell._Samples()
-    data = TruthfulQADataModule("package", limit=12, primer="", protocol=DATA.protocol)
+    module, scores = CausalLM(str(tiny_folder("llama"))), task().scores()
+    data = TruthfulQADataModule("package", limit=12, primer="", protocol=task().protocol)
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
-    L.Trainer(callbacks=[samples], **options).test(module, data, verbose=False)
+    L.Trainer(callbacks=[scores], **options).test(module, data, verbose=False)
     found = logprobs(run(Row("zero", "", "prompt", few_shot=0)))
-    assert found == logprobs({"samples": samples.rows}) != logprobs(run(Row("six", "", "prompt")))
+    assert found == [choice["logprob"] for choice in scores.choices] != logprobs(run(Row("six", "", "prompt")))
 
 
 def test_the_first_draw_is_that_of_one_draw_and_the_next_is_another(run: Callable[[Row], dict[str, Any]]) -> None:
@@ -73,8 +77,9 @@ def test_an_edit_is_computed_once_and_scored_under_each_draw(
 def smaller(tiny: Path, output: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The plan of table 1 with these rows for a tiny model and few questions."""
     plan = yaml.safe_load((ROOT / "configs" / "compare" / "table1.yaml").read_text())
-    data = {"source": "package", "limit": 16, "side_effects": {"tokens": 256, "capability": 8}}
-    return plan | {"model": str(tiny), "rows": rows, "data": data, "output": str(output), "accelerator": "cpu"}
+    effects = {"tokens": 256, "capability": 8}
+    plan["task"]["init_args"] = {"model": str(tiny), "source": "package", "limit": 16, "side_effects": effects}
+    return plan | {"rows": rows, "output": str(output), "accelerator": "cpu"}
 
 
 def test_every_row_of_table_1_runs(
@@ -106,7 +111,7 @@ def test_every_row_of_table_1_runs(
 
 def test_more_demonstrations_than_a_fold_leaves_are_refused_before_anything_runs(tmp_path: Path) -> None:
     row = Row("many", "", "prompt", few_shot=7)
-    plan = Plan("x", "no model", [Row("base", "", "base"), row], Data("package", limit=12), output=str(tmp_path))
+    plan = Plan("x", [Row("base", "", "base"), row], task("no model"), output=str(tmp_path))
     with pytest.raises(ValueError, match=r"^Row 'many' asks for 7 demonstrations, but a fold leaves 6 questions to"):
         run_plan(plan, {"rows": {"base": {}, "many": {}}}, Console(file=io.StringIO()))
     assert all(path.name.startswith(".lock") for path in tmp_path.iterdir())
@@ -123,7 +128,7 @@ def test_more_demonstrations_than_a_fold_leaves_are_refused_before_anything_runs
 )
 def test_draws_of_nothing_are_refused(row: Row, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        check(Plan("x", "m", [Row("base", "", "base"), row], DATA))
+        check(Plan("x", [Row("base", "", "base"), row], task()))
 
 
 def test_fewer_than_no_demonstrations_are_refused() -> None:

@@ -14,9 +14,10 @@ from tiny_models import tiny
 from lightning_peft import load_adapter
 from lightning_peft.callbacks import ITI
 from lightning_peft.compare.cell import run_cell
-from lightning_peft.compare.plan import Data, Plan, Row, check
+from lightning_peft.compare.plan import Plan, Row, check
 from lightning_peft.positions import answering
 from lightning_peft.truthfulqa import TruthfulQADataModule
+from lightning_peft.truthfulqa.task import TruthfulQA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHOTS = 5
@@ -37,7 +38,7 @@ def cells(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         Row("nothing", "", "edited", iti(alpha=0.0), few_shot=SHOTS),
         Row("reference", "", "edited", iti(reference=True), few_shot=SHOTS),
     ]
-    plan = Plan("few", str(tiny_folder("llama")), rows, Data("package", limit=12), accelerator="cpu")
+    plan = Plan("few", rows, TruthfulQA(str(tiny_folder("llama")), "package", limit=12), accelerator="cpu")
     check(plan)
     folder = tmp_path_factory.mktemp("cells")
     found = {row.name: run_cell(plan, row, 0, folder / row.name, {})["samples"] for row in rows}

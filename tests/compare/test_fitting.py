@@ -14,13 +14,13 @@ from tiny_models import tiny
 
 from lightning_peft.backbone.window import ContextWindowError, ContextWindowWarning
 from lightning_peft.compare import run as running
-from lightning_peft.compare.answers import Answers
 from lightning_peft.compare.page import write_html
-from lightning_peft.compare.plan import Data, Plan, Row, cell_key
+from lightning_peft.compare.plan import Plan, Row, cell_key
 from lightning_peft.models import CausalLM
 from lightning_peft.sweep.run import run as sweep
 from lightning_peft.sweep.settings import Sweep, sweep_key
 from lightning_peft.truthfulqa import QA_PRIMER, SideEffects, TruthfulQADataModule
+from lightning_peft.truthfulqa.answers import Answers
 from lightning_peft.truthfulqa.fitting import fewer_demonstrations
 from lightning_peft.truthfulqa.task import TruthfulQA
 
@@ -45,8 +45,8 @@ def folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
 def plan_of(model: str, output: Path, **data: Any) -> Plan:
     rows = [Row("base", "Base", "base"), Row("few", "Few-shot", "prompt", few_shot=4, draws=2)]
     effects = SideEffects(tokens=0, capability=0)
-    made = Data("package", limit=12, side_effects=effects, **data)
-    return Plan("x", model, rows, made, output=str(output), accelerator="cpu")
+    task = TruthfulQA(model, "package", limit=12, side_effects=effects, **data)
+    return Plan("x", rows, task, output=str(output), accelerator="cpu")
 
 
 def run(plan: Plan) -> tuple[dict[str, Any], str]:
@@ -65,7 +65,7 @@ def test_a_model_that_cannot_read_the_texts_is_refused_before_the_first_cell(
         run(plan)
     assert not (tmp_path / "x" / "cells").exists()
     plan.rows[0].few_shot = plan.rows[1].few_shot = 0
-    plan.rows[1].draws, plan.data.answers = 1, Answers(max_new_tokens=WINDOW)
+    plan.rows[1].draws, plan.task.answers = 1, Answers(max_new_tokens=WINDOW)  # type: ignore[attr-defined]
     with pytest.raises(ContextWindowError, match=r"^\d+ of \d+ prompts of 'base' with their answers"):
         run(plan)
     assert not (tmp_path / "x" / "cells").exists()
@@ -148,14 +148,17 @@ def test_a_sweep_refuses_or_fits_too(folder: Callable[[str], str], tmp_path: Pat
     assert len(results["points"]) == 2
 
 
-def test_a_setting_that_is_off_leaves_the_keys_as_a_release_wrote_them_that_did_not_know_it() -> None:
+def test_a_setting_that_is_off_leaves_the_keys_as_a_release_wrote_them_that_did_not_know_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("depends_on", "data_hash"):
+        monkeypatch.setattr(TruthfulQA, name, lambda task: "hash")
     plan = plan_of("model", Path("x"))
-    settings, task = {"rows": {"base": {}}}, TruthfulQA("model")
-    grid = Sweep("x", task, [2], [1.0])
-    of_cell = cell_key(plan, settings, plan.rows[0], "hash", 0)
+    settings, grid = {"rows": {"base": {}}}, Sweep("x", TruthfulQA("model"), [2], [1.0])
+    of_cell = cell_key(plan, settings, plan.rows[0], 0)
     assert of_cell == "6c07d0ede55588c46556384f00fb6a92a4724fe68c0ef144f337df9c2a57d0ba"
-    of_sweep = sweep_key(grid, "hash", {"a": 1})
+    of_sweep = sweep_key(grid, {"a": 1})
     assert of_sweep == "08e0c2381d7cfa8735a1f5eb4922b8197d988b94c76152946f5031028451358c"
-    plan.data.fit_window = task.fit_window = True
-    assert cell_key(plan, settings, plan.rows[0], "hash", 0) != of_cell
-    assert sweep_key(grid, "hash", {"a": 1}) != of_sweep
+    plan.task.fit_window = grid.task.fit_window = True  # type: ignore[attr-defined]
+    assert cell_key(plan, settings, plan.rows[0], 0) != of_cell
+    assert sweep_key(grid, {"a": 1}) != of_sweep

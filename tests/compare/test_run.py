@@ -66,8 +66,10 @@ def questions(tmp_path: Path) -> Path:
 def write(tmp_path: Path, tiny_folder: Callable[[str], Path], questions: Path) -> Callable[..., Path]:
     def plan(output: str, rows: list[dict[str, Any]] = ROWS) -> Path:
         path = tmp_path / f"{output}.yaml"
-        data = {"source": str(questions), "num_folds": 2, "side_effects": {"tokens": 256, "capability": 8}}
-        values = {"name": output, "model": str(tiny_folder("llama")), "data": data, "rows": rows}
+        arguments = {"model": str(tiny_folder("llama")), "source": str(questions), "num_folds": 2}
+        arguments["side_effects"] = {"tokens": 256, "capability": 8}
+        task = {"class_path": "lightning_peft.truthfulqa.task.TruthfulQA", "init_args": arguments}
+        values = {"name": output, "task": task, "rows": rows}
         path.write_text(yaml.safe_dump(values | {"output": str(tmp_path / output), "accelerator": "cpu"}))
         return path
 

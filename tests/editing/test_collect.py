@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from lightning_peft.editing import (
     capture_tokens,
     head_sites,
     layer_sites,
-    reading,
 )
+from lightning_peft.editing.forward import run_trunk
 from lightning_peft.packing.prefix_tree import pack
+from lightning_peft.packing.reading import Reading, Way
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,8 +107,8 @@ def test_what_texts_share_is_computed_once(primer: int) -> None:
     texts = [[5] * primer + [9, 8, 7, i, 3] for i in range(10, 30)]
     model.model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
     with Capture(model, head_sites(model)) as reader:
-        trial = reading._cannot_share(model, reader, texts, torch.device("cpu"), reading.Way())
-    assert trial == ""
+        reading = Reading(model, reader, partial(run_trunk, model), torch.device("cpu"), Way())
+        assert reading.objection_to_packing(texts) == ""
     tried = sum(seen)
     seen.clear()
     capture_texts(model, head_sites(model), texts, row_tokens=10_000)
@@ -118,19 +120,6 @@ def test_a_model_that_cannot_be_packed_is_read_text_by_text_or_says_so() -> None
     read = capture_tokens(model, head_sites(model), TEXTS)
     torch.testing.assert_close(read, torch.stack([x[-1] for x in alone(model, TEXTS)]), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"^BertForMaskedLM cannot read packed texts: packed, it differs by"):
-        capture_texts(model, head_sites(model), TEXTS, share=True)
-
-
-def test_texts_longer_than_a_sliding_window_are_not_packed() -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    torch.manual_seed(0)
-    config = MistralConfig(num_attention_heads=4, num_key_value_heads=2, sliding_window=6, **sizes)
-    model = MistralForCausalLM(config).eval()
-    expected = torch.stack([x[-1] for x in alone(model, TEXTS)])
-    torch.testing.assert_close(capture_tokens(model, head_sites(model), TEXTS), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"cannot read packed texts: some are longer than its window of 6 tokens\.$"):
         capture_texts(model, head_sites(model), TEXTS, share=True)
 
 

@@ -23,16 +23,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
     ("batch", "message"),
     [
         (
-            {"truth": 1},
-            r"^ITI needs input_ids, truth, but the training batch has no input_ids: input_ids is the ",
+            {"label": 1},
+            r"^ITI needs input_ids, label, but the training batch has no input_ids: input_ids is the ",
         ),
-        (torch.zeros(2), r"has no input_ids and no truth: input_ids is .*; truth is `torch\.tensor\(\[1, 0, …\]\)`"),
-        ([1, 2], r"has no input_ids and no truth: "),
+        (torch.zeros(2), r"has no input_ids and no label: input_ids is .*; label is `torch\.tensor\(\[1, 0, …\]\)`"),
+        ([1, 2], r"has no input_ids and no label: "),
     ],
 )
 def test_a_missing_key_is_one_sentence_that_shows_how_to_make_it(batch: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_keys("ITI", ("input_ids", "truth"), batch)
+        check_keys("ITI", ("input_ids", "label"), batch)
 
 
 def test_a_batch_with_all_keys_or_without_need_of_any_passes() -> None:
@@ -55,11 +55,11 @@ def test_only_a_batch_without_labels_and_without_a_loss_is_refused(labels: int, 
 @pytest.mark.parametrize(
     ("callback", "train", "message"),
     [
-        (LoRA(r=2), "statements", r"^LoRA has nothing to learn .* all labels are -100: .*train=\"answers\"\)` does\.$"),
+        (LoRA(r=2), "statements", r"^LoRA has nothing to learn .* all labels are -100: let labels be the tokens of "),
         (
             ITI(num_heads=3),
             "answers",
-            r"^Statements of both classes are needed, .* \[1\]: .*train=\"statements\"\)",
+            r"^Statements of both classes are needed, .* \[1\]: let the training data hold texts that are not",
         ),
     ],
 )

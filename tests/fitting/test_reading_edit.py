@@ -42,12 +42,9 @@ class Data(L.LightningDataModule):
         def collate(rows: list[int]) -> dict[str, Tensor]:
             batch = self.made([TEXTS[i] for i in rows], padding=True, return_tensors="pt")
             label, group = ([column[i] for i in rows] for column in (LABEL, GROUP))
-            return {**batch, "truth": torch.tensor(label), "question_id": torch.tensor(group)}
+            return {**batch, "label": torch.tensor(label), "group": torch.tensor(group)}
 
         return DataLoader(range(len(TEXTS)), batch_size=16, collate_fn=collate)  # type: ignore[arg-type]
-
-    def question_ends(self, seed: int) -> list[list[int]]:
-        return [self.made(text)["input_ids"] for text in ENDS]
 
 
 def fitted(method: ReadingEdit[Any], tokenizer: Any) -> Module:
@@ -107,8 +104,8 @@ def test_sigma_is_taken_over_other_texts_where_they_are_given(tiny_tokenizer: Pr
     model, options = tiny("llama"), {"num_heads": 3, "val_fraction": 0.3}
     put = edit_iti(model, tiny_tokenizer, TEXTS, LABEL, GROUP, sigma_texts=ENDS, **options)
     assert put.record["sigma_texts"] == len(ENDS)
-    check_same(fitted(ITI(question_ends=True, **options), tiny_tokenizer).backbone, model, "iti")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^Sigma is to be taken over texts that end in a question: give them as sig"):
+    check_same(fitted(ITI(question_ends=True, sigma_texts=ENDS, **options), tiny_tokenizer).backbone, model, "iti")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^ITI takes sigma over texts that end in a question, and has none: gi"):
         edit_iti(tiny("llama"), tiny_tokenizer, TEXTS, LABEL, GROUP, question_ends=True, **options)
 
 
@@ -149,6 +146,7 @@ def test_what_is_on_the_model_acts_while_texts_are_read_and_the_model_keeps_its_
             {"num_heads": 3},
             r"^Statements of both classes are needed, truth 0 and 1; the .* are \[1\]\.$",
         ),
+        ([2, *LABEL[1:]], {}, r"^ITI reads label as 1 \(wanted, true\) or 0 \(not\), got 0, 1, 2: make them so, or "),
         (LABEL, {"num_heads": 13}, r"^num_heads is 13, but the model has 12 heads\.$"),
     ],
 )

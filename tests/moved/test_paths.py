@@ -210,6 +210,15 @@ def test_an_old_path_runs_as_a_program(path: str, printed: str, capsys: pytest.C
     assert capsys.readouterr().out.strip() == printed
 
 
+@pytest.mark.parametrize("old", ["flat.kitchen", "gone.deep.wine", "mixed", "nowhere"])
+def test_finding_an_old_path_imports_nothing(old: str) -> None:
+    """A finder is asked under importlib's global lock, where waiting for a thread that imports would be for ever."""
+    finder, before = install(MODULES), set(sys.modules)
+    sys.meta_path.remove(finder)
+    spec = finder.find_spec(f"toyhouse.{old}")
+    assert set(sys.modules) == before and (spec is None) == (old == "nowhere")
+
+
 def test_threads_that_import_by_both_paths_get_one_module() -> None:
     paths = ["toyhouse.flat.kitchen", "toyhouse.rooms.kitchen", "toyhouse.mixed.kitchen"] * 4
     gate, modules = threading.Barrier(len(paths)), []

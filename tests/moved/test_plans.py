@@ -11,14 +11,14 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lightning_peft import moved
-from lightning_peft.compare.plan import Data
-from lightning_peft.moved.plans import keep_old_plans, settings_before
+from lightning_peft.moved.plans import keep_old_plans
 from lightning_peft.tasks import Task
 from lightning_peft.truthfulqa import SideEffects
+from lightning_peft.truthfulqa.settings import Data
 from lightning_peft.truthfulqa.task import TruthfulQA
 
 
-@keep_old_plans(Data)
+@keep_old_plans("name", "model", "rows", "data", "seed")
 @dataclass
 class Planned:
     name: str
@@ -40,7 +40,7 @@ OLD = {
 
 @pytest.mark.parametrize("given", OLD)
 def test_a_model_and_questions_are_a_task(given: str) -> None:
-    with pytest.warns(FutureWarning, match=r"Planned\(model=…, data=…\) is now .*Planned\(task=.*TruthfulQA"):
+    with pytest.warns(FutureWarning, match=r"Planned\(model=…, data=…, dtype=…\) is now Planned\(task=TruthfulQA"):
         plan = OLD[given]()
     task = plan.task
     assert isinstance(task, TruthfulQA)
@@ -74,24 +74,11 @@ def test_yaml_of_either_kind_is_read(tmp_path: Path) -> None:
 
 def test_what_belongs_to_no_plan_is_one_sentence() -> None:
     task = TruthfulQA("m")
-    with pytest.raises(ValueError, match=r"^Planned was given a task and model: they belong to the task\.$"):
+    with pytest.raises(
+        ValueError, match=r"^A plan has a task or, as in 0\.1, model, not both: "
+    ):
         Planned("x", task=task, rows=[1], model="m")
-    said = r"^Planned was given data and no model: give a task with all of them\.$"
-    with pytest.warns(FutureWarning), pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=r"^A plan without a task needs a model beside data\.$"):
         Planned("x", rows=[1], data=Data())
-    with pytest.raises(ValueError, match=r"^Planned needs a task, such as lightning_peft\.truthfulqa"):
+    with pytest.raises(ValueError, match=r"^A plan needs a task, what it measures on: task: "):
         Planned("x", rows=[1])
-
-
-def test_a_task_is_hashed_as_the_plan_that_it_was() -> None:
-    data = Data("hub", limit=7, num_folds=3, val_fraction=0.4, seed=2, side_effects=SideEffects(tokens=0))
-    for fit_window in (False, True):
-        data.fit_window = fit_window
-        options = {name: value for name, value in vars(data).items() if name != "answers"}
-        before = settings_before(TruthfulQA("m", dtype="float16", **options))
-        assert before == {"model": "m", "dtype": "float16", "data": data.settings()}
-
-    class Changed(TruthfulQA):
-        """Of which 0.1 knew nothing."""
-
-    assert settings_before(Changed("m")) is None

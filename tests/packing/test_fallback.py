@@ -13,8 +13,9 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 from lightning_peft.editing import capture_tokens, head_sites
+from lightning_peft.packing.answers import AnswerScorer
+from lightning_peft.packing.choices import ChoiceScorer
 from lightning_peft.packing.fallback import give_up, objection
-from lightning_peft.truthfulqa.scoring import AnswerScorer, ChoiceScorer
 
 IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 10]])
 LABELS = IDS.masked_fill(torch.arange(4) < 2, -100)
@@ -69,7 +70,7 @@ def test_a_bug_in_our_way_of_calling_is_raised(error: Exception, monkeypatch: py
     def broken(*_: Any, **__: Any) -> Tensor:
         raise error
 
-    monkeypatch.setattr(ChoiceScorer, "_run", broken)
+    monkeypatch.setattr("lightning_peft.packing.choices.packed_logits", broken)
     with pytest.raises(type(error)):
         scored(tiny("llama"))
 

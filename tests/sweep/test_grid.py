@@ -9,14 +9,16 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny
 from torch import Tensor, nn
+from windowed_models import PACKED
 
 from lightning_peft.editing import HeadEdit, head_sites
 from lightning_peft.editing.directions import random_directions
+from lightning_peft.effects import batch_effects
+from lightning_peft.packing import logprobs
+from lightning_peft.packing.choices import ChoiceScorer
 from lightning_peft.stack.stack import adapters, stack_of
 from lightning_peft.sweep.fit import best_heads
 from lightning_peft.sweep.grid import Grid
-from lightning_peft.truthfulqa.scoring import ChoiceScorer
-from lightning_peft.truthfulqa.side_effects import batch_effects
 
 KINDS = ("llama", "gpt2", "gpt_neox")
 PROMPT = [5, 9, 11, 3, 7, 8, 12, 30, 31]
@@ -84,6 +86,27 @@ def test_divergences_are_those_of_each_point_alone(kind: str, tokens: Tensor) ->
         stack_of(model).remove("iti")
         assert float(found[point]) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
     assert float(found[-1]) == 0.0, "strength 0 is the base"
+
+
+def test_divergences_of_a_few_points_at_a_time_are_the_same(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    grid = Grid(model, head_sites(model), points(model), rows=4)
+    together, rows = grid.divergence(tokens[0]), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    monkeypatch.setattr(logprobs, "LOGITS", 2 * (len(tokens[0]) - 1) * VOCABULARY)
+    torch.testing.assert_close(grid.divergence(tokens[0]), together, rtol=1e-5, atol=1e-7)
+    assert max(rows) == 2
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_model_with_windows_is_measured_as_each_point_alone(kind: str) -> None:
+    model = PACKED[kind]()
+    chosen = points(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # falling back would warn
+        together = torch.stack(list(Grid(model, head_sites(model), chosen, rows=4).scores(map(batch, range(2)))), dim=1)
+    expected = torch.stack([alone(model, *point, range(2), "answer") for point in chosen])
+    torch.testing.assert_close(together[1:], expected, atol=1e-4, rtol=0)
 
 
 def test_points_of_one_first_layer_share_a_call_and_no_other_does() -> None:

@@ -81,7 +81,7 @@ def test_a_task_of_ones_own_gives_a_table_with_its_measures(
     main(["sweep", "--config", str(write("own", "own", choose="surprise"))])
     sweep, printed = results(tmp_path / "own"), capsys.readouterr().out
     assert [*sweep["measures"]] == ["accuracy", "surprise"] and sweep["primary"] == "accuracy"
-    assert sweep["data"] | {"hash": None} == {"units": len(QUESTIONS), "folds": 2, "hash": None}
+    assert sweep["data"] == {"label": "ABQuestions, 12 units", "units": len(QUESTIONS), "folds": 2}
     heading = next(line for line in printed.splitlines() if "Right" in line)
     assert heading.split() == ["K", "α", "Right", "Surprise", "Surprise", "−", "base", "KL"]
     base = sweep["points"][0]["metrics"]
@@ -98,7 +98,7 @@ def test_its_numbers_are_those_of_the_chosen_adapter_alone(write: Callable[..., 
     for fold in range(2):
         module = task.module().eval()
         load_adapter(module.backbone, tmp_path / "own" / f"adapter-fold{fold}")
-        data = task.data(Split(fold), edits=True, units_per_batch=1)
+        data = task.data(Split(fold), edits=True)
         data.tokenizer, scorer = module.tokenizer, ChoiceScorer(module.backbone)
         for batch in data.test_dataloader():
             logprobs = scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])

@@ -8,13 +8,13 @@ from typing import Any
 
 import lightning as L
 import pytest
-from ab_questions import ABData, ABQuestions
+from ab_questions import ABQuestions
 from rich.console import Console
 from torch import nn
 
 from lightning_peft.cli import main
 from lightning_peft.sweep.run import run
-from lightning_peft.sweep.settings import Sweep, check, sweep_key
+from lightning_peft.sweep.settings import Sweep, check, data_options, sweep_key
 from lightning_peft.tasks import Split, Task
 from lightning_peft.truthfulqa.task import TruthfulQA
 
@@ -78,16 +78,15 @@ def test_what_cannot_be_swept_is_one_sentence(changes: dict[str, Any], said: str
     assert not (tmp_path / "x").exists()
 
 
-def test_a_row_option_that_the_task_has_not_is_its_own_sentence() -> None:
-    class NoShots(Unloaded):
-        def data(self, split: Split, **row_options: Any) -> ABData:
-            if "few_shot" in row_options:
-                raise ValueError("NoShots has no row option few_shot.")
-            return super().data(split, **row_options)
-
-    check(Sweep("x", NoShots("m"), [2], [1.0]))
-    with pytest.raises(ValueError, match="NoShots has no row option few_shot"):
-        check(Sweep("x", NoShots("m"), [2], [1.0], few_shot=2))
+def test_data_is_given_what_it_takes() -> None:
+    assert data_options(Sweep("x", TruthfulQA("m"), [2], [1.0], few_shot=0)) == {
+        "edits": True,
+        "units_per_batch": 1,
+        "few_shot": 0,
+    }
+    assert data_options(Sweep("x", ABQuestions("m"), [2], [1.0])) == {"edits": True}
+    with pytest.raises(ValueError, match=r"few_shot is 2, but Unloaded\.data takes none"):
+        check(Sweep("x", Unloaded("m"), [2], [1.0], few_shot=2))
 
 
 def test_any_measure_of_units_can_be_chosen_by() -> None:
@@ -108,16 +107,16 @@ def test_more_heads_than_the_model_has_is_one_sentence(tiny_folder: Callable[[st
 
 
 def test_a_plan_without_a_task_is_one_sentence() -> None:
-    with pytest.raises(SystemExit, match=r"^lightning-peft sweep: Sweep needs a task, such as"):
+    with pytest.raises(SystemExit, match=r"^lightning-peft sweep: A plan needs a task, what it measures on"):
         main(["sweep", "--name=x", "--num_heads=[2]", "--alphas=[1.0]"])
 
 
-def test_the_key_depends_on_the_task_as_it_is_written_or_as_it_stands() -> None:
-    def key(plan: Sweep, task: Any = None, depends_on: Any = "hash") -> str:
-        return sweep_key(plan, depends_on, {}, task)
-
+def test_the_key_depends_on_the_task_and_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Sweep("x", ABQuestions("m"), [2], [1.0])
-    assert key(plan) == key(Sweep("y", ABQuestions("m"), [2], [1.0], rows=2, chunk=3, choose="surprise"))
-    keys = [key(plan), key(plan, {"init_args": 1}), key(plan, {"init_args": 2}), key(plan, depends_on="another")]
-    keys += [key(Sweep("x", task, [2], [1.0])) for task in (ABQuestions("m", limit=6), Unloaded("m"), ABQuestions("n"))]
+    key = sweep_key(plan, {})
+    assert key == sweep_key(Sweep("y", ABQuestions("m", 12), [2], [1.0], rows=2, chunk=3, choose="surprise"), {})
+    others = [ABQuestions("m", limit=6), ABQuestions("n"), Unloaded("m")]
+    keys = [key, *(sweep_key(Sweep("x", task, [2], [1.0]), {}) for task in others)]
+    monkeypatch.setattr(ABQuestions, "depends_on", lambda task: "other questions")
+    keys.append(sweep_key(plan, {}))
     assert len(set(keys)) == len(keys)

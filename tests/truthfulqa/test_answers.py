@@ -152,7 +152,7 @@ def test_scores_of_minus_eight_hundred_are_shares_where_the_harness_s_have_no_nu
     best, truth = torch.tensor([1, -1, 0]), torch.tensor([1, 1, 0])
     metrics = ChoiceMetrics()
     metrics.begin()
-    metrics.add(logprobs, {"mc0": best, "mc1": best, "mc2": truth, "question_id": torch.zeros(3, dtype=torch.long)})
+    metrics.add(logprobs, {"mc0": best, "mc1": best, "mc2": truth, "group": torch.zeros(3, dtype=torch.long)})
     found = {name: float(value) for name, value in metrics.finish().items()}
     share = (1 + math.exp(-1)) / (1 + math.exp(-1) + math.exp(-2))
     assert found == pytest.approx({"mc0": 1.0, "mc1": 1.0, "mc2": share, "mc3": 1.0}, abs=1e-6)
@@ -188,7 +188,7 @@ def test_metrics_do_not_depend_on_order_or_on_what_is_in_a_batch(drawn: Drawn, d
         first = torch.tensor([c == best[q] for q, c in some])
         named = torch.where(first | (truths == 0), truths, -1)
         question = torch.tensor([q for q, _ in some])
-        found = {"mc0": named, "mc1": named, "mc2": truths, "question_id": question}
+        found = {"mc0": named, "mc1": named, "mc2": truths, "group": question}
         found["strict"] = torch.full((len(some),), strict)
         return torch.tensor([drawn[q][0][c] for q, c in some]), found
 

@@ -17,7 +17,7 @@ def module(tokenizer: PreTrainedTokenizerBase, **arguments: object) -> TruthfulQ
 
 
 def seen(loader: object) -> set[int]:
-    return {int(i) for batch in loader for i in batch["question_id"]}  # type: ignore[attr-defined]
+    return {int(i) for batch in loader for i in batch["group"]}  # type: ignore[attr-defined]
 
 
 def test_no_test_question_is_trained_or_chosen_on(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -37,13 +37,13 @@ def test_answers_are_the_true_ones_with_their_tokens_as_labels(tiny_tokenizer: P
     by_id = {question.id: question for question in data.train_questions}
     rows = 0
     for batch in data.train_dataloader():
-        assert (batch["truth"] == 1).all()
-        for row in range(len(batch["truth"])):
+        assert (batch["label"] == 1).all()
+        for row in range(len(batch["label"])):
             real = batch["attention_mask"][row].bool()
             ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
             start = int(batch["prompt_end"][row])
             assert (labels[: start + 1] == -100).all() and torch.equal(labels[start + 1 :], ids[start + 1 :])
-            question = by_id[int(batch["question_id"][row])]
+            question = by_id[int(batch["group"][row])]
             text = tiny_tokenizer.decode(ids[start + 1 :])
             assert text in {tiny_tokenizer.decode(tiny_tokenizer(" " + c)["input_ids"]) for c in question.correct}
             rows += 1
@@ -56,7 +56,7 @@ def test_statements_are_all_choices_on_one_line_sorted_by_length(tiny_tokenizer:
     for batch in data.train_dataloader():
         assert (batch["labels"] == -100).all()
         lengths += batch["attention_mask"].sum(-1).tolist()
-        truths += batch["truth"].tolist()
+        truths += batch["label"].tolist()
     assert lengths == sorted(lengths) and set(truths) == {0, 1}
     assert len(truths) == sum(len(question.choices) for question in data.fold_questions)
     assert data.kind == "statements" and statement("Why?", "So.") == "Q: Why? A: So."
@@ -73,7 +73,7 @@ def test_a_test_batch_is_whole_questions_after_the_primer(
     for batch in batches:
         questions, asked = asked[:together], asked[together:]
         choices = [choice for question in questions for choice in question.choices]
-        assert batch["question_id"].tolist() == [question.id for question in questions for _ in question.choices]
+        assert batch["group"].tolist() == [question.id for question in questions for _ in question.choices]
         assert batch["choice"].tolist() == [i for question in questions for i in range(len(question.choices))]
         assert (batch["input_ids"][:, : len(primer) - 1] == torch.tensor(primer[:-1])).all()
         for metric in ("mc0", "mc1", "mc2"):

@@ -141,7 +141,7 @@ def test_predict_puts_the_question_as_it_is_asked_to(tiny_folder: Folder, preset
     check_answers(trainer(), module, data)
     asked = {question.id: question.text for question in data.test_questions}
     for batch in data.predict_dataloader():
-        for row, mask, number in zip(batch["input_ids"], batch["attention_mask"], batch["question_id"], strict=True):
+        for row, mask, number in zip(batch["input_ids"], batch["attention_mask"], batch["group"], strict=True):
             assert row[mask.bool()].tolist() == prompting.encode(module.tokenizer, asked[int(number)])
 
 
@@ -197,7 +197,7 @@ def validated(data: TruthfulQADataModule) -> list[Batch]:
 
 def test_choices_are_of_inner_validation_questions_alone(tiny_tokenizer: Any) -> None:
     data = questions(tokenizer=tiny_tokenizer)
-    ids = {int(i) for batch in validated(data) for i in batch["question_id"]}
+    ids = {int(i) for batch in validated(data) for i in batch["group"]}
     assert ids == {question.id for question in data.val_questions}
     assert ids.isdisjoint(question.id for question in data.test_questions + data.train_questions)
 
@@ -283,14 +283,14 @@ class Plain(L.LightningModule):
         self.batches.append(batch)
 
 
-@pytest.mark.parametrize(("asked", "given"), [(None, False), (False, False), (True, True)])
-def test_a_module_without_an_evaluation_is_given_choices_only_when_asked_for(
-    tiny_folder: Folder, asked: bool | None, given: bool
+@pytest.mark.parametrize(("asked", "measured"), [(None, True), (False, False), (True, True)])
+def test_choices_never_come_to_a_module_that_knows_of_answers_alone(
+    tiny_folder: Folder, asked: bool | None, measured: bool
 ) -> None:
     module = Plain(causal(tiny_folder))
-    trainer().validate(module, questions(val_metrics=asked), verbose=False)
-    assert any("mc2" in batch for batch in module.batches) == given
-    assert all("mc2" in batch or bool((batch["truth"] == 1).all()) for batch in module.batches)
+    found = trainer().validate(module, questions(val_metrics=asked), verbose=False)[0]
+    assert found.keys() == ({"val_mc0", "val_mc1", "val_mc2", "val_mc3"} if measured else set())
+    assert module.batches and all(bool((batch["label"] == 1).all()) for batch in module.batches)
 
 
 class Own(Plain):
@@ -336,7 +336,7 @@ def test_losses_weigh_by_their_tokens_and_one_that_is_no_number_is_not_hidden() 
 
 def test_a_second_epoch_knows_nothing_of_the_first() -> None:
     evaluation = Evaluation()
-    question = {"mc2": torch.tensor([1, 0]), "question_id": torch.tensor([3, 3])}
+    question = {"mc2": torch.tensor([1, 0]), "group": torch.tensor([3, 3])}
 
     def epoch(scores: list[float]) -> Callable[[], Callable[[Batch], Tensor]]:
         return lambda: lambda batch: torch.tensor(scores)

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from tuning import trainer
 
 from lightning_peft.models import CausalLM
+from lightning_peft.packing.generation import GreedyWriter
 from lightning_peft.truthfulqa import (
     Answer,
     AnswerGenerator,
@@ -49,7 +50,9 @@ def test_a_batch_writes_what_each_prompt_writes_alone(
     questions = load_questions("package")[:7]
     for batch in encode_prompts(questions, SHORT, tiny_tokenizer, batch_size):
         found += generator.answer(batch)
-    assert generator._prefix if batch_size > 1 else not generator._prefix  # one prompt alone shares nothing
+    assert (
+        generator._writer._prefix if batch_size > 1 else not generator._writer._prefix
+    )  # one prompt alone shares nothing
     assert sorted(answer.question_id for answer in found) == [question.id for question in questions]
     for answer in found:
         ids = SHORT.encode(tiny_tokenizer, questions[answer.question_id].text)
@@ -108,7 +111,7 @@ def test_prompts_are_padded_on_the_left_in_batches_of_like_length(tiny_tokenizer
     assert lengths == sorted(lengths) and (torch.cat([b["attention_mask"][:, -1] for b in batches]) == 1).all()
     for batch in batches:
         assert torch.equal(batch["prompt_end"], batch["attention_mask"].sum(-1) - 1)
-        for row, mask, number in zip(*(batch[n] for n in ("input_ids", "attention_mask", "question_id")), strict=True):
+        for row, mask, number in zip(*(batch[n] for n in ("input_ids", "attention_mask", "group")), strict=True):
             assert row[mask.bool()].tolist() == SHORT.encode(tiny_tokenizer, questions[number].text)
 
 
@@ -121,7 +124,7 @@ def test_an_edit_acts_with_the_primer_shared_as_without(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model may refuse to share; the answers must not differ either way
         shared = AnswerGenerator(model, tiny_tokenizer).answer(batch)
-        monkeypatch.setattr(AnswerGenerator, "_share", lambda *_: [])
+        monkeypatch.setattr(GreedyWriter, "_share", lambda *_: [])
         whole = AnswerGenerator(model, tiny_tokenizer).answer(batch)
     assert shared == whole != AnswerGenerator(tiny("llama").eval(), tiny_tokenizer).answer(batch)
 
@@ -141,7 +144,7 @@ def test_rows_that_have_ended_leave_the_batch_and_the_others_write_on_as_before(
     model.register_forward_pre_hook(lambda _, args, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
     together = AnswerGenerator(model, tiny_tokenizer).answer(batch)
     assert sizes[-1] < max(sizes) == 8
-    monkeypatch.setattr(AnswerGenerator, "_share", lambda *_: [])
+    monkeypatch.setattr(GreedyWriter, "_share", lambda *_: [])
     assert together == AnswerGenerator(model, tiny_tokenizer).answer(batch)
     assert sizes[-1] == 8  # whole prompts stay together
 
@@ -155,7 +158,7 @@ def test_a_peft_model_answers_as_the_model_that_it_wraps(
     wrapped = peft.get_peft_model(tiny("llama"), peft.LoraConfig(task_type=task, r=2, init_lora_weights=False)).eval()
     generator = AnswerGenerator(wrapped, tiny_tokenizer)
     assert generator.answer(batch) == AnswerGenerator(wrapped.get_base_model(), tiny_tokenizer).answer(batch)
-    assert generator._prefix  # its primer is shared as well
+    assert generator._writer._prefix  # its primer is shared as well
 
 
 def test_a_model_that_sharing_would_change_answers_from_whole_prompts(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -165,7 +168,7 @@ def test_a_model_that_sharing_would_change_answers_from_whole_prompts(tiny_token
     ).eval()
     with pytest.warns(UserWarning, match="answers from whole prompts"):
         generator = AnswerGenerator(model, tiny_tokenizer)
-        assert len(generator.answer(batch)) == 4 and not generator._prefix
+        assert len(generator.answer(batch)) == 4 and not generator._writer._prefix
 
 
 def test_predict_yields_an_answer_to_each_question_of_the_test_fold(tiny_folder: Any, tmp_path: Path) -> None:

@@ -36,8 +36,3 @@ def test_its_demonstrations_are_of_inner_training_questions(splits: tuple[Any, A
         *shots, _ = context.split("\n\n")
         assert len(shots) == 2
         assert all(any(text in shot for text in shown) for shot in shots)
-
-
-def test_what_its_numbers_depend_on_is_the_questions(splits: tuple[Any, Any]) -> None:
-    assert TruthfulQA("no-model", limit=20).depends_on() == splits[0].data_hash
-    assert TruthfulQA("no-model", limit=19).depends_on() != splits[0].data_hash

@@ -41,7 +41,7 @@ class Batches(Callback):
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: dict[str, Any], *_: Any) -> None:
         self.count += 1
-        self.questions += len(set(batch["question_id"].tolist())) if "mc2" in batch else 0
+        self.questions += len(set(batch["group"].tolist())) if "mc2" in batch else 0
 
 
 def evaluate(model: Path, folder: Path, devices: int) -> None:

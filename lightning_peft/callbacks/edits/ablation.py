@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.layers import LayerSite, layer_sites, stream_writers
 from lightning_peft.editing.contrast import ablation_direction
-from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import StatementLayers
+from lightning_peft.fitting.reading_edit import ReadingOptions
 
 
 class Ablation(StatementLayers):
@@ -48,7 +48,7 @@ class Ablation(StatementLayers):
         sites: Literal["writes", "block", "attention", "mlp"] = "writes",
         alpha: float = 1.0,
         positions: str = "all",
-        **options: Unpack[EditOptions],
+        **options: Unpack[ReadingOptions],
     ) -> None:
         if sites not in ("writes", "block", "attention", "mlp"):
             raise ValueError(f"sites must be writes, block, attention or mlp, got {sites!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import lightning as L
 import torch
@@ -17,13 +17,17 @@ from lightning_peft.fitting.edit_layers import EditLayers
 from lightning_peft.fitting.reading_edit import Tokenizer
 from lightning_peft.stack.stack import AdapterStack
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class ActAdd(EditLayers):
     """Activation addition (Turner et al. 2023, arXiv:2308.10248): add the difference of two prompts at a text's front.
 
     `trainer.fit` runs the two prompts, the shorter one filled up with spaces, and installs a layer-offsets adapter with
     a vector for each of their tokens, which is added to the token at the same place of every text. It needs no
-    data: whatever the training batches hold is not looked at. The tokenizer is the data module's or the module's.
+    data: whatever the training batches hold is not looked at. The tokenizer is the LightningModule's
+    `tokenizer`, unless one is given.
 
     Args:
         prompt_add: what to lead to, such as `"Love"`.
@@ -34,6 +38,7 @@ class ActAdd(EditLayers):
         positions: the phase at whose beginning the vectors are added: `"all"` (the text's front, the paper's),
             `"prompt"`, `"answer"` or `"generated"`.
         sites: as `CAA`'s.
+        tokenizer: for the prompts: a tokenizer, or its name or folder.
 
     Attributes:
         edit_: the computed `LayerEdit` after `fit`, its vectors `[layers, tokens, width]`.
@@ -54,6 +59,7 @@ class ActAdd(EditLayers):
         layers: list[int] | str | None = None,
         positions: Literal["all", "prompt", "answer", "generated"] = "all",
         sites: Literal["block", "attention", "mlp"] = "block",
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
         **options: Unpack[EditOptions],
     ) -> None:
         if positions not in ("all", "prompt", "answer", "generated"):
@@ -61,12 +67,12 @@ class ActAdd(EditLayers):
         if prompt_add == prompt_sub:
             raise ValueError(f"Both prompts are {prompt_add!r}, and between them there is no difference to add.")
         super().__init__(sites, layers, coeff, positions, **options)
-        self.prompt_add, self.prompt_sub = prompt_add, prompt_sub
+        self.prompt_add, self.prompt_sub, self.tokenizer = prompt_add, prompt_sub, tokenizer
         self._prompts: list[list[int]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._prompts = encode_alike(_tokenizer(trainer), self.prompt_add, self.prompt_sub)
+        self._prompts = encode_alike(self._tokenizer(pl_module), self.prompt_add, self.prompt_sub)
 
     def begin(self, stack: AdapterStack) -> None:
         pass
@@ -82,6 +88,18 @@ class ActAdd(EditLayers):
     ) -> tuple[Tensor, Tensor, Tensor]:
         self._prompts = encode_alike(tokenizer, self.prompt_add, self.prompt_sub)
         return self._read_prompts(backbone)
+
+    def _tokenizer(self, module: L.LightningModule) -> Any:
+        if isinstance(self.tokenizer, str):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        tokenizer = getattr(module, "tokenizer", None) if self.tokenizer is None else self.tokenizer
+        if not callable(tokenizer):
+            raise ValueError(
+                "ActAdd needs a tokenizer for its prompts: give the LightningModule one, or ActAdd(tokenizer=…)."
+            )
+        return tokenizer
 
     def _read_prompts(self, backbone: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         captured = capture_texts(backbone, self._sites, self._prompts, "all", share=False)  # as in ITI
@@ -117,11 +135,3 @@ def encode_alike(tokenizer: Any, *prompts: str) -> list[list[int]]:
     if not space and any(len(tokens) < longest for tokens in encoded):
         raise ValueError("The tokenizer has no token for a space to fill up the shorter prompt: give prompts alike.")
     return [tokens + space[-1:] * (longest - len(tokens)) for tokens in encoded]
-
-
-def _tokenizer(trainer: L.Trainer) -> Any:
-    for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
-        tokenizer = getattr(owner, "tokenizer", None)
-        if callable(tokenizer):
-            return tokenizer
-    raise ValueError("ActAdd needs a tokenizer for its prompts: give the LightningModule or the data module one.")

@@ -8,9 +8,8 @@ from typing import Any, Literal, Unpack
 from torch import Tensor, nn
 
 from lightning_peft.editing.contrast import caa_vectors
-from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import StatementLayers
-from lightning_peft.fitting.reading_edit import Tokenizer, edit
+from lightning_peft.fitting.reading_edit import ReadingOptions, Tokenizer, edit
 from lightning_peft.stack.adapter import Adapter
 
 
@@ -55,7 +54,7 @@ class CAA(StatementLayers):
         beta: float = 0.0,
         threshold: float = 0.5,
         C: float = 1.0,
-        **options: Unpack[EditOptions],
+        **options: Unpack[ReadingOptions],
     ) -> None:
         super().__init__(sites, layers, multiplier, positions, gate, beta, threshold, C, **options)
 

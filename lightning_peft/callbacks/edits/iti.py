@@ -12,8 +12,7 @@ from lightning_peft.backbone.heads import HeadSite, head_sites
 from lightning_peft.editing.collect import capture_texts
 from lightning_peft.editing.heads import head_offsets_config
 from lightning_peft.editing.iti import REFERENCE_POSITIONS, HeadEdit, check_names, compute_iti
-from lightning_peft.fitting.adapter_callback import EditOptions
-from lightning_peft.fitting.reading_edit import ReadingEdit, Tokenizer, edit
+from lightning_peft.fitting.reading_edit import ReadingEdit, ReadingOptions, Tokenizer, edit
 from lightning_peft.moved import warn_moved
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.adapter import Adapter
@@ -32,8 +31,8 @@ class ITI(ReadingEdit[HeadSite]):
     ranks heads on held-out training questions, and installs a `HeadOffsets` adapter that adds
     `alpha * sigma * direction` to the best `num_heads`. Nothing is trained.
 
-    The training batches hold `input_ids [B, T]`, `attention_mask [B, T]`, `truth [B]` (0 or 1) and `question_id [B]`,
-    of training questions only.
+    The training batches hold `input_ids [B, T]`, `attention_mask [B, T]`, `label [B]` (1 true, 0 false) and `group [B]`
+    (which question a statement is about), of training questions only.
 
     Args:
         num_heads: how many heads to edit (K).
@@ -49,9 +48,11 @@ class ITI(ReadingEdit[HeadSite]):
         seed: of the inner split, of contrast pairs, of texts for sigma and of random directions.
         strength: `"equal"`, or `"accuracy"`: each head's share of `alpha` is in proportion to its accuracy above
             chance, the mean share 1.
-        question_ends: take sigma over texts that end in a question, as the authors do, not over the statements. The
-            data module gives them: `question_ends(seed)`, lists of token ids, as `TruthfulQADataModule` has it.
+        question_ends: take sigma over texts that end in a question, as the authors do, not over the statements: over
+            `sigma_texts`, which the data may give.
         reference: compute what the authors' code computes, with `question_ends`; see `compute_iti`.
+        sigma_texts: texts over which to take sigma, in place of the statements: lists of token ids, or, where the
+            LightningModule has a `tokenizer`, strings.
         gate: None; `"adaptive"`: each head's strength at each token is `alpha * (1 - p + beta)`, p being its probe's
             probability that what it sees there is true (ACT, Wang et al. 2024, arXiv:2406.00034); or
             `"conditional"`: it acts only where `1 - p` is above `threshold`.
@@ -89,7 +90,8 @@ class ITI(ReadingEdit[HeadSite]):
         threshold: float = 0.5,
         pattern: str | None = None,
         heads_per_layer: int | None = None,
-        **options: Unpack[EditOptions],
+        sigma_texts: Sequence[str] | Sequence[Sequence[int]] | None = None,
+        **options: Unpack[ReadingOptions],
     ) -> None:
         check_names(direction, strength)
         if positions is None:
@@ -106,7 +108,7 @@ class ITI(ReadingEdit[HeadSite]):
         self.strength, self.question_ends, self.reference = strength, question_ends or reference, reference
         self.gate: dict[str, Any] = {"gate": gate, "beta": beta, "threshold": threshold}
         self.pattern, self.heads_per_layer = pattern, heads_per_layer
-        self.sigma_texts: Sequence[str] | None = None  # without a Trainer
+        self.sigma_texts = sigma_texts
         self._sigma_activations: Tensor | None = None
 
     def find_sites(self, backbone: nn.Module) -> Sequence[HeadSite]:
@@ -119,8 +121,8 @@ class ITI(ReadingEdit[HeadSite]):
         return head_offsets_config(sites, alpha=self.alpha, positions=self.positions, **self.gate)
 
     def compute(self, stack: AdapterStack, trainer: L.Trainer) -> None:
-        if self.question_ends:
-            self._read_sigma(stack.backbone, trainer.datamodule.question_ends(self.seed))  # type: ignore[attr-defined]
+        if self.sigma_texts is not None:
+            self._read_sigma(stack.backbone, getattr(trainer.lightning_module, "tokenizer", None))
         super().compute(stack, trainer)
         best = float(self.edit_.accuracy.max())
         trainer.lightning_module.log("probe_accuracy_best", best, rank_zero_only=True)
@@ -128,13 +130,27 @@ class ITI(ReadingEdit[HeadSite]):
     def read(
         self, backbone: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], label: Tensor, group: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        self._check_sigma_texts()
         if self.sigma_texts is not None:
-            self._read_sigma(backbone, [tokenizer(text)["input_ids"] for text in self.sigma_texts])
-        elif self.question_ends:
-            raise ValueError("Sigma is to be taken over texts that end in a question: give them as sigma_texts.")
+            self._read_sigma(backbone, tokenizer)
         return super().read(backbone, tokenizer, texts, label, group)
 
-    def _read_sigma(self, backbone: nn.Module, sequences: Sequence[Sequence[int]]) -> None:
+    def _check_sigma_texts(self) -> None:
+        if self.question_ends and self.sigma_texts is None:
+            raise ValueError(
+                f"{type(self).__name__} takes sigma over texts that end in a question, and has none: give them as "
+                "sigma_texts."
+            )
+
+    def _read_sigma(self, backbone: nn.Module, tokenizer: Tokenizer | None) -> None:
+        sequences: list[Sequence[int]] = []
+        for text in self.sigma_texts or ():
+            if not isinstance(text, str):
+                sequences.append(text)
+            elif tokenizer is not None:
+                sequences.append(tokenizer(text)["input_ids"])
+            else:
+                raise ValueError("sigma_texts are strings, and the LightningModule has no tokenizer: give token ids.")
         # in `fit` the adapter on the model keeps texts from being packed, and elsewhere bits are to be the same
         self._sigma_activations = capture_texts(backbone, self._sites, sequences, share=False).values
 
@@ -158,11 +174,8 @@ class ITI(ReadingEdit[HeadSite]):
         return self.edit_.directions.numel()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and self.question_ends and not hasattr(trainer.datamodule, "question_ends"):  # type: ignore[attr-defined]
-            raise ValueError(
-                f"{type(self).__name__} takes sigma over texts that end in a question, which the data must give: fit "
-                "with a data module that has question_ends(seed), such as TruthfulQADataModule."
-            )
+        if stage == "fit":
+            self._check_sigma_texts()
         super().setup(trainer, pl_module, stage)
 
     def end(self) -> None:
@@ -192,9 +205,7 @@ def edit_iti(
     Raises:
         ValueError: as `ITI`.
     """
-    method = ITI(**options)
-    method.sigma_texts = sigma_texts
-    return edit(model, tokenizer, texts, label, group, method)
+    return edit(model, tokenizer, texts, label, group, ITI(sigma_texts=sigma_texts, **options))
 
 
 def install(

@@ -7,8 +7,8 @@ from typing import Literal, Unpack
 from torch import Tensor
 
 from lightning_peft.editing.contrast import repe_vectors
-from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import StatementLayers
+from lightning_peft.fitting.reading_edit import ReadingOptions
 
 
 class RepE(StatementLayers):
@@ -45,7 +45,7 @@ class RepE(StatementLayers):
         beta: float = 0.0,
         threshold: float = 0.5,
         C: float = 1.0,
-        **options: Unpack[EditOptions],
+        **options: Unpack[ReadingOptions],
     ) -> None:
         super().__init__(sites, layers, coeff, positions, gate, beta, threshold, C, **options)
         self.seed = seed

@@ -112,7 +112,7 @@ class PromptForward(OwnForward):
     def _shifted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call that continues from a past with the prompt in it."""
         count, shifted = self.config.num_virtual_tokens, dict(kwargs)
-        if (mask := kwargs.get("attention_mask")) is not None and mask.dim() == 2:
+        if isinstance(mask := kwargs.get("attention_mask"), Tensor) and mask.dim() == 2:
             shifted["attention_mask"] = nn.functional.pad(mask, (count, 0), value=1)
         if (positions := kwargs.get("position_ids")) is not None:
             shifted["position_ids"] = positions + count

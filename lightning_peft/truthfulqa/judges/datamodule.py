@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_peft.truthfulqa.batches import LengthGroupedSampler, as_dataset, padded, tokenizer_of
+from lightning_peft.data.batches import LengthGroupedSampler, as_dataset, padded, tokenizer_of
 from lightning_peft.truthfulqa.judges.protocol import Judgement, judge_prompt, load_judgements, split_by_question
 from lightning_peft.truthfulqa.prompts import encode_pair
 

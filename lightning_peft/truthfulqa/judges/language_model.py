@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.accepted_arguments import accepted_arguments
 from lightning_peft.backbone.window import check_lengths
-from lightning_peft.truthfulqa.arguments import accepted_arguments
 from lightning_peft.truthfulqa.judges.protocol import Kind, judge_prompt
 from lightning_peft.truthfulqa.prompts import encode_pair
 

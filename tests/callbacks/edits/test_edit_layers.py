@@ -80,7 +80,7 @@ def activations(kind: str, layers: slice) -> Tensor:
 def test_caa_installs_the_vectors_of_activations_read_one_by_one(kind: str) -> None:
     callback = CAA(layers=[0, 2], multiplier=3.0)
     stack = adapters(fitted(callback, kind))
-    x, truth, question = activations(kind, slice(0, 3, 2)), DATA.column("truth"), DATA.column("question_id")
+    x, truth, question = activations(kind, slice(0, 3, 2)), DATA.column("label"), DATA.column("group")
     expected = caa_vectors(x, truth, question)
     names = [layer_sites(tiny(kind))[layer].name for layer in (0, 2)]
     for name, vector in zip(names, expected, strict=True):
@@ -96,7 +96,7 @@ def test_the_default_layers_are_the_middle_one_and_the_middle_third() -> None:
     callback = RepE()
     assert list(adapters(fitted(callback))["repe"].config.target_modules) == ["model.layers.1"]
     assert [callback.default_layers(count) for count in (1, 2, 30)] == ["0:1", "0:1", "10:20"]
-    expected = repe_vectors(activations("llama", slice(1, 2)), DATA.column("truth"), DATA.column("question_id"))
+    expected = repe_vectors(activations("llama", slice(1, 2)), DATA.column("label"), DATA.column("group"))
     assert callback.edit_ is not None
     torch.testing.assert_close(callback.edit_.vectors, expected, atol=1e-3, rtol=1e-3)
 
@@ -106,7 +106,7 @@ def test_an_ablation_takes_one_direction_out_of_all_that_writes() -> None:
     module = fitted(callback)
     stack = adapters(module)
     assert list(stack["ablation"].config.target_modules) == stream_writers(tiny("llama"))
-    expected = ablation_direction(activations("llama", slice(2, 3)), DATA.column("truth"))[0]
+    expected = ablation_direction(activations("llama", slice(2, 3)), DATA.column("label"))[0]
     for tensor in stack.tensors(stack["ablation"]).values():
         torch.testing.assert_close(tensor[0], expected, atol=1e-4, rtol=1e-4)
     left = capture_texts(module.backbone, layer_sites(module.backbone), [[5, 6, 7, 8]], "all").values @ expected
@@ -256,17 +256,17 @@ def test_wrong_arguments_are_one_sentence(make: Any, message: str) -> None:
         (
             RepE(),
             Statements(truth=1),
-            r"^Statements of both classes are needed, truth 0 and 1; the values given are \[1\]",
+            r"^Statements of both classes are needed, label 0 and 1; the values given are \[1\]",
         ),
         (
             CAA(),
-            Statements(drop=("truth",)),
-            r"^CAA needs .* but the training batch has no truth: truth is `torch",
+            Statements(drop=("label",)),
+            r"^CAA needs .* but the training batch has no label: label is `torch",
         ),
         (
             ActAdd(),
             DATA,
-            r"^ActAdd needs a tokenizer for its prompts: give the LightningModule or the data module one\.$",
+            r"^ActAdd needs a tokenizer for its prompts: give the LightningModule one, or ActAdd\(tokenizer=…\)\.$",
         ),
     ],
 )

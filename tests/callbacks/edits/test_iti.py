@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import pytest
@@ -77,7 +77,7 @@ def test_the_edit_is_that_of_the_activations_read_one_by_one(kind: str) -> None:
     model = tiny(kind)
     texts = [row["input_ids"][row["attention_mask"] == 1].tolist() for row in DATA.rows]
     expected = compute_iti(
-        capture_tokens(model, head_sites(model), texts, 1), DATA.column("truth"), DATA.column("question_id"), 3
+        capture_tokens(model, head_sites(model), texts, 1), DATA.column("label"), DATA.column("group"), 3
     )
     edit = callback.edit_
     assert edit is not None and edit.heads == expected.heads
@@ -176,27 +176,18 @@ def test_a_hand_written_module_is_edited_by_pattern() -> None:
     assert not torch.equal(module.backbone(DATA.column("input_ids")), base)
 
 
-class Ends(L.LightningDataModule):
-    """Labelled statements, and texts to take sigma from."""
-
-    texts: ClassVar = [[9, 10, 11 + i] for i in range(20)]
-
-    def train_dataloader(self) -> Any:
-        return DATA.loader()
-
-    def question_ends(self, seed: int) -> list[list[int]]:
-        return [*self.texts, [seed + 3]]
+ENDS = [*([9, 10, 11 + i] for i in range(20)), [5]]
 
 
-def test_sigma_is_that_of_the_texts_the_data_module_gives() -> None:
-    plain, module, callback = iti(seed=2), Module(), iti(seed=2, question_ends=True)
-    trainer(plain).fit(Module(), Ends())
-    trainer(callback).fit(module, Ends())
+def test_sigma_is_that_of_the_texts_that_are_given() -> None:
+    plain, module, callback = iti(), Module(), iti(question_ends=True, sigma_texts=ENDS)
+    trainer(plain).fit(Module(), DATA.loader())
+    trainer(callback).fit(module, DATA.loader())
     edit, own = callback.edit_, plain.edit_
     assert edit is not None and own is not None and edit.heads == own.heads
     assert torch.equal(edit.directions, own.directions) and not torch.equal(edit.sigma, own.sigma)
     model = tiny("llama")
-    read = capture_tokens(model, head_sites(model), [*Ends.texts, [5]])
+    read = capture_tokens(model, head_sites(model), ENDS)
     for i, (layer, head) in enumerate(edit.heads):
         expected = (read[:, layer, head] @ edit.directions[i]).std(unbiased=False)
         torch.testing.assert_close(edit.sigma[i], expected)
@@ -204,8 +195,8 @@ def test_sigma_is_that_of_the_texts_the_data_module_gives() -> None:
 
 
 def test_reference_takes_the_texts_and_the_authors_positions() -> None:
-    module, callback = Module(), iti(reference=True)
-    trainer(callback).fit(module, Ends())
+    module, callback = Module(), iti(reference=True, sigma_texts=ENDS)
+    trainer(callback).fit(module, DATA.loader())
     assert callback.edit_ is not None and callback.edit_.record["sigma_texts"] == 21
     assert callback.edit_.record["reference"] and adapters(module)["iti"].config.positions == "generated[1:]"
     assert iti().positions == "answer" == iti(reference=True, positions="answer").positions
@@ -213,7 +204,68 @@ def test_reference_takes_the_texts_and_the_authors_positions() -> None:
 
 @pytest.mark.parametrize("option", ["question_ends", "reference"])
 def test_data_without_texts_for_sigma(option: str) -> None:
-    before_the_pass([iti(**{option: True})], r"^ITI takes sigma over texts that end in a question, which the data must")
+    before_the_pass([iti(**{option: True})], r"^ITI takes sigma over texts that end in a question, and has none: give")
+
+
+def test_texts_for_sigma_may_be_strings_where_the_module_has_a_tokenizer() -> None:
+    module, callback = Module(), iti(sigma_texts=["11", "12 13", "20"])
+    with pytest.raises(ValueError, match=r"^sigma_texts are strings, and the LightningModule has no tokenizer: give"):
+        trainer(callback).fit(module, DATA.loader())
+    assert was_restored(module)
+    module.tokenizer = lambda text: {"input_ids": [int(word) for word in text.split()]}  # type: ignore[assignment]
+    trainer(callback).fit(module, DATA.loader())
+    other = iti(sigma_texts=[[11], [12, 13], [20]])
+    trainer(other).fit(Module(), DATA.loader())
+    assert torch.equal(callback.edit_.sigma, other.edit_.sigma) and callback.edit_.record["sigma_texts"] == 3
+
+
+# -- names of one's own ---------------------------------------------------------------------------------------------
+
+
+def renamed(**names: str) -> DataLoader:
+    """The same statements under other keys."""
+    rows = [{names.get(key, key): value for key, value in row.items()} for row in DATA.rows]
+    return DataLoader(rows, batch_size=5)  # type: ignore[arg-type]
+
+
+def test_labels_and_groups_are_read_where_the_user_says() -> None:
+    plain, own, old = (
+        iti(),
+        iti(label_key="is_wanted", group_key="pair"),
+        iti(label_key="truth", group_key="question_id"),
+    )
+    trainer(plain).fit(Module(), DATA.loader())
+    trainer(own).fit(Module(), renamed(label="is_wanted", group="pair"))
+    trainer(old).fit(Module(), renamed(label="truth", group="question_id"))
+    assert plain.edit_.record == own.edit_.record == old.edit_.record
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "message"),
+    [
+        (
+            {},
+            {"label": "truth"},
+            r"^ITI needs .* no label: what was 'truth' is 'label' now, so rename it, `batch\[\"label\"\] = "
+            r"batch\.pop\(\"truth\"\)`, or give label_key=\"truth\"\.$",
+        ),
+        ({}, {"group": "question_id"}, r"^ITI needs .* no group: what was 'question_id' is 'group' now, so rename it"),
+        ({"label_key": "wanted"}, {}, r"^ITI needs .* no wanted: wanted is `torch\.tensor\(\[1, 0, …\]\)`"),
+        ({"label_key": "length"}, {}, r"^ITI reads length as 1 \(wanted, true\) or 0 \(not\), got 4, 5, 6, 7, 8: make"),
+        ({"group_key": "name"}, {}, r"^ITI reads name as a tensor of integers, one a row .*, got a list for 5 rows\.$"),
+        ({"group_key": "labels"}, {}, r"^ITI reads labels as .*, got \[5, 8\], torch\.int64 for 5 rows\.$"),
+    ],
+)
+def test_keys_that_do_not_fit_are_one_sentence(options: dict[str, str], names: dict[str, str], message: str) -> None:
+    rows = [
+        {names.get(key, key): value for key, value in row.items()}
+        | {"length": int(row["attention_mask"].sum()), "name": str(row["group"])}
+        for row in DATA.rows
+    ]
+    module = Module()
+    with pytest.raises(ValueError, match=message):
+        trainer(iti(**options)).fit(module, DataLoader(rows, batch_size=5))  # type: ignore[arg-type]
+    assert was_restored(module)
 
 
 def test_a_second_fit_computes_the_same_edit_again() -> None:
@@ -384,7 +436,7 @@ def test_lora_then_iti_is_a_stack_that_checkpoints_and_restores(tmp_path: Path, 
     with stack.disabled("iti"):
         read = capture_tokens(module.backbone, sites, texts)
     assert callback.edit_ is not None
-    assert callback.edit_.heads == compute_iti(read, DATA.column("truth"), DATA.column("question_id"), 3).heads
+    assert callback.edit_.heads == compute_iti(read, DATA.column("label"), DATA.column("group"), 3).heads
 
     both = answers(module, tokens)
     path = keep.best_model_path
@@ -464,18 +516,18 @@ def test_true_texts_alone_are_refused_before_the_model_reads_any() -> None:
     module, calls = Module(), []
     module.backbone.register_forward_pre_hook(lambda *_: calls.append(1))
     module.backbone.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    with pytest.raises(ValueError, match=r"^Statements of both classes are needed, .* are \[1\]: `Truth"):
+    with pytest.raises(ValueError, match=r"^Statements of both classes are needed, .* are \[1\]: let "):
         trainer(iti()).fit(module, Statements(truth=1).loader())
     assert not calls and was_restored(module)
 
 
 def test_sorted_by_label_the_edit_is_the_same_and_every_text_is_read() -> None:
-    rows = sorted(DATA.rows, key=lambda row: row["truth"])
+    rows = sorted(DATA.rows, key=lambda row: row["label"])
     module, callback = Module(), iti()
     trainer(callback).fit(module, DataLoader(rows, batch_size=5))
     texts = [row["input_ids"][row["attention_mask"] == 1].tolist() for row in rows]
     read = capture_tokens(tiny("llama"), head_sites(tiny("llama")), texts, 1)
-    truth, questions = (torch.tensor([row[key] for row in rows]) for key in ("truth", "question_id"))
+    truth, questions = (torch.tensor([row[key] for row in rows]) for key in ("label", "group"))
     assert callback.edit_.heads == compute_iti(read, truth, questions, 3).heads
 
 
@@ -500,16 +552,16 @@ def test_another_adaptation_in_the_same_fit() -> None:
     ("data", "message"),
     [
         (
-            Statements(drop=("truth",)),
-            r"^ITI needs input_ids, truth, question_id, but the .* has no truth: truth is `to",
+            Statements(drop=("label",)),
+            r"^ITI needs input_ids, label, group, but the .* has no label: label is `to",
         ),
         (
-            Statements(drop=("truth", "question_id")),
-            r"batch has no truth and no question_id: truth is .*; question_",
+            Statements(drop=("label", "group")),
+            r"batch has no label and no group: label is .*; group is",
         ),
         (
             Statements(truth=1),
-            r"^Statements of both classes are needed, truth 0 and 1; the .* are \[1\]: `Tru",
+            r"^Statements of both classes are needed, label 0 and 1; the .* are \[1\]: let ",
         ),
     ],
 )

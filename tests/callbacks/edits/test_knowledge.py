@@ -28,7 +28,7 @@ FACTS = [
     Fact("she", "Q: Who is {}? A:", "false", "true", ("What is {}",), ("he",)),
 ]
 TOKENS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(7))
-DATA = Statements(drop=("truth", "question_id", "prompt_end"))
+DATA = Statements(drop=("label", "group", "prompt_end"))
 QUICK: dict[str, Any] = {"v_num_grad_steps": 2, "clamp_norm_factor": 50.0, "shrinkage": 0.1, "prefixes": 0}
 
 
@@ -190,8 +190,8 @@ def test_another_edit_cannot_share_the_fit(tiny_tokenizer) -> None:
 @pytest.mark.slow
 def test_on_a_real_model_rome_makes_the_new_object_the_likelier_one(smollm2: Path) -> None:
     from lightning_peft.editing.facts import key_moments, read_facts, score_facts
+    from lightning_peft.effects import text_slice
     from lightning_peft.models import CausalLM
-    from lightning_peft.truthfulqa.text import text_slice
 
     module, fact = CausalLM(str(smollm2)), read_facts(numbers=[0])
     model, tokenizer = module.backbone, module.tokenizer

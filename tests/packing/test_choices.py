@@ -8,47 +8,13 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from choice_rows import PRIMER, batch, definition, question
 from tiny_models import LANGUAGE_MODELS, VOCABULARY, tiny
 from torch import Tensor, nn
 
 from lightning_peft.editing import head_offsets_config, head_sites
+from lightning_peft.packing.choices import ChoiceScorer
 from lightning_peft.stack.stack import stack_of
-from lightning_peft.truthfulqa.scoring import ChoiceScorer
-
-PRIMER = [5, 9, 11, 3, 7, 8, 12, 30, 31, 9, 9, 4]
-
-
-def question(seed: int, answers: tuple[int, ...] = (3, 1, 5, 2)) -> tuple[list[list[int]], int]:
-    """Rows that share a primer and a question, with random answers of the given lengths; and the prompt's length."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(n: int) -> list[int]:
-        return torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
-
-    prompt = PRIMER + draw(6)
-    return [prompt + draw(n) for n in answers], len(prompt)
-
-
-def batch(rows: list[list[int]], prompt: int, side: str = "right") -> tuple[Tensor, Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids, mask, labels = [], [], []
-    for row in rows:
-        pad = width - len(row)
-        label = [-100] * prompt + row[prompt:]
-        columns = ((row, 0), ([1] * len(row), 0), (label, -100))
-        padded = [c + [v] * pad if side == "right" else [v] * pad + c for c, v in columns]
-        for out, column in zip((ids, mask, labels), padded, strict=True):
-            out.append(column)
-    return torch.tensor(ids), torch.tensor(mask), torch.tensor(labels)
-
-
-def definition(model: nn.Module, row: list[int], prompt: int) -> float:
-    """One row alone, without any cache or padding."""
-    with torch.no_grad():
-        labels = torch.tensor([[-100] * prompt + row[prompt:]])
-        # the labels tell an edit where the answer begins; the loss itself is not used
-        logits = model(input_ids=torch.tensor([row]), labels=labels).logits[0].log_softmax(-1)
-    return float(sum(logits[t - 1, row[t]] for t in range(prompt, len(row))))
 
 
 def edit(model: nn.Module, positions: str) -> None:
@@ -111,16 +77,6 @@ def test_questions_together_are_scored_as_each_alone(kind: str, positions: str |
     for _ in range(2):
         torch.testing.assert_close(scorer.score(ids, mask, labels), alone, atol=1e-4, rtol=1e-5)
     assert scorer.packs
-
-
-def test_a_text_longer_than_the_models_window_is_scored_row_by_row() -> None:
-    model = tiny("llama")
-    rows, prompt = question(0)
-    scorer, seen = ChoiceScorer(model), []
-    scorer._packs, scorer._window = True, len(rows[0]) - 1
-    model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
-    scorer.score(*batch(rows, prompt))
-    assert seen == [len(rows)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,4 +1,4 @@
-"""One frozen slice of neutral text, on which it is measured what else an adapter changes."""
+"""Draw one frozen slice of neutral text, on which it is measured what else an adapter changes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from lightning_peft.truthfulqa.batches import padded
-from lightning_peft.truthfulqa.questions import DataError
+from lightning_peft.effects.token_batches import padding_of, token_batches
+from lightning_peft.files.data_error import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 NEUTRAL = Path(__file__).with_name("neutral")
 # `document_hash` of all its documents: what was measured on them can be compared as long as they are these
 NEUTRAL_SHA256 = "1a19b165c95718665af073cf03d2bd7bd0d71072cc3c902d72787222c154d786"
-_WORD = re.compile(r"\w+|[^\w\s]")  # what is counted: the same for every model, and close to its tokens
+WORD = re.compile(r"\w+|[^\w\s]")  # what is counted: the same for every model, and close to its tokens
 _HEADING = re.compile(r"^# .*\n", re.MULTILINE)
 _HUB_DOCUMENTS = 2000  # read from the hub, of OpenWebText's 10,000 in that sample
 
@@ -50,6 +49,25 @@ class TextSlice:
     documents: tuple[str, ...]
     source: str
     sha256: str
+
+
+@dataclass
+class TextSettings:
+    """The settings of a slice of neutral text, as a dataclass for a plan or a task of one's own.
+
+    Args:
+        tokens: of text in all; 0 for none.
+        source, seed, length: see `text_slice`.
+    """
+
+    tokens: int = 4096
+    source: str = "package"
+    seed: int = 0
+    length: int = 128
+
+    def text(self) -> TextSlice | None:
+        """Draw the slice; None where there is to be none."""
+        return text_slice(self.source, self.tokens, self.seed, self.length) if self.tokens else None
 
 
 def text_slice(source: str | Path = "package", tokens: int = 12_800, seed: int = 0, length: int = 128) -> TextSlice:
@@ -78,7 +96,7 @@ def text_slice(source: str | Path = "package", tokens: int = 12_800, seed: int =
     chosen: list[str] = []
     left = tokens
     for document in _in_order(load_documents(source), seed):
-        words = list(islice(_WORD.finditer(document.text), min(length, left)))
+        words = list(islice(WORD.finditer(document.text), min(length, left)))
         if len(words) > 1:
             chosen.append(document.text[: words[-1].end()])
             left -= len(words)
@@ -107,11 +125,9 @@ def document_hash(texts: Iterable[str]) -> str:
 def text_batches(
     text: TextSlice, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of the slice: `input_ids` and `attention_mask [B, T]`, padded on the right, and `document [B]`."""
-    rows = [{"input_ids": tokenizer(document)["input_ids"]} for document in text.documents]
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        yield padded(part, tokenizer) | {"document": torch.arange(start, start + len(part))}
+    """Return batches of the slice: `input_ids` and `attention_mask [B, T]`, padded on the right, and `document [B]`."""
+    rows = [tokenizer(document)["input_ids"] for document in text.documents]
+    return token_batches(rows, padding_of(tokenizer), batch_size)
 
 
 def _in_order(documents: Iterable[Document], seed: int) -> list[Document]:

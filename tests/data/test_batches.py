@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_peft.truthfulqa.batches import LengthGroupedSampler
+from lightning_peft.data.batches import LengthGroupedSampler
 
 LENGTHS = torch.randint(5, 60, (203,), generator=torch.Generator().manual_seed(0)).tolist()
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.truthfulqa.questions import DataError
-from lightning_peft.truthfulqa.text import NEUTRAL_SHA256, document_hash, load_documents, text_batches, text_slice
+from lightning_peft.effects import TextSettings
+from lightning_peft.effects.slices import NEUTRAL_SHA256, document_hash, load_documents, text_batches, text_slice
+from lightning_peft.files.data_error import DataError
 
 OWN = load_documents("package")
 
@@ -76,6 +77,11 @@ def test_seed_and_source_alone_decide_and_the_hash_tells() -> None:
     assert first == again and first.sha256 == document_hash(first.documents) and other.sha256 != first.sha256
     # recorded: results of one version can be compared with those of another
     assert first.sha256 == "3befc661a360567c40097b250bd6eed8aa4c2d3df1a63e51e760ac359bf82a82"
+
+
+def test_settings_draw_the_slice_of_their_values_or_none() -> None:
+    assert TextSettings(tokens=60, seed=3, length=12).text() == text_slice("package", 60, 3, 12)
+    assert TextSettings(tokens=0).text() is None
 
 
 def test_a_small_slice_is_of_many_registers() -> None:

@@ -1,41 +1,27 @@
-"""Other ways to score a question's choices than by their log-probability, the model being left as it is."""
+"""DoLa and RTD: other ways to score a question's choices than by their log-probability."""
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_peft.editing.dola import DoLa
 from lightning_peft.editing.rtd import RTD, final_states
-from lightning_peft.truthfulqa import ChoiceScorer, Question, TruthfulQADataModule
+from lightning_peft.tasks.scoring import Scoring
+from lightning_peft.truthfulqa.choice_scores import question_ids
+from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
 from lightning_peft.truthfulqa.prompts import statement
+from lightning_peft.truthfulqa.questions import Question
+from lightning_peft.truthfulqa.scoring import ChoiceScorer
 
 if TYPE_CHECKING:
     from lightning_peft.models import Batch, CausalLM
 
 _TEMPERATURES = [10.0 ** (n / 2) for n in range(-4, 5)]  # times the median distance to a neighbour
-
-
-class Scoring(ABC):
-    """A way to score the choices of a test's questions: the value of `CausalLM.scoring`."""
-
-    chosen: Mapping[str, Any] = MappingProxyType({})  # what the last test chose on inner validation questions
-
-    @abstractmethod
-    def __call__(self, module: CausalLM) -> Callable[[Batch], Tensor]:
-        """Return the function that scores batches of choices, `[B]`, the higher the truer.
-
-        It is asked for before the first choices of a test or validation.
-
-        Args:
-            module: under test by a Trainer with a `TruthfulQADataModule`, which is set up.
-        """
 
 
 class DoLaScoring(Scoring):
@@ -120,7 +106,7 @@ class RTDScoring(Scoring):
         scorer = ChoiceScorer(module.backbone)
 
         def score(batch: Batch) -> Tensor:
-            choices = list(zip(batch["question_id"].tolist(), batch["choice"].tolist(), strict=True))
+            choices = list(zip(question_ids(batch).tolist(), batch["choice"].tolist(), strict=True))
             if "capability" in batch or not logprob_of.keys() >= set(choices):
                 raise ValueError(
                     "RTD scores questions of the test fold only: set the data's val_metrics to False, and "

@@ -1,27 +1,77 @@
-"""Side effects of every row, put together over folds, and what is shown of them."""
+"""Side effects of every row as a further table: put together over folds, and what is said of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_peft.compare.measured import Measure, measured_view
+from lightning_peft.tasks.cell import Cell
+from lightning_peft.tasks.measure import Measure
+from lightning_peft.tasks.section import Section
+
+if TYPE_CHECKING:
+    from lightning_peft.truthfulqa.task import TruthfulQA
 
 EFFECTS = {
     "ce": Measure(
         "CE",
         "cross-entropy on neutral text, in nats per token; what it rises by has been forgotten of the language",
         -1,
+        range=(0, None),
+        written=".3f",
     ),
     "kl": Measure(
-        "KL", "divergence of the adapted model from the base on the same text, in nats per token; 0 is no change", -1
+        "KL",
+        "divergence of the adapted model from the base on the same text, in nats per token; 0 is no change",
+        -1,
+        range=(0, None),
+        written=".3f",
     ),
-    "capability": Measure("Capability", "share of simple questions answered rightly, after four demonstrations"),
+    "capability": Measure(
+        "Capability",
+        "share of simple questions answered rightly, after four demonstrations",
+        range=(0, 1),
+        written=".3f",
+    ),
     "forgotten": Measure(
-        "Forgotten", "share of the simple questions which the base answers rightly that are answered wrongly", -1
+        "Forgotten",
+        "share of the simple questions which the base answers rightly that are answered wrongly",
+        -1,
+        range=(0, 1),
+        written=".3f",
     ),
 }
+
+
+class SideEffectsSection(Section):
+    """What each row costs on neutral text and on simple questions.
+
+    Args:
+        task: whose side effects they are.
+    """
+
+    name = "side_effects"
+    title = "Side effects"
+    measures = EFFECTS
+
+    def __init__(self, task: TruthfulQA) -> None:
+        self.task = task
+
+    def scores(self, cells: Sequence[Cell], base: Sequence[Cell]) -> dict[str, dict[int, float]]:
+        scores = effect_scores([cell.result["effects"] for cell in cells])
+        known = effect_scores([cell.result["effects"] for cell in base]).get("capability", {})
+        if "capability" in scores and any(known.values()):
+            scores["forgotten"] = forgotten_scores(known, scores["capability"])
+        return scores
+
+    def notes(self, results: Mapping[str, Any]) -> list[str]:
+        notes, text = ["A prompt alone leaves the model as it is."], results["data"].get("text")
+        if text:
+            notes.append(
+                f"Neutral text: {text['documents']} documents, {text['source']}, SHA-256 {text['sha256'][:12]}."
+            )
+        return notes
 
 
 def effect_scores(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
@@ -61,23 +111,6 @@ def forgotten_scores(before: Mapping[int, float], after: Mapping[int, float]) ->
     """
     right = sum(before.values())
     return {i: max(0.0, before[i] - after[i]) * len(before) / right for i in before} if right else {}
-
-
-def price(row: Mapping[str, Any]) -> list[str]:
-    """Return a sentence on what a row changes beside the benchmark; none for the base, or without measurements."""
-    change, kl = (row.get("difference") or {}).get("ce"), (row.get("metrics") or {}).get("kl")
-    if change is None or kl is None:
-        return []
-    interval = f"{change['mean']:+.3f} (95% interval {change['low']:+.3f} to {change['high']:+.3f})"
-    return [f"On neutral text it changes cross-entropy by {interval} nats per token; KL from base is {kl['mean']:.3f}."]
-
-
-def effects_view(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what the terminal and the page show of side effects; see `measured_view`."""
-    text, notes = results["data"].get("text"), ["A prompt alone leaves the model as it is."]
-    if text:
-        notes.append(f"Neutral text: {text['documents']} documents, {text['source']}, SHA-256 {text['sha256'][:12]}.")
-    return measured_view(results, "Side effects", EFFECTS, notes)
 
 
 def _mean(values: Sequence[float]) -> float:

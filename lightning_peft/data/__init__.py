@@ -1,0 +1,1 @@
+"""Anybody's data as LightningDataModules, and rows as batches."""

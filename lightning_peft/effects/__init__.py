@@ -1,0 +1,5 @@
+"""What an adaptation costs on text: slices, cross-entropy, KL, probability mass and variety of words."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,13 @@
+from .metric import TextEffects as TextEffects
+from .per_token import PerToken as PerToken
+from .per_token import cross_entropy as cross_entropy
+from .per_token import kl as kl
+from .probability_mass import choice_mass as choice_mass
+from .slices import TextSettings as TextSettings
+from .slices import TextSlice as TextSlice
+from .slices import text_batches as text_batches
+from .slices import text_slice as text_slice
+from .text_sums import batch_effects as batch_effects
+from .text_sums import text_effects as text_effects
+from .word_repetition import distinct as distinct
+from .word_repetition import repetition as repetition
