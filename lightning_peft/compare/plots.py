@@ -150,9 +150,8 @@ def _has(row: Row, metric: str | None) -> bool:
 
 def _interval(axes: Axes, height: float, value: Mapping[str, Any], color: str) -> None:
     # Not errorbar: it takes lengths and refuses a mean that rounding has put just outside its interval.
-    ends = value.get("low"), value.get("high")
-    if None not in ends:
-        axes.plot(ends, [height, height], color=color, linewidth=2.4, solid_capstyle="round")
+    if value.get("low") is not None and value.get("high") is not None:
+        axes.plot([value["low"], value["high"]], [height, height], color=color, linewidth=2.4, solid_capstyle="round")
     axes.plot(value["mean"], height, "o", color=color, markersize=6)
 
 

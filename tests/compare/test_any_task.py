@@ -267,7 +267,10 @@ def test_categories_have_the_measures_that_they_are_given(digits: Content, tmp_p
     text = visible(page(digits, tmp_path))
     assert "NLL and recall by category (2 categories)" in text
     assert "Category Images HEAD NLL recall five 9 few 0.80 0.75 to 0.85 .600 .550 to .650" in text
-    assert "Below each mean: its 95% interval. Few: under 10 images." in text
+    assert "wider than need be where scores are not 0 or 1. Few: under 10 images." in text
+    assert "Below each mean: as they say. Few" in visible(
+        page(digits | {"category_note": "Below each mean: as they say."}, tmp_path)
+    )
     digits["category_measures"] = ["nll"]
     assert "NLL by category" in visible(page(digits, tmp_path))
 
