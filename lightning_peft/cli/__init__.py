@@ -76,7 +76,9 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: the command is unknown, or what it was given cannot be used; the message is one sentence.
     """
-    args = sys.argv[1:] if args is None else args
+    if args is None:
+        args = sys.argv[1:]
+        sys.path.append("")  # a script's path has not the folder one stands in, where a class_path's module may be
     if not args or args[0] in ("-h", "--help", "help"):
         print(overview(), end="")
     elif args[0] == "completion":

@@ -32,7 +32,7 @@ class Row:
         label: what the table says.
         kind: what sort of adaptation it is.
         callback: the callback that adapts, or, to train alone what stands outside a frozen backbone, any other of
-            Lightning's; none for the base, for prompting and for decoding.
+            Lightning's; none for prompting, for decoding, and for a base that is the model as it is.
         scoring: for decoded rows, how choices are scored in place of the model's log-probabilities.
         few_shot: number of demonstrations, drawn from the training units, in place of the task's own; 0 for no
             demonstration at all.
@@ -176,7 +176,7 @@ def _check_row(row: Row, before: list[Row]) -> None:
             f"Row {row.name!r} starts from {row.starts_from!r}, but {type(row.callback).__name__} starts from "
             "nothing saved: HeadGains and HeadOffsets do."
         )
-    if row.kind in _AS_IT_IS and row.callback is not None:
+    if row.kind in _AS_IT_IS and row.kind != "base" and row.callback is not None:
         raise ValueError(f"Row {row.name!r} is of kind {row.kind} and can have no callback.")
     if (row.kind == "decoded") != (row.scoring is not None):
         raise ValueError(
