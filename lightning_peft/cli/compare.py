@@ -17,13 +17,12 @@ def main(args: list[str]) -> dict[str, Any]:
     """Run a comparison, print its table, write its report, and return the results."""
     from rich.console import Console
 
-    from lightning_peft.compare.answers_view import answers_view
-    from lightning_peft.compare.effects import effects_view
     from lightning_peft.compare.measured import measured_table
     from lightning_peft.compare.page import write_html
     from lightning_peft.compare.plan import Plan, check
     from lightning_peft.compare.plots import save_pictures
     from lightning_peft.compare.run import run
+    from lightning_peft.compare.sections import section_views
     from lightning_peft.compare.terminal import table
     from lightning_peft.compare.verdict import verdict
     from lightning_peft.files.locking import only_writer
@@ -42,9 +41,8 @@ def main(args: list[str]) -> dict[str, Any]:
         with only_writer(output, wait, console.print):  # until the report is written too
             results = run(plan, settings, console)
             console.print(table(results))
-            for view in (effects_view(results), answers_view(results)):
-                if view is not None:
-                    console.print(measured_table(view))
+            for view in section_views(results):
+                console.print(measured_table(view))
             for sentence in verdict(results):
                 console.print(sentence, highlight=False)
             if any(row["metrics"] for row in results["rows"]):

@@ -1,29 +1,22 @@
-"""Tables of what is measured beside the benchmark: a column for each measure, a row for each method."""
+"""Tables of what is measured beside a task's own measures: a column for each measure, a row for each method."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lightning_peft.compare.results import direction
+from lightning_peft.compare.writing import interval, score, signed
+from lightning_peft.tasks.measure import Measure as Measure
 
-@dataclass(frozen=True)
-class Measure:
-    """A column of such a table.
-
-    Args:
-        label: its heading.
-        meaning: what its numbers are.
-        better: the sign of a change for the better, 1 or -1.
-    """
-
-    label: str
-    meaning: str
-    better: int = 1
+COLORS = {"up": "green", "down": "red", "": ""}
+_MOST = 5  # measures side by side: 18 columns each, and 26 for the method
+T = TypeVar("T")
 
 
 def measured_view(
@@ -54,7 +47,7 @@ def measured_view(
             {
                 "method": row["method"],
                 "label": row["label"],
-                "cells": [_cell(row, name, measures[name].better) for name in names],
+                "cells": [_cell(row, name, measures[name]) for name in names],
             }
             for row in shown
         ],
@@ -63,24 +56,54 @@ def measured_view(
 
 
 def measured_table(view: Mapping[str, Any]) -> Table:
-    """Return the table for the terminal of what `measured_view` gave."""
-    table = Table(
-        title=Text(view["title"]),
-        caption=Text("\n".join(["In brackets: difference to base, [95% interval]", *view["notes"]])),
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
+    """Return the table for the terminal of what `measured_view` gave; many measures stand in parts below each other."""
+    columns = list(range(len(view["columns"])))
+    parts = [_part(view, part) for part in split_evenly(columns, _MOST)]
+    parts[0].title = Text(view["title"])
+    parts[-1].caption = Text("\n".join(["In brackets: difference to base, [95% interval]", *view["notes"]]))
+    return stacked(parts)
+
+
+def stacked(parts: Sequence[Table]) -> Table:
+    """Return tables one below another, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = Table.grid()
+    for part in parts:
+        whole.add_row(part)
+    return whole
+
+
+def split_evenly(items: Sequence[T], most: int) -> list[Sequence[T]]:
+    """Return the items in as few parts as hold at most so many each, all but equally long; one where there are none.
+
+    Example:
+        >>> split_evenly("abcdefg", 3)
+        ['abc', 'de', 'fg']
+    """
+    number = max(1, -(-len(items) // most))
+    size, more = divmod(len(items), number)
+    starts = [i * size + min(i, more) for i in range(number + 1)]
+    return [items[begin:end] for begin, end in pairwise(starts)]
+
+
+def empty_table() -> Table:
+    """Return a table with the column of the methods."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("Method", overflow="fold", min_width=16, max_width=26)
-    for column in view["columns"]:
-        table.add_column(column["label"], justify="right")
+    return table
+
+
+def _part(view: Mapping[str, Any], columns: Sequence[int]) -> Table:
+    table = empty_table()
+    for column in columns:
+        table.add_column(view["columns"][column]["label"], justify="right")
     for row in view["rows"]:
         cells = []
-        for cell in row["cells"]:
+        for cell in (row["cells"][column] for column in columns):
             text = Text(cell["value"])
             if cell["interval"]:
-                color = {"up": "green", "down": "red", "": ""}[cell["change"]]
-                text.append(f" ({cell['difference']})\n{cell['interval']}", style=color)
+                text.append(f" ({cell['difference']})\n{cell['interval']}", style=COLORS[cell["change"]])
             if cell["below"]:
                 text.append(f"\n{cell['below']}")
             cells.append(text)
@@ -88,14 +111,15 @@ def measured_table(view: Mapping[str, Any]) -> Table:
     return table
 
 
-def _cell(row: Mapping[str, Any], name: str, better: int) -> dict[str, str]:
+def _cell(row: Mapping[str, Any], name: str, measure: Measure) -> dict[str, str]:
     cell = {"value": "-", "difference": "", "interval": "", "change": "", "below": ""}
     value, difference = ((row.get(kind) or {}).get(name) for kind in ("metrics", "difference"))
     if value is not None:
-        cell["value"] = f"{value['mean']:.3f}"
+        cell["value"] = score(value["mean"], measure.written)
     if value is None or difference is None:
         return cell
-    if difference["low"] > 0 or difference["high"] < 0:
-        cell["change"] = "up" if difference["mean"] * better > 0 else "down"
-    interval = f"[{difference['low']:+.3f}, {difference['high']:+.3f}]"
-    return cell | {"difference": f"{difference['mean']:+.3f}", "interval": interval}
+    return cell | {
+        "difference": signed(difference["mean"], measure.written),
+        "interval": interval(difference, measure.written),
+        "change": direction(difference, measure.better),
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,29 @@ import matplotlib
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from lightning_peft.compare.answers_view import answers_view
-from lightning_peft.compare.effects import effects_view
-from lightning_peft.compare.plots import INK, by_method, head_accuracy_map
+from lightning_peft.compare.categories import categories_view
+from lightning_peft.compare.columns import shown_columns
+from lightning_peft.compare.plots import INK, by_method, drawn_measure, head_accuracy_map
 from lightning_peft.compare.results import (
-    METRICS,
     Results,
     Row,
+    are_means,
     check_results,
+    completed,
     difference_to_base,
     direction,
     excludes_zero,
     holm_by_method,
-    metrics_of,
-    ranked_rows,
+    measure_named,
+    measures_of,
+    plural_unit,
+    units_of,
 )
+from lightning_peft.compare.sections import section_views
 from lightning_peft.compare.verdict import verdict
-from lightning_peft.compare.writing import count, indented, interval, minus, p_value, score, seconds, signed, size
+from lightning_peft.compare.writing import count, indented, initial, interval, listed, minus, p_value, score, signed
 from lightning_peft.files.records import write_atomically
-from lightning_peft.truthfulqa.samples import SMALL, TASKS
+from lightning_peft.tasks.measure import Measure
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _INK_ON_DARK = "#d8dce4"
@@ -66,101 +70,80 @@ def write_html(results: Results, path: str | os.PathLike[str]) -> Path:
 
 
 def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(score=score, signed=signed, interval=interval, p=p_value, minus=minus)
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, **options)
+    environment.filters.update(score=score, signed=signed, interval=interval, p=p_value, minus=minus, initial=initial)
     return environment
 
 
 def _view(results: Results) -> dict[str, Any]:
     """Return everything the template shows, so that it needs no arithmetic."""
-    metrics, labels = metrics_of(results), {row["method"]: row["label"] for row in results["rows"]}
-    heads = results.get("head_accuracy")
+    results = completed(results)
+    measures, labels = measures_of(results), {row["method"]: row["label"] for row in results["rows"]}
+    heads, drawn = results.get("head_accuracy"), drawn_measure(results)
     return {
         "name": results["name"],
-        "data": dict.fromkeys(("source", "label", "questions", "hash", "folds"), "unknown") | results["data"],
-        "model": dict.fromkeys(("pretrained", "fingerprint", "layers", "heads"), "unknown") | results["model"],
+        "data": dict.fromkeys(("source", "label", "hash", "folds")) | results["data"],
+        "units": units_of(results),
+        "unit": results["unit"],
+        "plural": plural_unit(results),
+        "model": dict.fromkeys(("pretrained", "fingerprint", "layers", "heads")) | results["model"],
         "model_size": count(results["model"].get("parameters")),
         "verdict": verdict(results),
-        "metrics": {metric: METRICS[metric] for metric in metrics},
-        "rows": [_row_view(row, metrics) for row in results["rows"]],
-        "measured": [view for view in (effects_view(results), answers_view(results)) if view is not None],
+        "value": "mean" if are_means(results) else "value",
+        "measures": list(measures.values()),
+        "lower": listed([measure.label for measure in measures.values() if measure.better < 0]),
+        "columns": [column | {"heading": column["heading"].split("\n")} for column in shown_columns(results, "page")],
+        "rows": [_row_view(row, measures) for row in results["rows"]],
+        "sections": section_views(results),
         "contrasts": _contrasts_view(results, labels),
-        "detectable": _detectable_view(results, metrics),
-        "categories": _categories_view(results, labels),
+        "detectable": _detectable_view(results, measures),
+        "categories": categories_view(results),
         "chosen": [
             (row["label"], indented(row["chosen"], indent=None)) for row in results["rows"] if row.get("chosen")
         ],
         "heads": heads,
         "heads_picture": heads and _picture(lambda ink: head_accuracy_map(heads, ink=ink)),
-        "methods_picture": _picture(lambda ink: by_method(results, ink=ink)) if ranked_rows(results) else None,
+        "drawn": measure_named(results, drawn).label if drawn is not None else None,
+        "methods_picture": _picture(lambda ink: by_method(results, drawn, ink=ink)) if drawn is not None else None,
         "settings": indented(results.get("settings") or {}),
         "versions": results.get("versions") or {},
         "caveats": results.get("caveats") or [],
     }
 
 
-def _row_view(row: Row, metrics: Iterable[str]) -> dict[str, Any]:
+def _row_view(row: Row, measures: Mapping[str, Measure]) -> dict[str, Any]:
     cells = []
-    for metric in metrics:
-        difference = difference_to_base(row, metric)
-        change = direction(difference) if difference is not None else ""
-        cells.append({"score": (row.get("metrics") or {}).get(metric), "difference": difference, "change": change})
-    return {
-        "label": row["label"],
-        "kind": row["kind"],
-        "failed": row.get("failed"),
-        "cells": cells,
-        "trained": count(row.get("trainable_parameters")),
-        "edited": count(row.get("edited_parameters")),
-        "bytes": size(row.get("adapter_bytes")),
-        "seconds": seconds(row.get("seconds")),
-    }
+    for name, measure in measures.items():
+        difference = difference_to_base(row, name)
+        change = direction(difference, measure.better) if difference is not None else ""
+        cell = {"score": row["metrics"].get(name), "difference": difference, "change": change}
+        cells.append(cell | {"written": measure.written})
+    return {"label": row["label"], "kind": row["kind"], "failed": row["failed"], "cells": cells}
 
 
 def _contrasts_view(results: Results, labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [
-        {
-            **contrast,
-            "a": labels.get(contrast["a"], contrast["a"]),
-            "b": labels.get(contrast["b"], contrast["b"]),
-            "resolved": excludes_zero(contrast),
-        }
-        for contrast in results.get("contrasts") or []
-    ]
+    views = []
+    for contrast in results.get("contrasts") or []:
+        measure = measure_named(results, contrast["metric"])
+        names = {side: labels.get(contrast[side], contrast[side]) for side in ("a", "b")}
+        more = {"label": measure.label, "written": measure.written, "resolved": excludes_zero(contrast)}
+        views.append({"p": None, **contrast, **names, **more})
+    return views
 
 
-def _detectable_view(results: Results, metrics: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the detectable difference and Holm-adjusted p-value of each metric, by method."""
-    metrics = list(metrics)
-    adjusted = {metric: holm_by_method(results, metric) for metric in metrics}
+def _detectable_view(results: Results, measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
+    """Return the detectable difference and Holm-adjusted p-value of each measure, by method."""
+    adjusted = {name: holm_by_method(results, name) for name in measures}
     rows = []
     for row in results["rows"]:
-        differences = [difference_to_base(row, metric) for metric in metrics]
-        if any(differences):
-            cells = [
-                {"mde": (difference or {}).get("mde"), "p": adjusted[metric].get(row["method"])}
-                for metric, difference in zip(metrics, differences, strict=True)
-            ]
+        cells = []
+        for name, measure in measures.items():
+            mde, p = (difference_to_base(row, name) or {}).get("mde"), adjusted[name].get(row["method"])
+            cells.append({"mde": mde, "p": p, "written": measure.written})
+        if any(difference_to_base(row, name) for name in measures):
             rows.append({"label": row["label"], "cells": cells})
     return rows
-
-
-def _categories_view(results: Results, labels: Mapping[str, str]) -> dict[str, Any]:
-    categories = results.get("categories") or {}
-    methods = [method for method in labels if any(method in scores for scores in categories.values())]
-    return {
-        "methods": [labels[method] for method in methods],
-        "small": SMALL,
-        "rows": [
-            {
-                "name": name,
-                "n": scores["n"],
-                "small": scores["n"] < SMALL,
-                "cells": [(scores.get(method) or {}).get(metric) for method in methods for metric in TASKS],
-            }
-            for name, scores in categories.items()
-        ],
-    }
 
 
 def _picture(draw: Callable[[str], Figure]) -> dict[str, str]:

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from lightning_peft.compare.results import Results, Row, completed, measure_named, measures_of
+
 INK = "#1f2430"
 KIND_COLORS = {
     # Okabe & Ito's colours, which readers with any colour vision tell apart, on white and on near-black.
@@ -27,6 +29,7 @@ KIND_COLORS = {
     "stack": "#009e73",
     "control": "#a0a0a0",
 }
+OTHER_KINDS = "#56b4e9"
 
 
 def head_accuracy_map(head_accuracy: Mapping[str, Any], *, ink: str = INK) -> Figure:
@@ -80,34 +83,42 @@ def head_accuracy_map(head_accuracy: Mapping[str, Any], *, ink: str = INK) -> Fi
     return figure
 
 
-def by_method(results: Mapping[str, Any], metric: str = "mc2", *, ink: str = INK) -> Figure:
+def by_method(results: Mapping[str, Any], metric: str | None = None, *, ink: str = INK) -> Figure:
     """Draw one line a method: its score (left) and its paired difference to base (right), each with its 95% interval.
 
     The right side is the one to compare by: intervals of two scores may overlap although the difference, which is
-    paired by question, is resolved.
+    paired by unit, is resolved.
 
     Args:
-        results: The results of a comparison, as in ``results.json``; failed rows and rows without the metric are
+        results: The results of a comparison, as in ``results.json``; failed rows and rows without the measure are
             left out.
-        metric: ``"mc0"``, ``"mc1"``, ``"mc2"`` or ``"mc3"``.
+        metric: The measure's name; by default the one that ranks the rows, or where no row has that, the first.
         ink: Colour of text and lines.
 
     Returns:
         The figure, 11 inches wide; its height follows from the number of methods.
 
+    Raises:
+        ValueError: No row has a value of the measure.
+
     Examples:
-        >>> row = {"label": "Base", "kind": "base", "metrics": {"mc2": {"mean": 0.4, "low": 0.38, "high": 0.42}}}
-        >>> [text.get_text() for text in by_method({"rows": [row]}).axes[0].get_yticklabels()]
+        >>> row = {"label": "Base", "kind": "base", "metrics": {"f1": {"mean": 0.4, "low": 0.38, "high": 0.42}}}
+        >>> [text.get_text() for text in by_method({"rows": [row]}, "f1").axes[0].get_yticklabels()]
         ['Base']
     """
-    rows = [row for row in results["rows"] if not row.get("failed") and metric in row["metrics"]]
+    results = completed(results)
+    metric = metric or drawn_measure(results)
+    rows = [row for row in results["rows"] if _has(row, metric)]
+    if metric is None or not rows:
+        raise ValueError(f"There is nothing to draw: no row has a value of {metric or 'any measure'}.")
+    measure = measure_named(results, metric)
     figure = Figure(figsize=(11, 0.34 * len(rows) + 1.0), layout="constrained")
     figure.patch.set_alpha(0)
     score, difference = figure.subplots(1, 2, sharey=True)
     for height, row in enumerate(rows):
-        color = KIND_COLORS.get(row["kind"], KIND_COLORS["base"])
+        color = KIND_COLORS.get(row["kind"], OTHER_KINDS)
         _interval(score, height, row["metrics"][metric], color)
-        if to_base := (row.get("difference") or {}).get(metric):
+        if to_base := (row["difference"] or {}).get(metric):
             _interval(difference, height, to_base, color)
     for row in rows:
         if row["kind"] == "base":
@@ -116,14 +127,26 @@ def by_method(results: Mapping[str, Any], metric: str = "mc2", *, ink: str = INK
     # Labels come from the user's plan: a dollar sign in one is a dollar sign, not the start of a formula.
     score.set_yticks(range(len(rows)), [row["label"] for row in rows], parse_math=False)
     score.set_ylim(len(rows) - 0.4, -0.6)
-    score.set_xlabel(metric.upper())
-    difference.set_xlabel(f"{metric.upper()} difference to base")
+    lower = " (lower is better)" if measure.better < 0 else ""
+    score.set_xlabel(f"{measure.label}{lower}", parse_math=False)
+    difference.set_xlabel(f"{measure.label} difference to base{lower}", parse_math=False)
     for axes in (score, difference):
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.grid(axis="x", color=ink, alpha=0.12, linewidth=0.8)
         axes.tick_params(axis="y", length=0)
         _draw_with(axes, ink)
     return figure
+
+
+def drawn_measure(results: Results) -> str | None:
+    """Return the primary measure, or where no row has a value of it the first of which one has; None for none."""
+    names = [results["primary"], *measures_of(results)]
+    return next((name for name in names if any(_has(row, name) for row in results["rows"])), None)
+
+
+def _has(row: Row, metric: str | None) -> bool:
+    value = row["metrics"].get(metric) or {}
+    return not row["failed"] and all(value.get(end) is not None for end in ("mean", "low", "high"))
 
 
 def _interval(axes: Axes, height: float, value: Mapping[str, float], color: str) -> None:
@@ -142,16 +165,19 @@ def _draw_with(axes: Axes, ink: str) -> None:
 
 
 def save_pictures(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write both pictures as PNG files on white, for use outside the report.
+    """Write the pictures as PNG files on white, for use outside the report.
 
     Args:
-        results: the content of ``results.json``; without probes there is no heat map.
+        results: the content of ``results.json``; without probes there is no heat map, without values no other.
         folder: where ``by_method.png`` and ``head_accuracy.png`` go; it must exist.
 
     Returns:
         The files written.
     """
-    figures = {"by_method": by_method(results)}
+    results = completed(results)
+    figures = {}
+    if drawn_measure(results) is not None:
+        figures["by_method"] = by_method(results)
     if results.get("head_accuracy"):
         figures["head_accuracy"] = head_accuracy_map(results["head_accuracy"])
     paths = []

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lightning_peft.compare.effects import price
 from lightning_peft.compare.results import (
     Results,
     Row,
     check_results,
+    completed,
     contrast_of,
     difference_to_base,
     excludes_zero,
     holm_by_method,
+    measure_named,
+    outside_range,
+    plural_unit,
     ranked_rows,
 )
+from lightning_peft.compare.sections import prices
 from lightning_peft.compare.statistics import MIN_DRAWS
-from lightning_peft.compare.writing import SMALLEST_P, p_value, score, with_interval
+from lightning_peft.compare.writing import SMALLEST_P, p_value, score, with_article, with_interval
+from lightning_peft.tasks.measure import Measure
 
 
 def verdict(results: Results) -> list[str]:
-    """Say in sentences what the numbers tell about MC2.
+    """Say in sentences what the numbers tell about the measure that ranks the rows.
 
     They name the best method and its side effects, tuned against edited, the control, how draws of demonstrations
-    differ, and failures.
+    differ, failures, and values that cannot be.
 
     A difference is called resolved where its 95% interval excludes 0. Nothing is claimed beyond that.
 
@@ -38,81 +43,104 @@ def verdict(results: Results) -> list[str]:
         ValueError: ``results`` lacks a part that every ``results.json`` has.
 
     Examples:
-        >>> verdict({"name": "demo", "data": {}, "model": {}, "rows": []})
-        ['No method has an MC2 score, so there is nothing to rank.']
+        >>> verdict({"name": "demo", "data": {}, "model": {}, "measures": {"f1": {"label": "F1"}}, "rows": []})
+        ['No method has an F1 score, so there is nothing to rank.']
     """
     check_results(results)
-    ranked = ranked_rows(results)
-    if not ranked:
-        return ["No method has an MC2 score, so there is nothing to rank.", *_failures(results)]
-    sentences = [_best(results, ranked), *price(ranked[0]), *_tuned_or_edited(results, ranked), *_controls(ranked)]
-    return [*sentences, *_draws(results), *_failures(results)]
+    results = completed(results)
+    name, ranked = results["primary"], ranked_rows(results)
+    primary = measure_named(results, name)
+    if ranked:
+        sentences = [_best(results, name, primary, ranked), *prices(results, ranked[0])]
+        sentences += [*_tuned_or_edited(results, name, primary, ranked), *_controls(name, primary, ranked)]
+        sentences += _draws(results, name, primary)
+    else:
+        sentences = [_nothing_ranked(results, name, primary)]
+    return [*sentences, *_failures(results), *_outside(results)]
 
 
-def _best(results: Results, ranked: list[Row]) -> str:
+def _nothing_ranked(results: Results, name: str, primary: Measure) -> str:
+    if primary.better == 0 and any(name in row["metrics"] for row in results["rows"]):
+        return f"Nothing in the results says whether more or less {primary.label} is better, so nothing is ranked."
+    return f"No method has {with_article(primary.label or 'primary')} score, so there is nothing to rank."
+
+
+def _best(results: Results, name: str, primary: Measure, ranked: list[Row]) -> str:
     best = ranked[0]
-    mean = score(best["metrics"]["mc2"]["mean"])
+    extreme, moved = ("highest", "raised") if primary.better > 0 else ("lowest", "lowered")
+    mean = score(best["metrics"][name]["mean"], primary.written)
+    sentence = f"{best['label']} has the {extreme} {primary.label}, {mean}"
     if best["kind"] == "base":
-        others = "no method raised it" if len(ranked) > 1 else "no other method was measured"
-        return f"{best['label']} has the highest MC2, {mean}: {others}."
-    sentence = f"{best['label']} has the highest MC2, {mean}."
-    difference = difference_to_base(best, "mc2")
+        others = f"no method {moved} it" if len(ranked) > 1 else "no other method was measured"
+        return f"{sentence}: {others}."
+    difference = difference_to_base(best, name)
     if difference is None:
-        return f"{sentence} Its difference to base was not measured."
-    sentence += f" Its difference to base is {with_interval(difference)}: {_resolved(difference)}."
+        return f"{sentence}. Its difference to base was not measured."
+    change = with_interval(difference, primary.written)
+    sentence += f". Its difference to base is {change}: {_resolved(difference)}."
     if difference.get("mde") is not None and not excludes_zero(difference):
         sentence += (
-            f" With these questions a true difference of {score(difference['mde'])} would have been found four times"
-            " in five, a smaller one less often."
+            f" With these {plural_unit(results)} a true difference of {score(difference['mde'], primary.written)} would"
+            " have been found four times in five, a smaller one less often."
         )
-    family = [row for row in ranked if (difference_to_base(row, "mc2") or {}).get("p") is not None]
+    family = [row for row in ranked if (difference_to_base(row, name) or {}).get("p") is not None]
     if len(family) > 1 and difference.get("p") is not None:
-        adjusted = holm_by_method(results, "mc2")[best["method"]]
+        adjusted = holm_by_method(results, name)[best["method"]]
         p = p_value(adjusted) if adjusted < SMALLEST_P else f"= {p_value(adjusted)}"
         sentence += f" Corrected for the {len(family)} methods compared with base, p {p} (Holm)."
     return sentence
 
 
-def _tuned_or_edited(results: Results, ranked: list[Row]) -> list[str]:
+def _tuned_or_edited(results: Results, name: str, primary: Measure, ranked: list[Row]) -> list[str]:
     tuned = next((row for row in ranked if row["kind"] == "tuned"), None)
     edited = next((row for row in ranked if row["kind"] == "edited"), None)
     if tuned is None or edited is None:
         return []
+    of_edited, of_tuned = (score(row["metrics"][name]["mean"], primary.written) for row in (edited, tuned))
     names = (
-        f"The best edited method is {edited['label']} ({score(edited['metrics']['mc2']['mean'])}),"
-        f" the best tuned one {tuned['label']} ({score(tuned['metrics']['mc2']['mean'])})."
+        f"The best edited method is {edited['label']} ({of_edited}), the best tuned one {tuned['label']} ({of_tuned})."
     )
-    contrast = contrast_of(results, edited["method"], tuned["method"], "mc2")
+    contrast = contrast_of(results, edited["method"], tuned["method"], name)
     if contrast is None:
         return [f"{names} The difference between them was not measured."]
-    return [f"{names} Edited minus tuned is {with_interval(contrast)}: {_resolved(contrast)}."]
+    return [f"{names} Edited minus tuned is {with_interval(contrast, primary.written)}: {_resolved(contrast)}."]
 
 
-def _controls(ranked: list[Row]) -> list[str]:
-    controls = [(row, difference_to_base(row, "mc2")) for row in ranked if row["kind"] == "control"]
+def _controls(name: str, primary: Measure, ranked: list[Row]) -> list[str]:
+    controls = [(row, difference_to_base(row, name)) for row in ranked if row["kind"] == "control"]
     return [
-        f"The control {row['label']} differs from base by {with_interval(difference)}: {_resolved(difference)}."
+        f"The control {row['label']} differs from base by {with_interval(difference, primary.written)}:"
+        f" {_resolved(difference)}."
         for row, difference in controls
         if difference is not None
     ]
 
 
-def _draws(results: Results) -> list[str]:
-    sentences = []
+def _draws(results: Results, name: str, primary: Measure) -> Iterator[str]:
     for row in results["rows"]:
-        means = (row.get("draws") or {}).get("mc2", [])
+        means = (row.get("draws") or {}).get(name, [])
         if len(means) > 1:
             few = f": from fewer than {MIN_DRAWS} it cannot be told how draws vary" if len(means) < MIN_DRAWS else ""
-            sentences.append(
-                f"{row['label']}: MC2 is {score(min(means))} to {score(max(means))} over {len(means)} draws of "
-                f"demonstrations; its interval holds for {'these draws' if few else 'other draws too'}{few}."
+            least, most = (score(mean, primary.written) for mean in (min(means), max(means)))
+            yield (
+                f"{row['label']}: {primary.label} is {least} to {most} over {len(means)} draws of demonstrations; its "
+                f"interval holds for {'these draws' if few else 'other draws too'}{few}."
             )
-    return sentences
 
 
 def _failures(results: Results) -> list[str]:
-    failed = [row["label"] for row in results["rows"] if row.get("failed")]
+    failed = [row["label"] for row in results["rows"] if row["failed"]]
     return [f"Failed, and so not ranked: {', '.join(failed)}."] if failed else []
+
+
+def _outside(results: Results) -> Iterator[str]:
+    for row, measure, mean in outside_range(results):
+        low, high = measure.range
+        least, most = ("any" if end is None else score(end, measure.written) for end in (low, high))
+        yield (
+            f"{row['label']}: {measure.label} is {score(mean, measure.written)}, but its least value is {least} and "
+            f"its greatest {most}: do not rely on it."
+        )
 
 
 def _resolved(value: Mapping[str, Any]) -> str:

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SMALLEST_P = 0.001  # smaller ones are written "< .001": 10,000 resamples cannot tell them apart
 
 
-def score(value: float | None) -> str:
-    """Write a score as ``.451``: scores lie in [0, 1], so the leading zero says nothing."""
+def score(value: float | None, written: str = "") -> str:
+    """Write a value in a measure's format; by default as ``.451``, for in [0, 1] the leading zero says nothing."""
     if value is None:
         return "-"
-    text = f"{value + 0.0:.3f}"  # a contrast turned round may hold -0.0
-    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+    text = format(value + 0.0, written or ".3f")  # a contrast turned round may hold -0.0
+    return text.replace("0.", ".", 1) if not written and text.startswith(("0.", "-0.")) else text
 
 
-def signed(value: float) -> str:
-    """Write a difference of scores as `+.451`."""
-    text = score(value)
+def signed(value: float | None, written: str = "") -> str:
+    """Write a difference of values as `+.451`."""
+    text = score(value, written)
     return text if text.startswith("-") else f"+{text}"
 
 
-def interval(value: Mapping[str, Any]) -> str:
+def interval(value: Mapping[str, Any], written: str = "") -> str:
     """Write an interval as `[+.060, +.137]`."""
-    return f"[{signed(value['low'])}, {signed(value['high'])}]"
+    return f"[{signed(value['low'], written)}, {signed(value['high'], written)}]"
 
 
-def with_interval(value: Mapping[str, Any]) -> str:
+def with_interval(value: Mapping[str, Any], written: str = "") -> str:
     """Write a difference and its interval, for a sentence."""
-    return f"{signed(value['mean'])} (95% interval {signed(value['low'])} to {signed(value['high'])})"
+    low, high = (signed(value[end], written) for end in ("low", "high"))
+    return f"{signed(value['mean'], written)} (95% interval {low} to {high})"
 
 
 def p_value(value: float | None) -> str:
@@ -76,3 +77,36 @@ def seconds(value: float | None) -> str:
 def indented(value: object, indent: int | None = 2) -> str:
     """Write a value as JSON, whatever it holds."""
     return json.dumps(value, indent=indent, default=str, ensure_ascii=False)
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a regular noun, such as what a unit is called.
+
+    Example:
+        >>> plural("question"), plural("query"), plural("patch")
+        ('questions', 'queries', 'patches')
+    """
+    if re.search(r"[^aeiou]y$", noun):
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "z", "ch", "sh")) else f"{noun}s"
+
+
+def initial(text: str) -> str:
+    """Return a text with a capital at its beginning."""
+    return text[:1].upper() + text[1:]
+
+
+def with_article(label: str) -> str:
+    """Return a measure's label after "a" or "an", as it is spoken: an abbreviation letter by letter.
+
+    Example:
+        >>> with_article("accuracy"), with_article("F1"), with_article("MCC"), with_article("BLEU")
+        ('an accuracy', 'an F1', 'an MCC', 'a BLEU')
+    """
+    spelt = len(label) > 1 and label[0].isupper() and not label[1].islower()
+    return f"{'an' if label[:1] in ('AEFHILMNORSX' if spelt else 'AEIOaeiou') else 'a'} {label}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Write words as `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

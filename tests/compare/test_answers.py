@@ -17,12 +17,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_peft.callbacks import ITI, LoRA
-from lightning_peft.compare.answers_view import answers_view
 from lightning_peft.compare.cell import cell_of
 from lightning_peft.compare.measured import measured_table
 from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plan import Plan, Row, check
 from lightning_peft.compare.run import run
+from lightning_peft.compare.sections import section_views
 from lightning_peft.models import CausalLM
 from lightning_peft.sweep.settings import Sweep
 from lightning_peft.sweep.settings import check as check_sweep
@@ -201,8 +201,8 @@ def test_a_judge_that_cannot_be_loaded_leaves_the_rest(
 
 
 def test_terminal_and_page_show_shares_corrections_and_the_judges(made: dict[str, Any], tmp_path: Path) -> None:
-    view = answers_view(made["after"])
-    assert view is not None and [column["label"] for column in view["columns"]][2:] == ["True", "Info", "True*Info"]
+    (view,) = section_views(made["after"])
+    assert [column["label"] for column in view["columns"]][2:] == ["True", "Info", "True*Info"]
     console = Console(file=io.StringIO(), width=160)
     console.print(measured_table(view))
     page = write_html(made["after"], tmp_path / "report.html").read_text(encoding="utf-8")
@@ -210,7 +210,7 @@ def test_terminal_and_page_show_shares_corrections_and_the_judges(made: dict[str
         for words in ("Free answers", "corrected", "accuracy 0.800, AUROC 0.750", "Without answers: DoLa."):
             assert words in shown
         assert shown.count("no better than that") == 1  # the info judge
-    assert answers_view(made["before"]) is None
+    assert section_views(made["before"]) == []
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from lightning_peft.callbacks import LoRA
-from lightning_peft.compare.effects import effects_view
 from lightning_peft.compare.measured import measured_table
 from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plan import Plan, Row, check
+from lightning_peft.compare.sections import section_views
 from lightning_peft.compare.statistics import mean_interval
 from lightning_peft.compare.terminal import table
 from lightning_peft.compare.verdict import verdict
@@ -78,8 +78,8 @@ def results() -> dict[str, Any]:
 
 
 def test_worse_is_red_better_is_green_and_unresolved_is_neither(results: dict[str, Any]) -> None:
-    view = effects_view(results)
-    assert view is not None and [row["label"] for row in view["rows"]] == ["base", "edit"]
+    (view,) = section_views(results)
+    assert [row["label"] for row in view["rows"]] == ["base", "edit"]
     assert [cell["change"] for cell in view["rows"][1]["cells"]] == ["down", "down", "up", ""]
     first = view["rows"][1]["cells"][0]
     assert (first["difference"], first["interval"]) == ("+0.200", "[+0.100, +0.300]")
@@ -89,7 +89,7 @@ def test_the_terminal_and_the_page_show_them_and_the_main_table_does_not(
     results: dict[str, Any], tmp_path: Path
 ) -> None:
     console = Console(file=io.StringIO(), width=120)
-    console.print(measured_table(effects_view(results)))
+    console.print(measured_table(*section_views(results)))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, shown.splitlines())) <= 120
     assert all(
@@ -111,7 +111,7 @@ def test_the_verdict_names_the_price_of_the_best(results: dict[str, Any]) -> Non
 def test_where_nothing_was_measured_nothing_is_shown(results: dict[str, Any], tmp_path: Path) -> None:
     for row in results["rows"]:
         row["metrics"] = {"mc2": row["metrics"]["mc2"]}
-    assert effects_view(results) is None
+    assert section_views(results) == []
     assert "Side effects" not in write_html(results, tmp_path / "report.html").read_text(encoding="utf-8")
 
 

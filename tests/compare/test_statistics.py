@@ -1,4 +1,4 @@
-"""Intervals, p-values and detectable differences over questions."""
+"""Intervals, p-values and detectable differences over units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_peft.compare.statistics import Interval, holm, mean_interval, min
 
 @pytest.fixture
 def scores() -> tuple[np.ndarray, np.ndarray]:
-    """Two methods on 300 questions that share the question's difficulty."""
+    """Two methods on 300 units that share the unit's difficulty."""
     rng = np.random.default_rng(1)
     difficulty = rng.normal(0.5, 0.2, 300)
     return difficulty + 0.03 + rng.normal(0, 0.1, 300), difficulty + rng.normal(0, 0.1, 300)
@@ -43,7 +43,7 @@ def test_p_agrees_with_the_paired_t_test(scores):
         assert paired_difference(a - shift, b).p == pytest.approx(expected, abs=0.02)
 
 
-def test_exact_distribution_of_two_questions():
+def test_exact_distribution_of_two_units():
     # Differences 1 and 3: a resampled mean is 1, 2 or 3 with probability 1/4, 1/2, 1/4, none 2 or more away from 2.
     interval = paired_difference([1.0, 3.0], [0.0, 0.0], resamples=999)
     assert (interval.mean, interval.low, interval.high) == (2.0, 1.0, 3.0)
@@ -138,9 +138,9 @@ def test_more_power_needs_a_larger_difference(scores):
     assert minimal_detectable(*scores, power=0.9) > minimal_detectable(*scores)
 
 
-def drawn(rng, draws, questions=60, spread=0.3):
-    """Scores of several draws, each a little better or worse on all questions alike."""
-    return rng.normal(0, spread, (draws, 1)) + rng.normal(0, 0.5, (draws, questions))
+def drawn(rng, draws, units=60, spread=0.3):
+    """Scores of several draws, each a little better or worse on all units alike."""
+    return rng.normal(0, spread, (draws, 1)) + rng.normal(0, 0.5, (draws, units))
 
 
 def test_few_draws_are_averaged_and_one_draw_is_no_draw():
@@ -188,13 +188,13 @@ def test_holm_never_exceeds_one_and_of_one_changes_nothing():
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        ([1, 2, 3], [1, 2], r"same questions.*\(3,\) and \(2,\)"),
-        ([1], [1], "at least 2 questions, but there is 1"),
-        ([], [], "at least 2 questions, but there is 0"),
-        ([1, math.nan, 3], [1, 2, 3], "1 of 3 are not, the first at question 1"),
-        ([1, 2, 3], [1, 2, math.inf], "first at question 2"),
+        ([1, 2, 3], [1, 2], r"same units.*\(3,\) and \(2,\)"),
+        ([1], [1], "at least 2 units, but there is 1"),
+        ([], [], "at least 2 units, but there is 0"),
+        ([1, math.nan, 3], [1, 2, 3], "1 of 3 are not, the first at unit 1"),
+        ([1, 2, 3], [1, 2, math.inf], "first at unit 2"),
         ([[[1, 2]]], [[[1, 2]]], r"shape \[n\] or \[draws, n\]"),
-        ([[1, 2], [1, math.nan]], [1, 2], "1 of 4 are not, the first at question 1"),
+        ([[1, 2], [1, math.nan]], [1, 2], "1 of 4 are not, the first at unit 1"),
     ],
 )
 def test_wrong_scores_are_one_sentence(a, b, message):
