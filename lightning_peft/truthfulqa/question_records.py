@@ -14,6 +14,7 @@ from lightning_peft.backbone.window import exceeding, lengths_of, loaded
 from lightning_peft.callbacks import AdapterCallback
 from lightning_peft.files.records import DamagedError
 from lightning_peft.moved import resolve
+from lightning_peft.moved.plans import IN_THE_FIRST_RELEASE
 from lightning_peft.stack.adapter_files.folder import adapter_folders, check_finite, read_folder
 from lightning_peft.tasks.cell import Cell
 from lightning_peft.tasks.cell_records import CellRecords, Columns, Scores
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 # arguments that callbacks had not in release 68ae323, and their defaults: at these, its finished cells still count
 _LATER: dict[str, Any] = {"target_parameters": None}
 _BATCH_SIZE = 16  # that a row of that release had written
-_DECODING = ("lightning_peft.truthfulqa.decoding.", "lightning_peft.compare.scoring.")  # now, and in that release
 
 
 class QuestionRecords(CellRecords):
@@ -41,6 +41,7 @@ class QuestionRecords(CellRecords):
     since_sums: ClassVar[tuple[str, ...]] = ("texts",)
     files: ClassVar[tuple[str, ...]] = tuple(FILES.values())
     category_measures: ClassVar[tuple[str, ...]] = TASKS
+    category_note = "Below each mean: Wilson's 95% interval, which for MC2 is wider than need be."
     task: TruthfulQA
 
     def depends_on(self, rows: Sequence[Any], seed: int, fold: int) -> Any:
@@ -220,8 +221,9 @@ def _as_in_the_first_release(settings: Any) -> Any:
     values = {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
     if "batch_size" in values and "few_shot" in values and values["batch_size"] is None:
         values["batch_size"] = _BATCH_SIZE
-    if str(values.get("class_path")).startswith(_DECODING[0]):
-        values["class_path"] = values["class_path"].replace(*_DECODING)
+    module, _, name = str(values.get("class_path")).rpartition(".")
+    if module in IN_THE_FIRST_RELEASE:
+        values["class_path"] = f"{IN_THE_FIRST_RELEASE[module]}.{name}"
     if "class_path" in values and issubclass(callback := resolve(values["class_path"]), AdapterCallback):
         shared = {"backbone": None, "name": callback.default_name}
         if not callback.computed:
