@@ -24,9 +24,10 @@ from lightning_peft.compare import statistics
 from lightning_peft.compare.cell import cell_of
 from lightning_peft.compare.page import write_html
 from lightning_peft.compare.plan import Plan, Row
+from lightning_peft.compare.sections import section_views
 from lightning_peft.compare.terminal import table
 from lightning_peft.compare.verdict import verdict
-from lightning_peft.tasks import Split, UnitScores
+from lightning_peft.tasks import Measure, Section, Split, UnitScores
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TAKEN = ("target", "prediction")
@@ -341,3 +342,64 @@ def test_rows_tested_on_other_units_fail(tmp_path: Path) -> None:
     results, _ = run(plan_of(tmp_path, task_of(Digits, data=fewer), some))
     failed = by_name(results)["head"]["failed"]
     assert "'head' was tested on 149 images of fold 0 and 'base' on 150, of which 149 are the same" in failed
+
+
+# -- what a task may have besides -------------------------------------------------------------------------------------
+
+
+class Confidence(Section):
+    name, title = "confidence", "Confidence"
+    measures: ClassVar[dict[str, Measure]] = {"nll": Measure("NLL", "nats an image", -1)}
+
+
+class WithSection(DigitTask):
+    measures: ClassVar[dict[str, Measure]] = {"accuracy": Measure("Accuracy", "share right", range=(0, 1))}
+
+    @property
+    def sections(self) -> list[Section]:
+        return [Confidence()]
+
+
+def test_a_section_of_columns_is_a_name_a_title_and_measures(tmp_path: Path) -> None:
+    results, _ = run(plan_of(tmp_path, WithSection(), rows()[:2]))
+    assert list(results["measures"]) == ["accuracy"]
+    (section,) = results["sections"]
+    assert (section["title"], list(section["measures"])) == ("Confidence", ["nll"])
+    assert by_name(results)["head"]["difference"]["nll"]["high"] < 0
+    (view,) = section_views(results)
+    assert [column["label"] for column in view["columns"]] == ["NLL"] and len(view["rows"]) == 2
+
+
+def test_scores_of_several_draws_are_means_and_all_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("function_interval", "function_difference"):
+        monkeypatch.setattr(statistics, name, partial(getattr(statistics, name), resamples=20))
+    drawn: list[int] = []
+
+    class Drawn(FunctionTask):
+        def data(self, split: Split, *, few_shot: int = 0, draw: int = 0) -> Data:
+            drawn.append(draw)
+            return Data(split, 32)
+
+        def scores(self) -> UnitScores:
+            return Shifted()
+
+    class Shifted(UnitScores):
+        """Predictions that are wrong for every second image in draws other than the first."""
+
+        def on_test_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+            outputs = dict(rest[1])
+            if drawn[-1]:
+                wrong = outputs["unit"] % 2 == 0
+                outputs["prediction"] = outputs["prediction"].where(~wrong, (outputs["target"] + 1) % 5)
+                outputs["accuracy"] = (outputs["prediction"] == outputs["target"]).float()
+            super().on_test_batch_end(trainer, rest[0], outputs, *rest[2:])
+
+    some = [rows()[0], Row("drawn", "Drawn", "prompt", few_shot=1, draws=2)]
+    results, _ = run(plan_of(tmp_path, Drawn(), some))
+    row = by_name(results)["drawn"]
+    assert not row["failed"] and {*drawn} == {0, 1}
+    for name in ("accuracy", "f1", "mcc"):
+        first, second = row["draws"][name]
+        assert first > second and row["metrics"][name]["mean"] == pytest.approx((first + second) / 2)
+        assert row["difference"][name]["mean"] == pytest.approx((second - first) / 2)
+        assert by_name(results)["base"]["metrics"][name]["mean"] == pytest.approx(first)
