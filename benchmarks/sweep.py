@@ -26,12 +26,13 @@ from pairs import machine, quiet, ratio, verdict
 from torch import Tensor
 
 from lightning_peft.editing import head_sites
-from lightning_peft.models import CausalLM
 from lightning_peft.stack.stack import stack_of
 from lightning_peft.sweep.fit import Statements, best_heads, fit
 from lightning_peft.sweep.grid import Grid
 from lightning_peft.sweep.settings import Sweep
+from lightning_peft.sweep.texts import read_split
 from lightning_peft.truthfulqa import ChoiceScorer, TruthfulQADataModule
+from lightning_peft.truthfulqa.task import TruthfulQA
 
 COUNTS, ALPHAS = [4, 8, 16, 32, 48, 96], [1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0]
 Batch = dict[str, Tensor]
@@ -107,21 +108,24 @@ def main() -> None:
     quiet()
     torch.set_num_threads(arguments.threads)
 
-    plan = Sweep("benchmark", arguments.model, arguments.counts, arguments.alphas, rows=arguments.rows)
-    module = CausalLM(plan.model).eval()
+    task = TruthfulQA(arguments.model, arguments.data)
+    plan = Sweep("benchmark", task, arguments.counts, arguments.alphas, rows=arguments.rows)
+    module = task.module().eval()
     backbone, sites = module.backbone, head_sites(module.backbone)
     data = TruthfulQADataModule(arguments.data, "statements", tokenizer=module.tokenizer)
     data.setup()
     learnt = data.fold_questions[: arguments.learn]
     data.train_questions, data.val_questions = learnt, []
-    edit = fit(plan, Statements(backbone, sites, [data]), learnt)
     warm_up, *asked = data.test_questions[: 1 + arguments.questions]
+    data.test_questions = []  # whose batches are made turn by turn
+    texts = read_split(data)
+    edit = fit(plan, Statements(backbone, sites, [texts]), texts)
     (first,) = batches_of(data, [warm_up], 1)  # so that what is done once only is not timed
 
     grid = Grid(backbone, sites, [(best_heads(edit, k), alpha) for k, alpha in plan.points], rows=plan.rows)
     list(grid.scores([first]))
     alone = one_by_one(backbone, edit, plan, first)
-    other = harness(plan.model) if arguments.lm_eval else None
+    other = harness(arguments.model) if arguments.lm_eval else None
     clocks: dict[str, list[Clock]] = {"together": [], "alone": [], "lm_eval": []}
     apart = 0.0
     for number, begin in enumerate(range(0, len(asked), arguments.turn)):

@@ -51,6 +51,16 @@ def test_an_edit_is_computed_without_a_trainer_and_one_of_ones_own_stands_on_it(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_task_of_ones_own_is_swept(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = run("sweep.md", tiny_folder("llama"))["results"]
+    assert len(results["points"]) == 5 and results["confirmed"]["prompts"] == 12
+    assert (tmp_path / "runs" / "mine" / "adapter-fold1" / "adapter_config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_cost_of_an_edit_is_measured_on_the_model_and_in_its_folder(
     tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The tasks of docs/tasks.md are compared as the page says, in small: its files by the command, its other code as it is."""
+"""The tasks of docs/tasks.md are compared as the page says, in small: files by the command, other code as it is."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_demonstrations_are_refused_by_a_task_that_has_none(
     plan = yaml.safe_load(Path("texts.yaml").read_text())
     plan["rows"][0]["few_shot"] = 4
     Path("texts.yaml").write_text(yaml.safe_dump(plan))
-    with pytest.raises(SystemExit, match="sets few_shot, which Texts.data does not take"):
+    with pytest.raises(SystemExit, match=r"sets few_shot, which Texts\.data does not take"):
         compare(monkeypatch, "texts.yaml", "--task.model", str(tiny_folder("bert")), max_epochs=1)
     assert not Path("runs", "texts", "cells").exists()
 

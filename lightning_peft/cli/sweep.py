@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cli.arguments import one_sentence, read_plan
+from lightning_peft.cli.old_options import as_written, with_task_options
 
 
 def main(args: list[str]) -> dict[str, Any]:
@@ -18,10 +19,13 @@ def main(args: list[str]) -> dict[str, Any]:
     from lightning_peft.sweep.results import table, verdict
     from lightning_peft.sweep.run import run
     from lightning_peft.sweep.settings import Sweep, check
+    from lightning_peft.truthfulqa.task import TruthfulQA  # noqa: F401 - so that a plan may say `task: TruthfulQA`
 
-    does = "Measure ITI at many numbers of heads and strengths together."
-    plan, settings, wait = read_plan("sweep", does, Sweep, args)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    does = "Measure ITI at many numbers of heads and strengths together, on a task that scores choices."
+    with one_sentence("sweep"):
+        plan, settings, wait = read_plan("sweep", does, Sweep, with_task_options(args))
+    settings = as_written(settings)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     output = Path(plan.output or f"runs/{plan.name}")
     with one_sentence("sweep"):
         check(plan)

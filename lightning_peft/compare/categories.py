@@ -8,7 +8,7 @@ from lightning_peft.compare.results import Results, measure_named
 from lightning_peft.compare.writing import listed
 
 SMALL = 10  # units of a category below which its mean says little
-_NOTE = "Below each mean: its 95% interval."
+_NOTE = "Below each mean: Wilson's 95% interval, which is wider than need be where scores are not 0 or 1."
 
 
 def categories_view(results: Results) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def collect(
         "contrasts": _contrasts(plan, scores),
         "categories": _categories(plan, list(cells.values()), scores),
         "category_measures": list(records.category_measures),
+        "category_note": records.category_note,
         "head_accuracy": _head_accuracy(plan, output),
         "settings": dict(settings),
         "versions": {"lightning-peft": __version__} | {package: version(package) for package in _PACKAGES},
@@ -87,13 +88,15 @@ def _is_measured(section: Section, rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def _section(section: Section, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section's entry, which says all of its table but the numbers."""
-    return {
+    entry = {
         "name": section.name,
         "title": section.title,
         "measures": {name: measure.as_dict() for name, measure in section.measures.items()},
         "notes": section.notes(results),
         "below": section.below(results),
     }
+    more = {"unit": section.unit, "price": section.price}
+    return entry | {name: value for name, value in more.items() if value is not None}
 
 
 def _row(

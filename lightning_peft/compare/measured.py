@@ -57,6 +57,11 @@ def measured_view(
 
 def measured_table(view: Mapping[str, Any]) -> Table:
     """Return the table for the terminal of what `measured_view` gave; many measures stand in parts below each other."""
+    if not view["rows"]:
+        table = Table(title=Text(view["title"]), box=None, show_header=False)
+        for note in view["notes"]:
+            table.add_row(Text(note))
+        return table
     columns = list(range(len(view["columns"])))
     parts = [_part(view, part) for part in split_evenly(columns, _MOST)]
     parts[0].title = Text(view["title"])

@@ -76,7 +76,7 @@ class Row:
         return [name for name in (self.after, self.starts_from) if name is not None]
 
 
-@keep_old_plans
+@keep_old_plans("name", "model", "rows", "data", "output", "seed", "dtype", "accelerator")
 @dataclass
 class Plan:
     """One comparison, read from YAML by `lightning-peft compare --config`.

@@ -145,13 +145,13 @@ def drawn_measure(results: Results) -> str | None:
 
 
 def _has(row: Row, metric: str | None) -> bool:
-    value = row["metrics"].get(metric) or {}
-    return not row["failed"] and all(value.get(end) is not None for end in ("mean", "low", "high"))
+    return not row["failed"] and (row["metrics"].get(metric) or {}).get("mean") is not None
 
 
-def _interval(axes: Axes, height: float, value: Mapping[str, float], color: str) -> None:
+def _interval(axes: Axes, height: float, value: Mapping[str, Any], color: str) -> None:
     # Not errorbar: it takes lengths and refuses a mean that rounding has put just outside its interval.
-    axes.plot([value["low"], value["high"]], [height, height], color=color, linewidth=2.4, solid_capstyle="round")
+    if value.get("low") is not None and value.get("high") is not None:
+        axes.plot([value["low"], value["high"]], [height, height], color=color, linewidth=2.4, solid_capstyle="round")
     axes.plot(value["mean"], height, "o", color=color, markersize=6)
 
 

@@ -20,7 +20,8 @@ Results = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 _ROUNDING = 1e-6
-_ROW: Row = {"method": "", "kind": "", "metrics": {}, "difference": None, "failed": None}
+_LINE = (-math.inf, math.inf)
+_ROW: dict[str, Any] = {"method": "", "kind": "", "metrics": {}, "difference": None, "failed": None}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ def check_results(results: Results) -> None:
             f"The results have no {', '.join(missing)}; expected the content of a results.json, but found the keys"
             f" {', '.join(map(str, results)) or '(none)'}."
         )
-    described = [results.get("measures") or {}, *(section["measures"] for section in results.get("sections") or [])]
+    described = [
+        results.get("measures") or {},
+        *(section.get("measures") or {} for section in results.get("sections") or []),
+    ]
     for name, entry in (item for measures in described for item in measures.items()):
         try:
             format(0.5, entry.get("written", ""))
@@ -61,7 +65,8 @@ def completed(results: Results) -> dict[str, Any]:
         results = complete(results)
     primary = results.get("primary") or next(iter(results["measures"]), "")
     rows = [_ROW | {"label": row.get("method", "")} | _without_none(row) for row in results["rows"]]
-    return {"unit": "unit", "sections": [], **_without_none(results), "primary": primary, "rows": rows}
+    sections = [{"measures": {}} | _without_none(section) for section in results.get("sections") or []]
+    return {"unit": "unit", **_without_none(results), "primary": primary, "rows": rows, "sections": sections}
 
 
 def measures_of(results: Results) -> dict[str, Measure]:
@@ -69,8 +74,8 @@ def measures_of(results: Results) -> dict[str, Measure]:
 
     They come in the order of the results' `measures`, then any that nothing describes.
     """
-    in_rows = {name: None for row in results["rows"] for name in row.get("metrics") or {}}
-    elsewhere = {name for section in results.get("sections") or [] for name in section["measures"]}
+    in_rows = {name: None for row in results["rows"] for name in row["metrics"]}
+    elsewhere = {name for section in results["sections"] for name in section["measures"]}
     described = [name for name in results["measures"] if name in in_rows]
     undescribed = [name for name in in_rows if name not in elsewhere and name not in described]
     return {name: measure_named(results, name) for name in described + undescribed}
@@ -78,7 +83,7 @@ def measures_of(results: Results) -> dict[str, Measure]:
 
 def measure_named(results: Results, name: str) -> Measure:
     """Return a measure of the main table or of a section; an `Undescribed` one where the results do not say."""
-    for entries in [results["measures"], *(section["measures"] for section in results.get("sections") or [])]:
+    for entries in [results["measures"], *(section["measures"] for section in results["sections"])]:
         if name in entries:
             return read_measure(name, entries[name])
     return Undescribed(name)
@@ -139,13 +144,13 @@ def contrast_of(results: Results, a: str, b: str, metric: str) -> dict[str, Any]
 def holm_by_method(results: Results, metric: str) -> dict[str, float]:
     """Return Holm-adjusted p-values of "differs from base", over all methods of the comparison."""
     family = [(row["method"], (difference_to_base(row, metric) or {}).get("p")) for row in results["rows"]]
-    known = [(method, p) for method, p in family if p is not None]
+    known = [(method, p) for method, p in family if p is not None and not math.isnan(p)]
     return dict(zip((method for method, _ in known), holm([p for _, p in known]), strict=True))
 
 
 def excludes_zero(value: Mapping[str, Any]) -> bool:
     """Return whether an interval excludes 0."""
-    low, high = value["low"], value["high"]
+    low, high = value.get("low"), value.get("high")
     return low is not None and high is not None and bool(low > 0 or high < 0)
 
 
@@ -161,11 +166,8 @@ def outside_range(results: Results) -> Iterator[tuple[Row, Measure, float]]:
     for row in results["rows"]:
         for name, value in row["metrics"].items():
             measure = measure_named(results, name)
-            low, high = measure.range
-            if _is_number(value) and not (
-                (low is None or value["mean"] >= low - _ROUNDING)
-                and (high is None or value["mean"] <= high + _ROUNDING)
-            ):
+            low, high = (infinite if end is None else end for end, infinite in zip(measure.range, _LINE, strict=True))
+            if _is_number(value) and not low - _ROUNDING <= value["mean"] <= high + _ROUNDING:
                 yield row, measure, value["mean"]
 
 

@@ -26,12 +26,12 @@ def signed(value: float | None, written: str = "") -> str:
 
 def interval(value: Mapping[str, Any], written: str = "") -> str:
     """Write an interval as `[+.060, +.137]`."""
-    return f"[{signed(value['low'], written)}, {signed(value['high'], written)}]"
+    return f"[{signed(value.get('low'), written)}, {signed(value.get('high'), written)}]"
 
 
 def with_interval(value: Mapping[str, Any], written: str = "") -> str:
     """Write a difference and its interval, for a sentence."""
-    low, high = (signed(value[end], written) for end in ("low", "high"))
+    low, high = (signed(value.get(end), written) for end in ("low", "high"))
     return f"{signed(value['mean'], written)} (95% interval {low} to {high})"
 
 

@@ -33,9 +33,9 @@ class PerToken:
         tokens: how many were predicted in each text: all but the first and those beyond the model's window.
 
     Example:
-        >>> PerToken.of([20.0, 6.0], [10, 2])
+        >>> PerToken.from_sums([20.0, 6.0], [10, 2])
         PerToken(mean=2.1666666666666665, by_text=(2.0, 3.0), tokens=(10, 2))
-        >>> float(PerToken.of([20.0, 6.0], [10, 2])) > 2
+        >>> float(PerToken.from_sums([20.0, 6.0], [10, 2])) > 2
         True
     """
 
@@ -44,7 +44,7 @@ class PerToken:
     tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, sums: Sequence[float], tokens: Sequence[int]) -> PerToken:
+    def from_sums(cls, sums: Sequence[float], tokens: Sequence[int]) -> PerToken:
         """Return the value of texts whose sums over tokens are given."""
         by_text = tuple(total / count for total, count in zip(sums, tokens, strict=True))
         return cls(sum(sums) / sum(tokens), by_text, tuple(tokens))
@@ -154,17 +154,27 @@ def _measured(
     rows = _rows(model, texts, tokenizer)
     padding = 0 if tokenizer is None else padding_of(tokenizer)
     values = effects_of(model, token_batches(rows, padding, batch_size), off)
-    return PerToken.of(values[:, column].tolist(), [int(count) for count in values[:, 0]])
+    return PerToken.from_sums(values[:, column].tolist(), [int(count) for count in values[:, 0]])
 
 
 def _rows(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizerBase | None) -> list[Sequence[int]]:
     """Return the tokens of each text, after checking that they can be measured."""
-    given: list[object] = list(texts.documents if isinstance(texts, TextSlice) else texts)
+    given = list(texts.documents if isinstance(texts, TextSlice) else texts)
     if not given or isinstance(texts, str) or any(not isinstance(text, str | Sequence | Tensor) for text in given):
         raise ValueError(f"Texts are a list of strings, or of lists of tokens, one at least; got {str(texts)[:60]!r}.")
-    if tokenizer is None and any(isinstance(text, str) for text in given):
-        raise ValueError("The texts are strings: give the model's tokenizer as well, or lists of tokens.")
-    rows = [tokenizer(text)["input_ids"] if isinstance(text, str) else list(map(int, text)) for text in given]
+    rows: list[Sequence[int]] = []
+    for text in given:
+        if not isinstance(text, str):
+            rows.append([int(token) for token in text])
+        elif tokenizer is None:
+            raise ValueError("The texts are strings: give the model's tokenizer as well, or lists of tokens.")
+        else:
+            rows.append(tokenizer(text)["input_ids"])
+    _check_rows(model, rows)
+    return rows
+
+
+def _check_rows(model: nn.Module, rows: Sequence[Sequence[int]]) -> None:
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     known = getattr(embedding, "num_embeddings", None)
     for number, row in enumerate(rows):
@@ -173,4 +183,3 @@ def _rows(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizerBase | N
         if known is not None and not 0 <= min(row) <= max(row) < known:
             token = next(token for token in row if not 0 <= token < known)
             raise ValueError(f"Text {number} has token {token}, but the model has {known}: is it another's tokenizer?")
-    return rows

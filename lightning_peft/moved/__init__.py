@@ -33,12 +33,11 @@ _MOVED = {
     ),
     ("callbacks", "planning"): "activations:activation_bytes plan:estimate trained_bytes",
     ("cli", "cli"): "scoring:validation",
-    ("compare", "files"): "files:kept",
-    (
-        "compare",
-        "truthfulqa",
-    ): "answering:answers_section answers decoding effects:side_effects_section scoring:decoding texts",
     ("compare", "compare"): "answers_view:sections",
+    ("compare", "files"): "files:kept",
+    ("compare", "truthfulqa"): (
+        "answering:answers_section answers decoding effects:side_effects_section scoring:decoding texts"
+    ),
     ("editing", "editing"): "checkpoints:differences",
     ("editing", "editing.probes"): "examples:linear",
     ("editing.facts", "editing.facts"): "prompts:prompt_tokens",
@@ -57,6 +56,7 @@ _MOVED = {
     ("tuners.ways", "stack.injection"): "adaption:adaption_prompt kinds:registry prompts:prompt_learning",
     ("tuners.weight_deltas", "tuners.weight_deltas"): "places:owners",
     ("truthfulqa", "data"): "batches",
+    ("truthfulqa", "backbone"): "arguments:accepted_arguments",
 }
 
 

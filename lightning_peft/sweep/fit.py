@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,40 +12,40 @@ from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.collect import capture_tokens
 from lightning_peft.editing.iti import HeadEdit, compute_iti
 from lightning_peft.sweep.settings import Sweep
-from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
-from lightning_peft.truthfulqa.questions import Question
+from lightning_peft.sweep.texts import SplitTexts, Text
 
 
 class Statements:
-    """Head outputs at the end of every statement that any fold learns from, each read once.
+    """Head outputs at the end of every text that any split learns from, each read once.
 
     Args:
         backbone: the base.
         sites: its `head_sites`.
-        folds: data modules with `train="statements"`, set up.
+        splits: what is learnt from.
     """
 
-    def __init__(self, backbone: nn.Module, sites: Sequence[HeadSite], folds: Sequence[TruthfulQADataModule]) -> None:
-        truths: dict[tuple[int, tuple[int, ...]], int] = {}
-        for data in folds:
-            for batch in data.train_dataloader():
-                columns = batch["input_ids"], batch["attention_mask"].bool(), batch["label"], batch["group"]
-                for ids, real, truth, question in zip(*columns, strict=True):
-                    truths[int(question), tuple(ids[real].tolist())] = int(truth)
-        self.activations = capture_tokens(backbone, sites, [tokens for _, tokens in truths])
-        self.truth = torch.tensor(list(truths.values()))
-        self.question_id = torch.tensor([question for question, _ in truths])
+    def __init__(self, backbone: nn.Module, sites: Sequence[HeadSite], splits: Iterable[SplitTexts]) -> None:
+        labels: dict[Text, int] = {}
+        for texts in splits:
+            labels |= texts.labels
+        self._rows = {text: row for row, text in enumerate(labels)}
+        self.activations = capture_tokens(backbone, sites, [tokens for _, tokens in labels])
+        self.label = torch.tensor(list(labels.values()))
+        self.group = torch.tensor([group for group, _ in labels])
 
-    def of(self, questions: Sequence[Question]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return activations `[N, layers, heads, head_dim]`, truth `[N]` and question ids `[N]` of some questions."""
-        inside = torch.isin(self.question_id, torch.tensor([question.id for question in questions]))
-        return self.activations[inside], self.truth[inside], self.question_id[inside]
+    def of(self, texts: SplitTexts) -> tuple[Tensor, Tensor, Tensor]:
+        """Return activations `[N, layers, heads, head_dim]`, labels `[N]` and groups `[N]` of what a split learns from.
+
+        The rows are in the order in which texts were read, whatever the split's.
+        """
+        rows = torch.tensor(sorted(self._rows[text] for text in texts.labels))
+        return self.activations[rows], self.label[rows], self.group[rows]
 
 
-def fit(plan: Sweep, statements: Statements, questions: Sequence[Question]) -> HeadEdit:
-    """Compute the intervention of the largest number of heads from these questions alone."""
+def fit(plan: Sweep, statements: Statements, texts: SplitTexts) -> HeadEdit:
+    """Compute the intervention of the largest number of heads from what a split learns from, and nothing else."""
     return compute_iti(
-        *statements.of(questions),
+        *statements.of(texts),
         num_heads=max(plan.num_heads),
         direction=plan.direction,
         val_fraction=plan.val_fraction,

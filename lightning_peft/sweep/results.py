@@ -12,14 +12,13 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from torch import Tensor
 
 from lightning_peft.compare.statistics import mean_interval, paired_difference
+from lightning_peft.compare.writing import plural
 from lightning_peft.files.records import write_atomically
-from lightning_peft.sweep.settings import Sweep
-from lightning_peft.truthfulqa.metrics import mc0, mc1, mc2
+from lightning_peft.moved.sweeps import completed, incomplete
+from lightning_peft.sweep.settings import Sweep, chosen_by
 
-_METRICS = {"mc0": mc0, "mc1": mc1, "mc2": mc2}
 _RESAMPLES = 2_000  # a few hundred intervals are made
 _COLUMNS = ("mean", "low", "high")
 
@@ -30,7 +29,7 @@ class Measured:
 
     Args:
         points: `(K, alpha)`.
-        scores: for each question, for each point, its metrics.
+        scores: for each unit, for each point, its score by measure.
         divergences: for each text and fold, for each point, KL(base ‖ edited) in nats, summed over the text's tokens.
         tokens: of each of these texts.
     """
@@ -44,13 +43,13 @@ class Measured:
         self, scores: Mapping[Any, list[dict[str, float]]], divergences: list[list[float]], tokens: list[int]
     ) -> None:
         """Add one fold."""
-        for question, row in scores.items():
-            self.scores[len(self.scores), question] = row  # a question may be asked in several folds
+        for unit, row in scores.items():
+            self.scores[len(self.scores), unit] = row  # a unit may be measured in several folds
         self.divergences += divergences
         self.tokens += tokens
 
-    def metric(self, name: str, point: int) -> list[float]:
-        """Return one point's scores, question by question, of the questions that have choices for this metric."""
+    def measure(self, name: str, point: int) -> list[float]:
+        """Return one point's scores, unit by unit, of the units that have choices for this measure."""
         return [row[point][name] for row in self.scores.values() if name in row[point]]
 
     def divergence(self, point: int) -> float | None:
@@ -60,30 +59,23 @@ class Measured:
         return sum(row[point] for row in self.divergences) / sum(self.tokens)
 
 
-def metrics_of(logprobs: Tensor, batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Compute MC0, MC1 and MC2 of one question, those that it has choices for.
+def best_point(measured: Measured, measure: str, better: int = 1) -> tuple[int, float]:
+    """Choose the point, not the base, of the best mean; of several the one that changes neutral text the least.
 
     Args:
-        logprobs: `[C]`, in nats.
-        batch: `mc0`, `mc1` and `mc2 [C]`.
-    """
-    return {
-        name: score(logprobs, batch[name]) for name, score in _METRICS.items() if {0, 1} <= set(batch[name].tolist())
-    }
-
-
-def best_point(measured: Measured, metric: str) -> tuple[int, float]:
-    """Choose the point, not the base, of the highest mean; of several the one that changes neutral text the least.
+        measured: every point's numbers.
+        measure: its name.
+        better: the sign of a change for the better.
 
     Raises:
-        ValueError: no question has choices for the metric.
+        ValueError: no unit has choices for the measure.
     """
-    if not measured.metric(metric, 0):
-        raise ValueError(f"A point cannot be chosen by {metric}: no question has choices for it.")
+    if not measured.measure(measure, 0):
+        raise ValueError(f"A point cannot be chosen by {measure}: nothing that was measured has choices for it.")
 
     def merit(point: int) -> tuple[float, float]:
-        values = measured.metric(metric, point)
-        return sum(values) / len(values), -(measured.divergence(point) or 0.0)
+        values = measured.measure(measure, point)
+        return better * sum(values) / len(values), -(measured.divergence(point) or 0.0)
 
     return measured.points[max(range(1, len(measured.points)), key=merit)]
 
@@ -91,43 +83,65 @@ def best_point(measured: Measured, metric: str) -> tuple[int, float]:
 def collect(
     plan: Sweep,
     settings: Mapping[str, Any],
+    model: str,
+    units: int,
     measured: Measured,
     chosen: list[dict[str, Any]],
     confirmed: Measured | None,
-    questions: int,
-    hashed: str,
 ) -> dict[str, Any]:
-    """Return the content of `results.json`."""
-    return {
+    """Return the content of `results.json`.
+
+    Args:
+        plan: the sweep.
+        settings: the plan as it was written.
+        model: the name of the base.
+        units: how many the task has.
+        measured: every point's numbers.
+        chosen: each fold's choice.
+        confirmed: the numbers of the base and of the choices on units that had no part in choosing.
+    """
+    task, choose = plan.task, chosen_by(plan)
+    rows = [row for part in (measured, confirmed) if part is not None for row in part.scores.values()]
+    left_out = incomplete([row[0] for row in rows])
+    names = [n for n in task.measures if n == choose or (n not in left_out and any(n in row[0] for row in rows))]
+    data = task.records.describe_data(units)
+    data.pop("text", None)  # that of the task's side effects; a sweep has its own
+    results = {
         "name": plan.name,
-        "model": plan.model,
+        "model": model,
         "measured": _measured_on(plan, len(measured.scores), sum(measured.tokens)),
-        "data": {"source": plan.data.source, "questions": questions, "hash": hashed, "folds": plan.data.num_folds},
+        "data": data,
         "split": plan.split,
-        "choose": plan.choose,
-        "points": [_entry(measured, point) for point in range(len(measured.points))],
+        "choose": choose,
+        "points": [_entry(measured, names, point) for point in range(len(measured.points))],
         "chosen": chosen,
-        "confirmed": None
-        if confirmed is None
-        else {"questions": len(confirmed.scores), "base": _entry(confirmed, 0), "chosen": _entry(confirmed, 1)},
+        "confirmed": None,
         "settings": dict(settings),
+        "measures": {name: task.measures[name].as_dict() for name in names},
+        "primary": task.primary,
+        "unit": task.unit,
     }
+    if confirmed is not None:
+        base, choice = (_entry(confirmed, names, point) for point in range(2))
+        results["confirmed"] = {plural(task.unit): len(confirmed.scores), "base": base, "chosen": choice}
+    return results
 
 
-def _measured_on(plan: Sweep, questions: int, tokens: int) -> str:
+def _measured_on(plan: Sweep, units: int, tokens: int) -> str:
+    several = plural(plan.task.unit)
     if plan.split == "validation":
-        how = "validation questions, each by interventions computed from the other training questions of its fold"
+        how = f"validation {several}, each by interventions computed from the other training {several} of its fold"
     else:
-        how = "test questions, each by interventions computed from the other folds; the best of these is not a choice"
+        how = f"test {several}, each by interventions computed from the other folds; the best of these is not a choice"
     text = f"; KL on {tokens} tokens of neutral text, every one edited" if tokens else ""
-    return f"{questions} {how}{text}."
+    return f"{units} {how}{text}."
 
 
-def _entry(measured: Measured, point: int) -> dict[str, Any]:
+def _entry(measured: Measured, names: Sequence[str], point: int) -> dict[str, Any]:
     count, alpha = measured.points[point]
     entry: dict[str, Any] = {"num_heads": count, "alpha": alpha, "metrics": {}, "difference": {}}
-    for name in _METRICS:
-        values, base = measured.metric(name, point), measured.metric(name, 0)
+    for name in names:
+        values, base = measured.measure(name, point), measured.measure(name, 0)
         if len(values) < 2:
             continue
         mean = mean_interval(values, resamples=_RESAMPLES)
@@ -154,55 +168,66 @@ def write_results(results: Mapping[str, Any], folder: Path) -> None:
     """Write `results.json` and `table.csv`."""
     write_atomically(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     text = io.StringIO()
-    names = [f"{metric}_{column}" for metric in (*_METRICS, "kl") for column in _COLUMNS]
-    differences = [f"{metric}_difference_{column}" for metric in _METRICS for column in (*_COLUMNS, "p")]
+    measures = list(completed(results)["measures"])
+    names = [f"{measure}_{column}" for measure in (*measures, "kl") for column in _COLUMNS]
+    differences = [f"{measure}_difference_{column}" for measure in measures for column in (*_COLUMNS, "p")]
     writer = csv.DictWriter(text, ["num_heads", "alpha", *names, *differences], lineterminator="\n")
     writer.writeheader()
     for entry in results["points"]:
         row = {"num_heads": entry["num_heads"], "alpha": entry["alpha"]}
-        for metric, values in (*entry["metrics"].items(), ("kl", entry["kl"] or {})):
-            row |= {f"{metric}_{column}": value for column, value in values.items()}
-        for metric, values in entry["difference"].items():
-            row |= {f"{metric}_difference_{column}": value for column, value in values.items()}
+        for measure, values in (*entry["metrics"].items(), ("kl", entry["kl"] or {})):
+            row |= {f"{measure}_{column}": value for column, value in values.items()}
+        for measure, values in entry["difference"].items():
+            row |= {f"{measure}_difference_{column}": value for column, value in values.items()}
         writer.writerow(row)
     write_atomically(folder / "table.csv", text.getvalue())
 
 
 def table(results: Mapping[str, Any]) -> Table:
     """Make a table of the points for the terminal, below it what was measured."""
-    metrics = [name for name in _METRICS if name in results["points"][0]["metrics"]]
+    results = completed(results)
+    measures, choose = results["measures"], results["choose"]
+    names = [name for name in measures if name in results["points"][0]["metrics"]]
     rich_table = Table(title=f"{results['name']}: {results['model']}", caption=results["measured"], box=box.SIMPLE_HEAD)
-    for name in ("K", "α", *(metric.upper() for metric in metrics), f"{results['choose'].upper()} − base", "KL"):
+    for name in ("K", "α", *(measures[name]["label"] for name in names), f"{measures[choose]['label']} − base", "KL"):
         rich_table.add_column(name, justify="right")
     for entry in results["points"]:
         place = ["base", ""] if entry["num_heads"] == 0 else [str(entry["num_heads"]), f"{entry['alpha']:g}"]
-        rich_table.add_row(*place, *_cells(entry, metrics, results["choose"]))
+        cells = [_interval(entry["metrics"].get(name), _form(measures[name])) for name in names]
+        difference = _interval(entry["difference"].get(choose), f"+{_form(measures[choose])}")
+        rich_table.add_row(*place, *cells, difference, _interval(entry["kl"], ".4f"))
     return rich_table
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """Describe the choice, and its worth on questions that had no part in it."""
+    """Describe the choice, and its worth on units that had no part in it."""
+    results = completed(results)
+    measures, several = results["measures"], plural(results["unit"])
+    by = measures[results["choose"]]
     lines = [
-        f"Fold {choice['fold']}: the highest {results['choose'].upper()} on its validation questions is at "
-        f"K={choice['num_heads']}, α={choice['alpha']:g}."
+        f"Fold {choice['fold']}: the {'highest' if by['better'] > 0 else 'lowest'} {by['label']} on its validation "
+        f"{several} is at K={choice['num_heads']}, α={choice['alpha']:g}."
         for choice in results["chosen"]
     ]
     if confirmed := results["confirmed"]:
-        for metric, change in confirmed["chosen"]["difference"].items():
-            base, mean = confirmed["base"]["metrics"][metric], confirmed["chosen"]["metrics"][metric]
+        for name, change in confirmed["chosen"]["difference"].items():
+            base, mean = confirmed["base"]["metrics"][name], confirmed["chosen"]["metrics"][name]
+            form = _form(measures[name])
             lines.append(
-                f"{metric.upper()} on the {confirmed['questions']} test questions: {mean['mean']:.3f} with the choice, "
-                f"{base['mean']:.3f} without; {change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]."
+                f"{measures[name]['label']} on the {confirmed[several]} test {several}: {mean['mean']:{form}} with the "
+                f"choice, {base['mean']:{form}} without; {change['mean']:+{form}} [{change['low']:+{form}}, "
+                f"{change['high']:+{form}}]."
             )
     return lines
 
 
-def _cells(entry: Mapping[str, Any], metrics: Sequence[str], choose: str) -> list[str]:
-    def interval(values: Mapping[str, float] | None, form: str) -> str:
-        if values is None:
-            return ""
-        ends = f" [{values['low']:{form}}, {values['high']:{form}}]" if "low" in values else ""
-        return f"{values['mean']:{form}}{ends}"
+def _form(measure: Mapping[str, Any]) -> str:
+    """Return the format of a measure's values; of differences a sign stands before it."""
+    return measure["written"] or ".3f"
 
-    cells = [interval(entry["metrics"].get(metric), ".3f") for metric in metrics]
-    return [*cells, interval(entry["difference"].get(choose), "+.3f"), interval(entry["kl"], ".4f")]
+
+def _interval(values: Mapping[str, float] | None, form: str) -> str:
+    if values is None:
+        return ""
+    ends = f" [{values['low']:{form}}, {values['high']:{form}}]" if "low" in values else ""
+    return f"{values['mean']:{form}}{ends}"

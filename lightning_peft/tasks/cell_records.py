@@ -36,12 +36,14 @@ class CellRecords:
         since_sums: those of them that records of a release without sums do not have.
         files: that `measure` writes into the cell's folder.
         category_measures: the measures, of units and between 0 and 1, that are told by category.
+        category_note: a sentence on their intervals.
     """
 
     kinds: ClassVar[Mapping[str, Any]] = {"columns": dict}
     since_sums: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]] = ()
     category_measures: ClassVar[tuple[str, ...]] = ()
+    category_note: ClassVar[str] = "Below each mean: Wilson's 95% interval."
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -19,11 +19,16 @@ class Section:
         name: a word.
         title: of the table.
         measures: of units, by name, in the order of the columns; no name is one of the task's measures.
+        unit: what differences are paired by; default the task's.
+        price: a sentence on what a row costs, in which `{name}` stands for its value of one of the measures and
+            `{name:+}` for its difference to base; by default none.
     """
 
     name: str
     title: str
     measures: ClassVar[Mapping[str, Measure]]
+    unit: str | None = None
+    price: str | None = None
 
     def prepare(self, cells: Sequence[Cell], say: Callable[[str], None]) -> None:
         """Do what is left to do when all cells are finished, such as writing answers with each adapted module.

@@ -64,6 +64,7 @@ class AnswersSection(Section):
     name = "answers"
     title = "Free answers"
     measures = ANSWERS
+    unit = "document or question"
 
     def __init__(self, task: TruthfulQA) -> None:
         self.task = task

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from lightning_peft.backbone.find_backbone import find_backbone
+from lightning_peft.effects.text_sums import Off
 from lightning_peft.models import CausalLM, Seq2SeqLM
 from lightning_peft.replaced import Handle, replaced
 from lightning_peft.stack.injection.initialisation import changes_base
 from lightning_peft.stack.stack import adapters, find_stacks
 from lightning_peft.truthfulqa.evaluation import Batch, Evaluation, Scores, by_logprob
 from lightning_peft.truthfulqa.generation import Answer, AnswerGenerator
-from lightning_peft.truthfulqa.side_effects import Off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class Evaluate(Callback):
         ValueError: the module has no language model, or it cannot be told which of several.
 
     Example:
-        >>> from lightning_peft.compare.decoding import DoLaScoring
+        >>> from lightning_peft.truthfulqa.decoding import DoLaScoring
         >>> run = L.Trainer(callbacks=[Evaluate(DoLaScoring())])  # doctest: +SKIP
         >>> run.test(module, TruthfulQADataModule("hub"))  # doctest: +SKIP
     """
@@ -66,13 +67,13 @@ class Evaluate(Callback):
 
     @classmethod
     def put_on(cls, trainer: L.Trainer, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Put one on a Trainer that has none, until its `teardown`.
+        """Put one on a running Trainer that has none, until its `teardown`.
 
         Args:
             trainer: of which the data module is being set up.
             tokenizer: for a module that has none.
         """
-        if _evaluating(trainer) is None:
+        if trainer.state.status == TrainerStatus.RUNNING and _evaluating(trainer) is None:
             callback = cls(tokenizer=tokenizer)
             callback._by_data = True
             vars(trainer)["callbacks"] = [callback, *_callbacks(trainer)]

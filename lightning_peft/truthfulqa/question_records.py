@@ -14,9 +14,11 @@ from lightning_peft.backbone.window import exceeding, lengths_of, loaded
 from lightning_peft.callbacks import AdapterCallback
 from lightning_peft.files.records import DamagedError
 from lightning_peft.moved import resolve
+from lightning_peft.moved.plans import IN_THE_FIRST_RELEASE
 from lightning_peft.stack.adapter_files.folder import adapter_folders, check_finite, read_folder
 from lightning_peft.tasks.cell import Cell
 from lightning_peft.tasks.cell_records import CellRecords, Columns, Scores
+from lightning_peft.tasks.unit_scores import UnitScores
 from lightning_peft.truthfulqa.folds import assign_folds
 from lightning_peft.truthfulqa.samples import FILES, TASKS, SampleWriter, read_samples, write_samples
 from lightning_peft.truthfulqa.texts import check_texts, shape_of, text_caveats
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 # arguments that callbacks had not in release 68ae323, and their defaults: at these, its finished cells still count
 _LATER: dict[str, Any] = {"target_parameters": None}
 _BATCH_SIZE = 16  # that a row of that release had written
-_DECODING = ("lightning_peft.truthfulqa.decoding.", "lightning_peft.compare.scoring.")  # now, and in that release
 
 
 class QuestionRecords(CellRecords):
@@ -41,6 +42,7 @@ class QuestionRecords(CellRecords):
     since_sums: ClassVar[tuple[str, ...]] = ("texts",)
     files: ClassVar[tuple[str, ...]] = tuple(FILES.values())
     category_measures: ClassVar[tuple[str, ...]] = TASKS
+    category_note = "Below each mean: Wilson's 95% interval, which for MC2 is wider than need be."
     task: TruthfulQA
 
     def depends_on(self, rows: Sequence[Any], seed: int, fold: int) -> Any:
@@ -91,6 +93,10 @@ class QuestionRecords(CellRecords):
             if draw == 0:
                 measured = {"documents": scores.documents, "capability": scores.capability}
         return {"samples": samples, "effects": measured, "texts": {"demonstrations": shown, "beyond": beyond}}
+
+    def checked(self, scores: UnitScores) -> Columns:
+        """Return the columns of a test: a question has scores by those metrics that it has choices for."""
+        return scores.columns
 
     def value(self, name: str, columns: Columns) -> float:
         """Return the mean as the metric over a test gives it, in float32."""
@@ -220,8 +226,9 @@ def _as_in_the_first_release(settings: Any) -> Any:
     values = {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
     if "batch_size" in values and "few_shot" in values and values["batch_size"] is None:
         values["batch_size"] = _BATCH_SIZE
-    if str(values.get("class_path")).startswith(_DECODING[0]):
-        values["class_path"] = values["class_path"].replace(*_DECODING)
+    module, _, name = str(values.get("class_path")).rpartition(".")
+    if module in IN_THE_FIRST_RELEASE:
+        values["class_path"] = f"{IN_THE_FIRST_RELEASE[module]}.{name}"
     if "class_path" in values and issubclass(callback := resolve(values["class_path"]), AdapterCallback):
         shared = {"backbone": None, "name": callback.default_name}
         if not callback.computed:

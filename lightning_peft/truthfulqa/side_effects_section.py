@@ -54,6 +54,8 @@ class SideEffectsSection(Section):
     name = "side_effects"
     title = "Side effects"
     measures = EFFECTS
+    unit = "document or question"
+    price = "On neutral text it changes cross-entropy by {ce:+} nats per token; KL from base is {kl}."
 
     def __init__(self, task: TruthfulQA) -> None:
         self.task = task

@@ -22,7 +22,6 @@ from lightning_peft.sweep.settings import Sweep, sweep_key
 from lightning_peft.truthfulqa import QA_PRIMER, SideEffects, TruthfulQADataModule
 from lightning_peft.truthfulqa.answers import Answers
 from lightning_peft.truthfulqa.fitting import fewer_demonstrations
-from lightning_peft.truthfulqa.settings import Data
 from lightning_peft.truthfulqa.task import TruthfulQA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(deprecated|workers|no optimizer)")
@@ -135,12 +134,12 @@ def test_the_most_demonstrations_that_fit(window: int) -> None:
 
 
 def test_a_sweep_refuses_or_fits_too(folder: Callable[[str], str], tmp_path: Path) -> None:
-    data = Data("package", limit=20, val_fraction=0.5)
-    plan = Sweep("x", folder("gpt2"), [2], [3.0], data, kl_tokens=0, chunk=2, output=str(tmp_path / "x"), device="cpu")
+    task = TruthfulQA(folder("gpt2"), limit=20, val_fraction=0.5)
+    plan = Sweep("x", task, [2], [3.0], kl_tokens=0, chunk=2, output=str(tmp_path / "x"), device="cpu")
     with pytest.raises(ContextWindowError, match=r"^\d+ of \d+ questions with their choices are longer"):
         sweep(plan, {}, Console(file=io.StringIO()))
     assert not (tmp_path / "x" / "parts").exists()
-    data.fit_window = True
+    task.fit_window = True
     results = sweep(plan, {}, Console(file=io.StringIO()))
     assert len(results["demonstrations"]) == 4 and all(
         0 < kept < asked == 6 for kept, asked in results["demonstrations"]
@@ -152,13 +151,14 @@ def test_a_sweep_refuses_or_fits_too(folder: Callable[[str], str], tmp_path: Pat
 def test_a_setting_that_is_off_leaves_the_keys_as_a_release_wrote_them_that_did_not_know_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TruthfulQA, "depends_on", lambda task: "hash")
+    for name in ("depends_on", "data_hash"):
+        monkeypatch.setattr(TruthfulQA, name, lambda task: "hash")
     plan = plan_of("model", Path("x"))
-    settings, grid = {"rows": {"base": {}}}, Sweep("x", "model", [2], [1.0])
+    settings, grid = {"rows": {"base": {}}}, Sweep("x", TruthfulQA("model"), [2], [1.0])
     of_cell = cell_key(plan, settings, plan.rows[0], 0)
     assert of_cell == "6c07d0ede55588c46556384f00fb6a92a4724fe68c0ef144f337df9c2a57d0ba"
-    of_sweep = sweep_key(grid, "hash", {"a": 1})
+    of_sweep = sweep_key(grid, {"a": 1})
     assert of_sweep == "08e0c2381d7cfa8735a1f5eb4922b8197d988b94c76152946f5031028451358c"
-    plan.task.fit_window = grid.data.fit_window = True  # type: ignore[attr-defined]
+    plan.task.fit_window = grid.task.fit_window = True  # type: ignore[attr-defined]
     assert cell_key(plan, settings, plan.rows[0], 0) != of_cell
-    assert sweep_key(grid, "hash", {"a": 1}) != of_sweep
+    assert sweep_key(grid, {"a": 1}) != of_sweep

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tuning import trainer
 
-from lightning_peft.callbacks import LoRA
+from lightning_peft.callbacks import ITI, LoRA
 from lightning_peft.models import CausalLM
 from lightning_peft.truthfulqa import Evaluate, Evaluation, Prompting, SideEffects, TruthfulQADataModule
 
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def questions(**arguments: Any) -> TruthfulQADataModule:
-    return TruthfulQADataModule("package", limit=12, primer="", prompting=Prompting(max_new_tokens=2), **arguments)
+    settings: dict[str, Any] = {"source": "package", "limit": 12, "primer": ""}
+    return TruthfulQADataModule(**(settings | {"prompting": Prompting(max_new_tokens=2)} | arguments))
 
 
 class Foreign(L.LightningModule):
@@ -90,6 +91,8 @@ def test_each_verb_has_one_while_it_runs_and_none_after(tiny_tokenizer: Any) -> 
         verb(module, data)
         check_gone(run, module, before)
     assert during.counts == {1} and "mine" in during.outputs
+    data.setup()
+    check_gone(run, module, before)
     assert all("label" in batch for batch in module.batches), "answers alone come to the module"
 
 
@@ -198,3 +201,28 @@ def test_checkpoints_know_nothing_of_it(tiny_tokenizer: Any, tmp_path: Path) -> 
     saved = torch.load(keep.best_model_path, weights_only=True)
     assert not any("Evaluate" in name for name in saved["callbacks"]) and keep.best_model_score is not None
     assert not any("evaluation" in name for name in saved["state_dict"])
+
+
+# -- what else a data module gives its Trainer's callbacks -------------------------------------------------------------
+
+
+def test_interventions_get_the_texts_that_end_in_a_question_for_as_long_as_they_fit(tiny_tokenizer: Any) -> None:
+    data = questions(train="statements", limit=20)
+    data.tokenizer = tiny_tokenizer
+    given, own = ITI(num_heads=2, seed=3, question_ends=True), ITI(num_heads=2, seed=3, sigma_texts=[[5, 6], [7, 8]])
+    for callback in (given, own):
+        trainer(callback, max_epochs=1, max_steps=-1, limit_val_batches=0).fit(Foreign(tiny_tokenizer), data)
+    assert given.edit_.record["sigma_texts"] == len(data.question_ends(3)) and own.edit_.record["sigma_texts"] == 2
+    assert given.sigma_texts is None and own.sigma_texts == [[5, 6], [7, 8]]
+    by_hand = ITI(num_heads=2, seed=3, sigma_texts=data.question_ends(3))
+    trainer(by_hand, max_epochs=1, max_steps=-1, limit_val_batches=0).fit(Foreign(tiny_tokenizer), data)
+    assert torch.equal(by_hand.edit_.sigma, given.edit_.sigma)
+
+
+def test_after_an_exception_they_are_taken_back(tiny_tokenizer: Any) -> None:
+    callback = ITI(num_heads=2, question_ends=True)
+    with pytest.raises(ValueError, match=r"^Statements of both classes are needed"):
+        trainer(callback, max_epochs=1, max_steps=-1, limit_val_batches=0).fit(
+            Foreign(tiny_tokenizer), questions(train="answers")
+        )
+    assert callback.sigma_texts is None

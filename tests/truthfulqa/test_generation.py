@@ -50,9 +50,7 @@ def test_a_batch_writes_what_each_prompt_writes_alone(
     questions = load_questions("package")[:7]
     for batch in encode_prompts(questions, SHORT, tiny_tokenizer, batch_size):
         found += generator.answer(batch)
-    assert (
-        generator._writer._prefix if batch_size > 1 else not generator._writer._prefix
-    )  # one prompt alone shares nothing
+    assert bool(generator._writer._prefix) is (batch_size > 1)  # one prompt alone shares nothing
     assert sorted(answer.question_id for answer in found) == [question.id for question in questions]
     for answer in found:
         ids = SHORT.encode(tiny_tokenizer, questions[answer.question_id].text)
