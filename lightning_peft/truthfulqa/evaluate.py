@@ -11,13 +11,13 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from lightning_peft.backbone.find_backbone import find_backbone
+from lightning_peft.effects.text_sums import Off
 from lightning_peft.models import CausalLM, Seq2SeqLM
 from lightning_peft.replaced import Handle, replaced
 from lightning_peft.stack.injection.initialisation import changes_base
 from lightning_peft.stack.stack import adapters, find_stacks
 from lightning_peft.truthfulqa.evaluation import Batch, Evaluation, Scores, by_logprob
 from lightning_peft.truthfulqa.generation import Answer, AnswerGenerator
-from lightning_peft.truthfulqa.side_effects import Off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ class Evaluate(Callback):
         ValueError: the module has no language model, or it cannot be told which of several.
 
     Example:
-        >>> from lightning_peft.compare.decoding import DoLaScoring
+        >>> from lightning_peft.truthfulqa.decoding import DoLaScoring
         >>> run = L.Trainer(callbacks=[Evaluate(DoLaScoring())])  # doctest: +SKIP
         >>> run.test(module, TruthfulQADataModule("hub"))  # doctest: +SKIP
     """

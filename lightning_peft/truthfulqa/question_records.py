@@ -18,6 +18,7 @@ from lightning_peft.moved.plans import IN_THE_FIRST_RELEASE
 from lightning_peft.stack.adapter_files.folder import adapter_folders, check_finite, read_folder
 from lightning_peft.tasks.cell import Cell
 from lightning_peft.tasks.cell_records import CellRecords, Columns, Scores
+from lightning_peft.tasks.unit_scores import UnitScores
 from lightning_peft.truthfulqa.folds import assign_folds
 from lightning_peft.truthfulqa.samples import FILES, TASKS, SampleWriter, read_samples, write_samples
 from lightning_peft.truthfulqa.texts import check_texts, shape_of, text_caveats
@@ -92,6 +93,10 @@ class QuestionRecords(CellRecords):
             if draw == 0:
                 measured = {"documents": scores.documents, "capability": scores.capability}
         return {"samples": samples, "effects": measured, "texts": {"demonstrations": shown, "beyond": beyond}}
+
+    def checked(self, scores: UnitScores) -> Columns:
+        """Return the columns of a test: a question has scores by those metrics that it has choices for."""
+        return scores.columns
 
     def value(self, name: str, columns: Columns) -> float:
         """Return the mean as the metric over a test gives it, in float32."""
