@@ -21,7 +21,7 @@ Kind = Literal["base", "prompt", "decoded", "tuned", "edited", "control", "stack
 
 _AS_IT_IS: tuple[Kind, ...] = ("base", "prompt", "decoded")  # the model's weights and activations are its own
 # arguments that callbacks had not in release 68ae323, and their defaults: at these, its finished cells still count
-_LATER: dict[str, Any] = {"target_parameters": None}
+_LATER: dict[str, Any] = {"target_parameters": None, "sigma_texts": None, "tokenizer": None}
 
 
 @dataclass
