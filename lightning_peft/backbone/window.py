@@ -185,8 +185,7 @@ def _window(backbone: nn.Module, config: Any, limit: int) -> Window | None:
     if tables or _has_rows(part, limit):
         sizes = [table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None]
         return Window(min([limit, *sizes]), fixed=True)
-    rotary = any(getattr(module, "inv_freq", None) is not None for module in part.modules())
-    if not rotary:  # MPT makes its slopes for so many tokens and no more
+    if not _rotates(part):  # MPT makes its slopes for so many tokens and no more
         return Window(limit, fixed=True) if getattr(config, "max_seq_len", None) == limit else None
     if getattr(config, "alibi", False):
         return None
@@ -207,6 +206,12 @@ def _has_rows(part: nn.Module, limit: int) -> bool:
     """Return whether a module holds a computed table of positions, as GPT-J and CTRL do."""
     held = (value for module in part.modules() for value in (*module.buffers(recurse=False), *vars(module).values()))
     return any(isinstance(v, Tensor) and v.dim() == 2 and v.is_floating_point() and len(v) == limit for v in held)
+
+
+def _rotates(part: nn.Module) -> bool:
+    """Return whether a model rotates by frequencies, which are a buffer, or one for each kind of layer."""
+    names = (name for module in part.modules() for name in (*vars(module), *module._buffers))
+    return any(name.endswith("inv_freq") for name in names)
 
 
 def _scaled(limit: int, rope: Any) -> int:

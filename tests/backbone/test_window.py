@@ -73,6 +73,12 @@ MODELS: list[tuple[str, str, dict[str, Any], Window | None]] = [
         None,
     ),
     ("RoFormer", "RoFormerForMaskedLM", {"embedding_size": 32}, Window(24, True)),
+    (
+        "Gemma3Text",
+        "Gemma3ForCausalLM",
+        {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8},
+        Window(24, False),
+    ),
     ("Llama", "LlamaForCausalLM", {}, Window(24, False)),
     ("Mistral", "MistralForCausalLM", {"sliding_window": 8, "num_key_value_heads": 2}, Window(24, False)),
     ("Gemma", "GemmaForCausalLM", {"num_key_value_heads": 2, "head_dim": 16}, Window(24, False)),
