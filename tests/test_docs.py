@@ -57,6 +57,7 @@ def test_a_task_of_ones_own_is_swept(
     monkeypatch.chdir(tmp_path)
     results = run("sweep.md", tiny_folder("llama"))["results"]
     assert len(results["points"]) == 5 and results["confirmed"]["prompts"] == 12
+    assert results["settings"]["task"]["class_path"].endswith("RightAnswers") and results["settings"]["kl_tokens"] == 0
     assert (tmp_path / "runs" / "mine" / "adapter-fold1" / "adapter_config.json").exists()
 
 

@@ -40,7 +40,7 @@ def _keep_old_plans(cls: C, order: tuple[str, ...]) -> C:
         given = {name: kwargs.pop(name) for name in ("model", "data", "dtype") if name in kwargs}
         old = {name: value for name, value in given.items() if value is not None}
         if old:
-            if kwargs.pop("task", None) is not None or len(args) > 2:
+            if kwargs.pop("task", None) is not None or len(args) > place:
                 raise ValueError(f"A plan has a task or, as in 0.1, {' and '.join(old)}: give all of it to the task.")
             if "model" not in old:
                 raise ValueError(f"A plan without a task needs a model beside {', '.join(old)}.")

@@ -29,9 +29,12 @@ from lightning_peft.sweep.grid import Grid
 from lightning_peft.sweep.results import Measured, best_point, collect, write_results
 from lightning_peft.sweep.settings import Sweep, check, choice_task, chosen_by, sweep_key
 from lightning_peft.sweep.texts import Batch, SplitTexts, check_texts, splits_of
+from lightning_peft.tasks.arguments import described
 
 
-def run(plan: Sweep, settings: Mapping[str, Any], console: Console, wait: bool = False) -> dict[str, Any]:
+def run(
+    plan: Sweep, settings: Mapping[str, Any] | None = None, console: Console | None = None, wait: bool = False
+) -> dict[str, Any]:
     """Measure every point, or take up where a killed run stopped; write `results.json`, `table.csv` and the choice.
 
     Every finished chunk of units is written whole under its own name, so a killed run loses at most a chunk. A part
@@ -39,8 +42,8 @@ def run(plan: Sweep, settings: Mapping[str, Any], console: Console, wait: bool =
 
     Args:
         plan: the sweep.
-        settings: the plan as it was written, for the record.
-        console: where to report progress.
+        settings: the plan as it was written, for the record; default its own description.
+        console: where to report progress; default the terminal.
         wait: where another run writes to the same folder, wait for its end.
 
     Returns:
@@ -52,6 +55,7 @@ def run(plan: Sweep, settings: Mapping[str, Any], console: Console, wait: bool =
         FolderInUseError: another run writes to the same folder.
     """
     check(plan)
+    settings, console = described(plan)["init_args"] if settings is None else settings, console or Console()
     with only_writer(Path(plan.output or f"runs/{plan.name}"), wait, console.print):
         return _Run(plan, console, settings).results()
 

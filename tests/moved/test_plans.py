@@ -74,8 +74,10 @@ def test_yaml_of_either_kind_is_read(tmp_path: Path) -> None:
 
 def test_what_belongs_to_no_plan_is_one_sentence() -> None:
     task = TruthfulQA("m")
-    with pytest.raises(ValueError, match=r"^A plan has a task or, as in 0\.1, model, not both: "):
+    with pytest.raises(ValueError, match=r"^A plan has a task or, as in 0\.1, model: give all of it to the task\.$"):
         Planned("x", task=task, rows=[1], model="m")
+    with pytest.raises(ValueError, match=r"^A plan has a task or, as in 0\.1, dtype: "):
+        Planned("x", task, [1], dtype="float16")
     with pytest.raises(ValueError, match=r"^A plan without a task needs a model beside data\.$"):
         Planned("x", rows=[1], data=Data())
     with pytest.raises(ValueError, match=r"^A plan needs a task, what it measures on: task: "):
