@@ -1,4 +1,4 @@
-"""A hand-written `results.json` of texts, ranked by NLL, with a macro-F1 and a section, prints this and no other table."""
+"""A hand-written `results.json` of texts, with NLL, macro-F1 and a section, prints this table and no other."""
 
 from __future__ import annotations
 
