@@ -32,7 +32,7 @@ def categories_view(results: Results) -> dict[str, Any]:
             {
                 "name": name,
                 "n": scores.get("n"),
-                "small": scores.get("n", SMALL) < SMALL,
+                "small": (scores.get("n") or SMALL) < SMALL,
                 "cells": [
                     {"score": (scores.get(method) or {}).get(measure), "written": measures[measure].written}
                     for method in methods

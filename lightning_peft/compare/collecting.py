@@ -58,8 +58,8 @@ def collect(
     )
     rows = [_row(row, folds[row.name], measures, scores, base) for row in plan.rows]
     for section in sections:
-        for row in rows:
-            row |= section.row_results(folds[row["method"]])
+        for entry in rows:
+            entry |= section.row_results(folds[entry["method"]])
     results = {
         "name": plan.name,
         "data": records.describe_data(units),

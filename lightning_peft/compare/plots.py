@@ -152,7 +152,8 @@ def _interval(axes: Axes, height: float, value: Mapping[str, Any], color: str) -
     # Not errorbar: it takes lengths and refuses a mean that rounding has put just outside its interval.
     if value.get("low") is not None and value.get("high") is not None:
         axes.plot([value["low"], value["high"]], [height, height], color=color, linewidth=2.4, solid_capstyle="round")
-    axes.plot(value["mean"], height, "o", color=color, markersize=6)
+    if value["mean"] is not None:
+        axes.plot(value["mean"], height, "o", color=color, markersize=6)
 
 
 def _draw_with(axes: Axes, ink: str) -> None:

@@ -37,7 +37,7 @@ class Undescribed(Measure):
 
 def check_results(results: Results) -> None:
     """Raise `ValueError` in one sentence for what cannot be the content of a `results.json`."""
-    if missing := [key for key in ("name", "data", "model", "rows") if key not in results]:
+    if missing := [key for key in ("name", "data", "model", "rows") if results.get(key) is None]:
         raise ValueError(
             f"The results have no {', '.join(missing)}; expected the content of a results.json, but found the keys"
             f" {', '.join(map(str, results)) or '(none)'}."
@@ -48,7 +48,7 @@ def check_results(results: Results) -> None:
     ]
     for name, entry in (item for measures in described for item in measures.items()):
         try:
-            format(0.5, entry.get("written", ""))
+            format(0.5, entry.get("written") or "")
         except ValueError:
             raise ValueError(
                 f"The measure {name!r} is written as {entry['written']!r}, which is no format of a number: use one such"
@@ -61,12 +61,14 @@ def completed(results: Results) -> dict[str, Any]:
 
     A file of an earlier release says nothing of its measures; they are put in as they were then.
     """
+    results = _without_none(results)
     if "measures" not in results:
         results = complete(results)
     primary = results.get("primary") or next(iter(results["measures"]), "")
     rows = [_ROW | {"label": row.get("method", "")} | _without_none(row) for row in results["rows"]]
+    rows = [row | {"metrics": _values(row["metrics"]), "difference": _values(row["difference"])} for row in rows]
     sections = [{"measures": {}} | _without_none(section) for section in results.get("sections") or []]
-    return {"unit": "unit", **_without_none(results), "primary": primary, "rows": rows, "sections": sections}
+    return {"unit": "unit", **results, "primary": primary, "rows": rows, "sections": sections}
 
 
 def measures_of(results: Results) -> dict[str, Measure]:
@@ -156,7 +158,7 @@ def excludes_zero(value: Mapping[str, Any]) -> bool:
 
 def direction(difference: Mapping[str, Any], better: int = 1) -> str:
     """Return ``"up"`` for the better or ``"down"`` for the worse where the difference is resolved, else nothing."""
-    if not excludes_zero(difference) or not better:
+    if not excludes_zero(difference) or difference["mean"] is None or not better:
         return ""
     return "up" if difference["mean"] * better > 0 else "down"
 
@@ -173,6 +175,13 @@ def outside_range(results: Results) -> Iterator[tuple[Row, Measure, float]]:
 
 def _is_number(value: Mapping[str, Any]) -> bool:
     return value.get("mean") is not None and math.isfinite(value["mean"])
+
+
+def _values(values: Mapping[str, Any] | None) -> dict[str, dict[str, Any]] | None:
+    """Return values by measure, each with a mean and the ends of its interval, None where these are missing."""
+    if values is None:
+        return None
+    return {name: {"mean": None, "low": None, "high": None, **value} for name, value in _without_none(values).items()}
 
 
 def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _view(results: Results, section: Mapping[str, Any]) -> dict[str, Any]:
         nothing = f"No row has a value of {labels}." if labels else "It has no measures."
         return {"title": title, "columns": [], "rows": [], "notes": [nothing, *notes], "unit": unit}
     for row in view["rows"]:
-        lines = (section.get("below") or {}).get(row["method"], {})
+        lines = (section.get("below") or {}).get(row["method"]) or {}
         for column, cell in zip(view["columns"], row["cells"], strict=True):
             cell["below"] = lines.get(column["name"], "")
     return {**view, "unit": unit}

@@ -118,7 +118,7 @@ def _controls(name: str, primary: Measure, ranked: list[Row]) -> list[str]:
 
 def _draws(results: Results, name: str, primary: Measure) -> Iterator[str]:
     for row in results["rows"]:
-        means = (row.get("draws") or {}).get(name, [])
+        means = (row.get("draws") or {}).get(name) or []
         if len(means) > 1:
             few = f": from fewer than {MIN_DRAWS} it cannot be told how draws vary" if len(means) < MIN_DRAWS else ""
             least, most = (score(mean, primary.written) for mean in (min(means), max(means)))

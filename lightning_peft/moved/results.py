@@ -91,7 +91,7 @@ def _answers(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _answer_notes(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = [f"Greedy answers, preset {settings['preset']}, of at most {settings['max_new_tokens']} tokens."]
-    silent = [row.get("label", "") for row in rows if "bleu_acc" not in (row.get("metrics") or {})]
+    silent = [row.get("label") or "" for row in rows if "bleu_acc" not in (row.get("metrics") or {})]
     if silent:
         notes.append(f"Without answers: {', '.join(silent)}.")
     if settings["judges"]:

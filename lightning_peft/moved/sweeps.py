@@ -35,8 +35,8 @@ def key_before(task: Any) -> tuple[dict[str, Any], str] | None:
     """Return the settings and the hash by which 0.1 knew this task, so that its finished parts still count.
 
     Returns:
-        None of a task that there was not.
+        None of a task that there was not, or whose ties it counted otherwise.
     """
-    if type(task) is not resolve(_TASK):  # a subclass may do otherwise
+    if type(task) is not resolve(_TASK) or task.protocol == "lm_eval":  # a subclass may do otherwise
         return None
     return {"model": task.model, "dtype": task.dtype, "data": task.settings()}, task.data_hash()

@@ -34,6 +34,7 @@ def described(value: Any) -> Any:
         return sorted(map(str, value))
     if isinstance(value, type) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
+    arguments: Mapping[str, Any] | None
     if dataclasses.is_dataclass(value):
         arguments = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     else:

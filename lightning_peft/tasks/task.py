@@ -64,7 +64,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def data(self, split: Split, **row_options: Any) -> L.LightningDataModule:
+    def data(self, split: Split, *_: Any, **row_options: Any) -> L.LightningDataModule:
         """Return the data of a split, whose test set has the units that are tested.
 
         A task names the row options that it takes as keyword arguments, with defaults: `batch_size`; `few_shot`, a

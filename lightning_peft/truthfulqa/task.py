@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -181,7 +181,12 @@ class TruthfulQA(ChoiceTask):
             batch: `mc0`, `mc1` and `mc2 [C]`: 1 true, 0 false, -1 not among that measure's choices.
         """
         ties = protocol_named(self.protocol).ties
-        functions = {"mc0": partial(mc0, ties=ties), "mc1": partial(mc1, ties=ties), "mc2": mc2, "mc3": mc3}
+        functions: dict[str, Callable[[Tensor, Tensor], float]] = {
+            "mc0": partial(mc0, ties=ties),
+            "mc1": partial(mc1, ties=ties),
+            "mc2": mc2,
+            "mc3": mc3,
+        }
         choices = {name: batch["mc2" if name == "mc3" else name] for name in functions}
         return {
             name: function(logprobs, choices[name])

@@ -1,4 +1,4 @@
-"""A hand-written `results.json` of texts, with NLL, macro-F1 and a section, prints this table and no other."""
+"""A hand-written `results.json` of texts, ranked by NLL, with macro-F1 and a section, prints this table and no more."""
 
 from __future__ import annotations
 

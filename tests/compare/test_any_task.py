@@ -230,6 +230,15 @@ def test_a_value_that_is_undefined_is_shown_and_not_ranked(digits: Content, tmp_
     assert save_pictures(digits, tmp_path) != []
 
 
+def test_numbers_that_are_missing_are_dashes(digits: Content, tmp_path: Path) -> None:
+    digits["rows"][0] |= {"metrics": {"nll": None, "accuracy": {"low": 0.1}}, "draws": {"nll": None}}
+    digits["rows"][1]["difference"] = {"nll": {"low": 0.1, "high": 0.2}, "accuracy": None}
+    digits["measures"]["accuracy"] = {"label": "Accuracy", "better": 1, "written": None}
+    assert "BITFIT 0.76 (-) .733" in " ".join(printed(table(digits)).split())
+    assert "HEAD base \N{EN DASH} \N{EN DASH}" in visible(page(digits, tmp_path)) and verdict(digits)
+    assert "HEAD - -" in " ".join(printed(table(digits)).split())
+
+
 # -- what nothing describes -----------------------------------------------------------------------------------------
 
 

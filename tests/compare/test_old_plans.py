@@ -46,19 +46,19 @@ def test_a_model_and_data_are_the_task_with_one_warning() -> None:
     assert arguments(old) == arguments(new) and (old.output, old.seed) == ("out", 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        by_place = Plan("x", "m", ROWS, data, "out", 3, "bfloat16", "cpu")  # type: ignore[arg-type]
+        by_place = Plan("x", "m", ROWS, data, "out", 3, "bfloat16", "cpu")
     assert arguments(by_place) == arguments(new) and by_place.accelerator == "cpu"
-    assert arguments(Plan("x", "m", ROWS)) == arguments(Plan("x", ROWS, TruthfulQA("m")))  # type: ignore[arg-type]
+    assert arguments(Plan("x", "m", ROWS)) == arguments(Plan("x", ROWS, TruthfulQA("m")))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_both_forms_and_neither_are_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"^A plan has a task or, as in 0\.1, model and data"):
-        Plan("x", ROWS, TruthfulQA("m"), model="m", data=Data())  # type: ignore[call-arg]
+        Plan("x", ROWS, TruthfulQA("m"), model="m", data=Data())
     with pytest.raises(ValueError, match=r"^A plan without a task needs a model beside data"):
-        Plan("x", rows=ROWS, data=Data())  # type: ignore[call-arg]
+        Plan("x", rows=ROWS, data=Data())
     with pytest.raises(ValueError, match=r"^A plan needs a task"):
-        Plan("x", ROWS)  # type: ignore[call-arg]
+        Plan("x", ROWS)
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ def test_a_task_is_hashed_as_the_plan_that_it_was(fit_window: bool) -> None:
     assert key_before(task) == (settings, task.data_hash())
 
 
-def test_a_task_that_there_was_not_is_hashed_as_any_other() -> None:
+def test_a_task_that_there_was_not_or_that_counted_ties_otherwise_is_hashed_as_any_other() -> None:
     class Changed(TruthfulQA):
         """Of which 0.1 knew nothing."""
 
     assert key_before(Changed("m")) is None
+    assert key_before(TruthfulQA("m", protocol="lm_eval")) is None

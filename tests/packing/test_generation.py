@@ -39,7 +39,7 @@ def alone(model: nn.Module, row: list[int]) -> list[int]:
 
 
 def writer_of(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> GreedyWriter:
-    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+    model.generation_config = GenerationConfig()
     return GreedyWriter(model, tokenizer)
 
 

@@ -22,7 +22,7 @@ from lightning_peft.stack.stack import stack_of
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **PACKED,
-    **{kind: lambda kind=kind: tiny(kind) for kind in LANGUAGE_MODELS},  # type: ignore[misc]
+    **{kind: lambda kind=kind: tiny(kind) for kind in LANGUAGE_MODELS},
 }
 SHORT, LONG = (1, 2), (3, 1, 5, 2)
 
@@ -168,7 +168,7 @@ def test_a_model_that_takes_no_mask_by_layer_is_scored_row_by_row_where_windows_
         if isinstance(given.get("attention_mask"), dict):
             raise TypeError("a mask is a tensor")
 
-    model.register_forward_pre_hook(one_mask, with_kwargs=True)  # type: ignore[arg-type]
+    model.register_forward_pre_hook(one_mask, with_kwargs=True)
     scorer, (rows, prompt) = ChoiceScorer(model), short_question(0)
     with packed_without_a_word():
         scorer._packs = True  # the trial's texts, too, are longer than this window

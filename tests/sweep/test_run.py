@@ -253,11 +253,13 @@ def test_a_plan_of_the_release_before_gives_the_same(
 ) -> None:
     path = write("x")
     main(["sweep", "--config", str(path)])
+    monkeypatch.setattr(moved, "_WARNED", set())
+    with pytest.warns(FutureWarning, match=r"--data.limit is now --task.init_args.limit"):
+        main(["sweep", "--config", str(path), "--data.limit=20"])
     whole, plan = results(tmp_path / "x"), yaml.safe_load(path.read_text())
     data = plan.pop("task")["init_args"]
     path.write_text(yaml.safe_dump(plan | {"model": data.pop("model"), "data": data, "choose": "mc2"}))
     parts = {part: part.stat().st_mtime_ns for part in (tmp_path / "x" / "parts").iterdir()}
-    monkeypatch.setattr(moved, "_WARNED", set())
     with pytest.warns(FutureWarning, match=r"is now .*Sweep\(task="):
         main(["sweep", "--config", str(path)])
     assert {part: part.stat().st_mtime_ns for part in (tmp_path / "x" / "parts").iterdir()} == parts

@@ -47,7 +47,7 @@ def rows() -> list[Row]:
 def run(plan: Plan) -> tuple[dict[str, Any], str]:
     console = Console(file=io.StringIO(), width=500)
     results = running.run(plan, console=console)
-    return results, console.file.getvalue()  # type: ignore[attr-defined]
+    return results, console.file.getvalue()
 
 
 def plan_of(folder: Path, task: DigitTask | None = None, some: list[Row] | None = None) -> Plan:
@@ -140,7 +140,7 @@ def test_terminal_page_and_verdict_show_it(made: tuple[Plan, dict[str, Any]], tm
     results = json.loads((Path(str(made[0].output)) / "results.json").read_text())
     console = Console(file=io.StringIO(), width=160)
     console.print(table(results))
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = console.file.getvalue()
     page = write_html(results, tmp_path / "report.html").read_text()
     assert all(word in text for text in (shown, page) for word in ("Accuracy", "NLL", "LoRA"))
     assert "LoRA has the highest Accuracy" in verdict(results)[0]
@@ -199,7 +199,7 @@ def test_a_row_that_fails_stops_no_other_and_is_tried_again(tmp_path: Path) -> N
 class ByNLL(DigitTask):
     """The same, ranked by a measure of which less is better."""
 
-    primary = "nll"  # type: ignore[assignment]
+    primary = "nll"
 
 
 def test_a_primary_measure_may_be_the_better_the_lower(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_task_that_cannot_be_measured_is_one_sentence_before_anything_is_train
 def test_a_module_without_a_learning_rate_is_one_sentence(tmp_path: Path) -> None:
     class Fixed(Digits):
         @property
-        def learning_rate(self) -> float:  # type: ignore[override]
+        def learning_rate(self) -> float:
             raise AttributeError("learning_rate")
 
         @learning_rate.setter
@@ -310,7 +310,7 @@ def test_a_batch_size_is_given_to_the_data_where_a_row_sets_one(tmp_path: Path) 
     plan, head = plan_of(tmp_path), rows()[1]
     for size, expected in ((None, 32), (7, 7)):
         cell = cell_of(plan, replace(head, batch_size=size), 0, tmp_path)
-        assert plan.task.data(cell.split, **cell.options_of(0)).batch_size == expected  # type: ignore[attr-defined]
+        assert plan.task.data(cell.split, **cell.options_of(0)).batch_size == expected
 
 
 def test_scores_that_are_not_finite_are_a_failure_that_names_the_unit(tmp_path: Path) -> None:
