@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_peft.backbone.head_input import head_input, logits_of
 
 
 class Predictions:
@@ -29,9 +29,9 @@ class Predictions:
         if "position_ids" in inspect.signature(type(backbone).forward).parameters:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         head = getattr(backbone, "get_output_embeddings", lambda: None)()
-        hidden = None if head is None else _hidden(backbone, head, inputs)
+        hidden = None if head is None else head_input(backbone, head, inputs)
         self.head: nn.Module | None = None if hidden is None else head
-        states = _logits(backbone(**inputs)) if hidden is None else hidden
+        states = logits_of(backbone(**inputs)) if hidden is None else hidden
         self.kept = states[:, -ids.shape[1] :]  # behind a prompt's virtual tokens
 
     def logprobs(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -44,27 +44,3 @@ class Predictions:
         states = self.kept[rows, columns]
         logits = states if self.head is None else self.head(states[None])[0]
         return logits.log_softmax(-1, dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
-
-
-def _hidden(backbone: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the head's input, `[B, T, width]`; None where its output alone is not the logits."""
-    head_inputs: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        head_inputs.append(args[0])
-        return (args[0][:, -1:], *args[1:])
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        logits = _logits(backbone(**inputs))
-        handle.remove()
-        alone = len(head_inputs) == 1 and torch.equal(head(head_inputs[0][:, -1:]).float(), logits.float())
-    except RuntimeError:  # an edit of the head that must see all its positions
-        alone = False
-    finally:
-        handle.remove()
-    return head_inputs[0] if alone else None
-
-
-def _logits(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
