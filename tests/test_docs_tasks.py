@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -149,3 +151,17 @@ def test_choices_are_compared_under_tuning_and_edits(
     assert results["data"]["units"] == 12 and len(set(surprise.values())) == 4 and surprise["lora"] < surprise["base"]
     chosen = {row["method"]: row["chosen"] for row in results["rows"]}["iti"]["alpha"]
     assert len(chosen) == 2 and set(chosen) <= {1.0, 5.0, 15.0}
+
+
+def test_choices_are_swept(monkeypatch: pytest.MonkeyPatch, tiny_folder: Callable[[str], Path]) -> None:
+    rows = [(f"Is it {'false ' * number}?", "It is true.", "It is not.") for number in range(12)]
+    write_csv("questions.csv", ("question", "wanted", "unwanted"), rows)
+    (command,) = re.findall(r"^lightning-peft sweep .*?[^\\\\]$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    command = command.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_folder("llama"))).replace("[4,16]", "[2]")
+    monkeypatch.setattr(
+        sys, "argv", [*shlex.split(command.replace("\\\n", " ")), "--kl_tokens", "0", "--device", "cpu"]
+    )
+    with redirect_stdout(io.StringIO()):
+        main()
+    results = json.loads(Path("runs", "choices-sweep", "results.json").read_text())
+    assert len(results["points"]) == 3 and results["points"][0]["metrics"].keys() == {"wanted", "surprise"}

@@ -221,6 +221,7 @@ def test_the_ladder_is_one_config_and_every_rung_trains_more(write: Callable[...
         ([ROWS[0], ROWS[0]], "names must differ"),
         ([ROWS[0], {**ROWS[2], "learning_rates": []}], "needs learning_rates"),
         ([ROWS[0], {"name": "x", "label": "X", "kind": "edited"}], "needs a callback"),
+        ([ROWS[0], {**ROWS[2], "kind": "prompt"}], "is of kind prompt and can have no callback"),
         ([ROWS[0], {**ROWS[2], "starts_from": "iti"}], "starts from 'iti', which is not an earlier row"),
         ([ROWS[0], {**ROWS[2], "starts_from": "base"}], "starts from 'base', which has no adapter"),
         ([ROWS[0], ROWS[3], {**ROWS[2], "starts_from": "iti"}], "LoRA starts from nothing saved"),
