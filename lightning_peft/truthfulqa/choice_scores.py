@@ -67,4 +67,4 @@ class ChoiceScores(UnitScores):
 
 def question_ids(batch: dict[str, Tensor]) -> Tensor:
     """Return which question each row of a batch belongs to, `[B]`."""
-    return batch["question_id"]
+    return batch["group" if "group" in batch else "question_id"]

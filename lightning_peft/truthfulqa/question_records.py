@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lightning_peft.truthfulqa.task import TruthfulQA
 
 # arguments that callbacks had not in release 68ae323, and their defaults: at these, its finished cells still count
-_LATER: dict[str, Any] = {"target_parameters": None}
+_LATER: dict[str, Any] = {"target_parameters": None, "sigma_texts": None, "tokenizer": None}
 _BATCH_SIZE = 16  # that a row of that release had written
 
 

@@ -79,7 +79,7 @@ def predictions(plan: Plan, name: str) -> dict[str, dict[int, float]]:
 def test_every_image_is_tested_once_and_has_an_interval(made: tuple[Plan, dict[str, Any]]) -> None:
     results = made[1]
     assert [row["failed"] for row in results["rows"]] == [None] * 4
-    assert results["data"] == {"label": "DigitTask, 300 images", "units": 300, "folds": 2}
+    assert results["data"] == {"label": "DigitTask", "units": 300, "folds": 2}
     assert results["primary"] == "accuracy" and list(results["measures"]) == ["accuracy", "nll"]
     for row in results["rows"]:
         assert list(row["metrics"]) == ["accuracy", "nll"]
