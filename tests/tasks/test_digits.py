@@ -403,3 +403,16 @@ def test_scores_of_several_draws_are_means_and_all_are_told(tmp_path: Path, monk
         assert first > second and row["metrics"][name]["mean"] == pytest.approx((first + second) / 2)
         assert row["difference"][name]["mean"] == pytest.approx((second - first) / 2)
         assert by_name(results)["base"]["metrics"][name]["mean"] == pytest.approx(first)
+
+
+def test_a_function_that_gives_nothing_is_said_and_loses_no_other_measure(tmp_path: Path) -> None:
+    def undefined(target: Any, prediction: Any) -> float:
+        raise ZeroDivisionError("nothing to divide")
+
+    measures = DigitTask.measures | {"f1": Measure("F1", "mean of F1", columns=TAKEN, function=undefined)}
+    results, _ = run(plan_of(tmp_path, task_of(Digits, measures=measures), rows()[:2]))
+    assert all(list(row["metrics"]) == ["accuracy", "nll"] and not row["failed"] for row in results["rows"])
+    assert [caveat.split("(")[0] for caveat in results["caveats"]] == [
+        "As pretrained: F1 could not be computed ",
+        "Head alone: F1 could not be computed ",
+    ]
