@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,19 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lightning_peft.backbone.window import ContextWindowWarning
-from lightning_peft.compare.outside import changed_outside, load_outside, save_outside, trained_outside
+from lightning_peft.compare.beginning import adapted, callback_of, module_of, trainer_of
+from lightning_peft.compare.outside import changed_outside, save_outside
 from lightning_peft.compare.plan import Plan, Row, row_options
-from lightning_peft.fitting.checkpoint_names import META
-from lightning_peft.fitting.checkpoints import restore_adapters
-from lightning_peft.fitting.find_backbone import find_backbone
-from lightning_peft.fitting.multi_phase import MultiPhase
-from lightning_peft.fitting.pickles import read_file
+from lightning_peft.compare.tuning import tune
 from lightning_peft.stack.adapter_files.folder import adapter_folders, read_folder
-from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
-from lightning_peft.stack.stack import adapters, find_stacks, stack_of
+from lightning_peft.stack.adapter_files.saving import save_adapter
+from lightning_peft.stack.stack import adapters, find_stacks
 from lightning_peft.tasks.cell import Cell
 from lightning_peft.tasks.split import Split
 
@@ -49,11 +43,11 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
     begin = time.perf_counter()
     cell, chosen, outside = cell_of(plan, row, fold, folder), dict[str, Any](), 0
     if row.callback is None:
-        module = _module(plan, row, earlier)
+        module = module_of(plan, row, earlier)
     elif row.edits:
         module, chosen = _edit(plan, row, cell, earlier)
     else:
-        module, chosen, outside = _tune(plan, row, cell, earlier)
+        module, chosen, outside = tune(plan, row, cell, earlier)
     seconds = time.perf_counter() - begin
     counts = _save(plan, row, module, folder)
     counts["trainable_parameters"] += outside
@@ -95,27 +89,27 @@ def cell_of(plan: Plan, row: Row, fold: int, folder: Path, result: Mapping[str, 
         tuned=row.callback is not None and not row.edits,
         scoring=row.scoring,
         trainer=partial(trainer_of, plan),
-        adapted=partial(_adapted, plan, row, folder),
+        adapted=partial(adapted, plan, row, folder),
         result={} if result is None else result,
     )
 
 
 def _edit(plan: Plan, row: Row, cell: Cell, earlier: Mapping[str, Path]) -> tuple[L.LightningModule, dict[str, Any]]:
     """Compute the edit from every other fold, at the strength that is best on the inner validation units."""
-    callback, chosen = _callback(row, earlier), {}
+    callback, chosen = callback_of(row, earlier), {}
     if row.alphas:
         chosen = _choose_alpha(plan, row, cell, earlier)
         callback.alpha = chosen["alpha"]
-    module, data = _module(plan, row, earlier), plan.task.data(cell.split, **cell.options_of(0))
+    module, data = module_of(plan, row, earlier), plan.task.data(cell.split, **cell.options_of(0))
     trainer_of(plan, [callback], max_epochs=1, limit_val_batches=0).fit(module, datamodule=data)
     return module, chosen
 
 
 def _choose_alpha(plan: Plan, row: Row, cell: Cell, earlier: Mapping[str, Path]) -> dict[str, Any]:
     """Measure every strength of the edit that the inner training units give on the inner validation units."""
-    task, callback = plan.task, _callback(row, earlier)
+    task, callback = plan.task, callback_of(row, earlier)
     callback.alpha = 1.0
-    module, inner = _module(plan, row, earlier), Split(cell.fold, task.folds, task.seed, inner=True)
+    module, inner = module_of(plan, row, earlier), Split(cell.fold, task.folds, task.seed, inner=True)
     data, trials = task.data(inner, **cell.options_of(0)), []
     trainer_of(plan, [callback], max_epochs=1, limit_val_batches=0).fit(module, datamodule=data)
     for alpha in row.alphas:
@@ -129,104 +123,12 @@ def _choose_alpha(plan: Plan, row: Row, cell: Cell, earlier: Mapping[str, Path])
     return {"alpha": best["alpha"], "trials": trials}
 
 
-def _tune(
-    plan: Plan, row: Row, cell: Cell, earlier: Mapping[str, Path]
-) -> tuple[L.LightningModule, dict[str, Any], int]:
-    """Try every learning rate until its validation loss stops falling; return the best epoch of the best trial.
-
-    Returns:
-        The module; what was chosen; how many parameters were trained outside of adapters.
-    """
-    folder, monitor = cell.folder / "trials", plan.task.monitor
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
-    trials: list[dict[str, Any]] = []
-    for rate in row.learning_rates:
-        L.seed_everything(plan.seed, verbose=False)  # every trial starts alike
-        module = _module(plan, row, earlier)
-        setattr(module, "learning_rate", rate)  # noqa: B010 - which no LightningModule declares
-        keep = _Keep(folder / f"lr{rate:g}", monitor=monitor, save_top_k=1)
-        epochs = _Epochs(monitor)
-        callbacks = [_callback(row, earlier), epochs, _Stop(monitor, patience=row.patience), keep]
-        trainer = trainer_of(
-            plan, callbacks, max_epochs=row.max_epochs, enable_checkpointing=True, val_check_interval=1.0
-        )
-        trainer.fit(module, datamodule=plan.task.data(cell.split, **cell.options_of(0)))
-        losses = epochs.losses
-        if not epochs.settled:
-            raise ValueError(
-                f"No validation was run, but learning rates and epochs are chosen by {monitor!r}: "
-                f"{type(plan.task).__name__}.data needs a validation set."
-            )
-        best = min(epochs.settled, key=losses.__getitem__)
-        trials.append({"learning_rate": rate, "epochs": best + 1, "val_losses": losses, "path": keep.best_model_path})
-        outside = trained_outside(module)
-    winner = min(trials, key=lambda trial: trial["val_losses"][trial["epochs"] - 1])
-    best_module = _restored(plan.task.module(), Path(winner["path"]))
-    shutil.rmtree(folder)
-    for trial in trials:
-        del trial["path"]
-    chosen = {"learning_rate": winner["learning_rate"], "epochs": winner["epochs"], "trials": trials}
-    return best_module, chosen, outside
-
-
-def _restored(module: L.LightningModule, path: Path) -> L.LightningModule:
-    """Return a fresh module with the weights, and any adapters, of a checkpoint."""
-    checkpoint, adapted = read_file(path), False
-    if META in checkpoint:
-        restore_adapters(module, checkpoint, str(path))
-        adapted = True
-    module.load_state_dict(checkpoint["state_dict"], strict=not adapted)
-    return module
-
-
-def _module(plan: Plan, row: Row, earlier: Mapping[str, Path]) -> L.LightningModule:
-    """Return the task's module, on the earlier row's adapter where the row comes after one."""
-    module = plan.task.module()
-    if row.after is not None:
-        below = next(other for other in plan.rows if other.name == row.after)
-        if earlier[row.after].exists():
-            backbone = _backbone(module, below)
-            load_adapter(backbone, earlier[row.after], name=row.after)
-            stack_of(backbone).freeze()
-        load_outside(module, earlier[row.after].parent)
-    return module
-
-
-def _adapted(plan: Plan, row: Row, folder: Path) -> L.LightningModule:
-    """Return the module with what a finished cell has saved."""
-    module = plan.task.module()
-    if (folder / "adapter").exists():
-        load_adapter(_backbone(module, row), folder / "adapter")
-    load_outside(module, folder)
-    return module
-
-
-def _backbone(module: L.LightningModule, row: Row) -> Any:
-    """Return the submodule that the row's callback adapts."""
-    return module.get_submodule(find_backbone(module, getattr(row.callback, "backbone", None)) or "")
-
-
-def _callback(row: Row, earlier: Mapping[str, Path]) -> Any:
-    """Return the row's callback for one fit, starting from the earlier row's adapter where it is to."""
-    callback: Any = copy.deepcopy(row.callback)
-    if row.starts_from is not None:
-        callback.init_from = str(earlier[row.starts_from])
-    return callback
-
-
 def quiet() -> None:
     """Silence what each of a dozen Trainers would say of devices and data workers."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`configure_optimizers` returned `None`.*")
     warnings.filterwarnings("ignore", category=ContextWindowWarning)  # it was said before the first cell
-
-
-def trainer_of(plan: Plan, callbacks: list[Callback], **options: Any) -> L.Trainer:
-    """Return a Trainer that logs and saves nothing unless options say so."""
-    settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    settings |= {"accelerator": plan.accelerator, "devices": 1, "num_sanity_val_steps": 0}
-    return L.Trainer(callbacks=callbacks, **(settings | options))
 
 
 def _save(plan: Plan, row: Row, module: L.LightningModule, folder: Path) -> dict[str, int]:
@@ -246,43 +148,3 @@ def _save(plan: Plan, row: Row, module: L.LightningModule, folder: Path) -> dict
     save_outside(folder, outside)
     counts["adapter_bytes"] += sum(tensor.nbytes for tensor in outside.values())
     return counts
-
-
-class _Epochs(Callback):
-    """Keep every epoch's validation loss, and which epochs, counted from 0, are of the last phase."""
-
-    def __init__(self, monitor: str) -> None:
-        self.monitor = monitor
-        self.losses: list[float] = []
-        self.settled: list[int] = []
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.monitor not in trainer.callback_metrics:
-            raise ValueError(
-                f"{type(pl_module).__name__} logs no {self.monitor!r} in validation, which learning rates and epochs "
-                f"are chosen by; it logs {', '.join(trainer.callback_metrics) or 'nothing'}."
-            )
-        if _settled(trainer):
-            self.settled.append(len(self.losses))
-        self.losses.append(float(trainer.callback_metrics[self.monitor]))
-
-
-class _Stop(EarlyStopping):
-    """Stop training in its last phase only, not in LoFiT's scales or LT-SFT's full fine-tuning."""
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if _settled(trainer):
-            super().on_validation_end(trainer, pl_module)
-
-
-class _Keep(ModelCheckpoint):
-    """Keep nothing of a phase that is not the last, however low its loss: it is not the method's result."""
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if _settled(trainer):
-            super().on_validation_end(trainer, pl_module)
-
-
-def _settled(trainer: L.Trainer) -> bool:
-    callbacks = getattr(trainer, "callbacks", [])
-    return all(callback.settled for callback in callbacks if isinstance(callback, MultiPhase))

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lightning_peft import __version__
-from lightning_peft.compare import statistics
 from lightning_peft.compare.plan import Plan, Row
-from lightning_peft.compare.statistics import Interval, mean_interval, minimal_detectable, paired_difference
+from lightning_peft.compare.values import difference_of, has_measure, value_of
 from lightning_peft.editing.intervals import wilson
 from lightning_peft.tasks.cell import Cell
 from lightning_peft.tasks.cell_records import Scores
@@ -56,7 +53,8 @@ def collect(
     units = len(
         {unit for row in folds.values() for cell in row if not cell.failed for unit in records.units(cell.result)}
     )
-    rows = [_row(row, folds[row.name], measures, scores, base) for row in plan.rows]
+    undefined: list[str] = []
+    rows = [_row(row, folds[row.name], measures, scores, base, undefined) for row in plan.rows]
     for section in sections:
         for entry in rows:
             entry |= section.row_results(folds[entry["method"]])
@@ -68,14 +66,18 @@ def collect(
         "primary": task.primary,
         "unit": task.unit,
         "rows": rows,
-        "contrasts": _contrasts(plan, scores),
+        "contrasts": _contrasts(plan, rows, scores),
         "categories": _categories(plan, list(cells.values()), scores),
         "category_measures": list(records.category_measures),
         "category_note": records.category_note,
         "head_accuracy": _head_accuracy(plan, output),
         "settings": dict(settings),
         "versions": {"lightning-peft": __version__} | {package: version(package) for package in _PACKAGES},
-        "caveats": records.caveats(units) + [s for row in folds.values() for s in records.cell_caveats(row)],
+        "caveats": [
+            *records.caveats(units),
+            *(s for row in folds.values() for s in records.cell_caveats(row)),
+            *undefined,
+        ],
     }
     for section in sections:
         results |= section.results()
@@ -100,20 +102,32 @@ def _section(section: Section, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(
-    row: Row, folds: Sequence[Cell], measures: Mapping[str, Measure], scores: Mapping[str, Scores], base: str
+    row: Row,
+    folds: Sequence[Cell],
+    measures: Mapping[str, Measure],
+    scores: Mapping[str, Scores],
+    base: str,
+    undefined: list[str],
 ) -> dict[str, Any]:
+    """Return a row's entry; add a sentence to `undefined` for each function that gives nothing on its predictions."""
     outcomes = [cell.result for cell in folds]
     failed = next((outcome["failed"] for outcome in outcomes if outcome["failed"]), None)
     metrics, difference, draws = {}, {}, {}
     for name, measure in measures.items():
-        if not _has(measure, name, scores[row.name]):
+        if not has_measure(measure, name, scores[row.name]):
             continue
-        interval, by_draw = _value(measure, name, scores[row.name])
-        metrics[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-        if len(by_draw) > 1:
-            draws[name] = by_draw
-        if row.name != base and _has(measure, name, scores[base]):
-            difference[name] = _difference(measure, name, scores[row.name], scores[base])
+        try:
+            interval, by_draw = value_of(measure, name, scores[row.name])
+            metrics[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+            if len(by_draw) > 1:
+                draws[name] = by_draw
+            if row.name != base and has_measure(measure, name, scores[base]):
+                difference[name] = difference_of(measure, name, scores[row.name], scores[base])
+        except Exception as error:
+            if measure.function is None:
+                raise
+            # a function that is undefined on these predictions: the cells' other measures are worth having
+            undefined.append(f"{row.label}: {measure.label} could not be computed ({type(error).__name__}: {error}).")
     chosen: dict[str, list[Any]] = defaultdict(list)
     for outcome in outcomes:
         for name, value in outcome["chosen"].items():
@@ -135,91 +149,18 @@ def _row(
     }
 
 
-def _has(measure: Measure, name: str, scores: Scores) -> bool:
-    """Return whether a row's columns have what a measure takes."""
-    return all(scores.get(column) for column in (measure.columns or (name,)))
-
-
-def _value(measure: Measure, name: str, scores: Scores) -> tuple[Interval, list[float]]:
-    """Return a measure on all units with its interval, and its value in each draw of demonstrations."""
-    if measure.function is None:
-        by_draw = _by_draw(scores[name], scores[name])
-        return mean_interval(by_draw), by_draw.mean(1).tolist()
-    columns, function = _Predictions(measure, [scores]), measure.function
-    interval = statistics.function_interval(columns.of(0), columns.function)
-    return interval, [float(function(*draw)) for draw in columns.draws[0]]
-
-
-def _difference(measure: Measure, name: str, a: Scores, b: Scores) -> dict[str, float | None]:
-    """Return the paired difference of a measure, over the units that both rows have."""
-    if measure.function is None:
-        shared = sorted(a[name].keys() & b[name].keys())
-        x, y = _by_draw(a[name], shared), _by_draw(b[name], shared)
-        difference, detectable = paired_difference(x, y), minimal_detectable(x, y)
-    else:
-        columns = _Predictions(measure, [a, b])
-        difference = statistics.function_difference(columns.of(0), columns.of(1), columns.function)
-        detectable = None
-    return {
-        "mean": difference.mean,
-        "low": difference.low,
-        "high": difference.high,
-        "p": difference.p,
-        "mde": detectable,
-    }
-
-
-class _Predictions:
-    """The columns that a measure's function takes, of one row or of two, on the units that all have.
-
-    Units are resampled by their places, so that columns may be of any type, and all draws of a unit stay together: the
-    function of several draws is its mean over them.
-
-    Args:
-        measure: with a function.
-        rows: the columns of each row.
-    """
-
-    def __init__(self, measure: Measure, rows: Sequence[Scores]) -> None:
-        assert measure.function is not None
-        self._function = measure.function
-        shared = set.intersection(*({*row[column]} for row in rows for column in measure.columns))
-        self.units = sorted(shared)
-        self.draws = [self._of_row(row, measure.columns) for row in rows]
-
-    def of(self, row: int) -> list[NDArray[np.int64]]:
-        """Return a row's one column: the place of each unit, counted through all rows."""
-        return [np.arange(len(self.units)) + row * len(self.units)]
-
-    def function(self, places: NDArray[np.int64]) -> float:
-        """Return the measure on the units at these places, which are all of one row."""
-        count = len(self.units)
-        chosen = np.asarray(places) % count
-        draws = self.draws[int(places[0]) // count]
-        return float(np.mean([self._function(*(column[chosen] for column in columns)) for columns in draws]))
-
-    def _of_row(self, row: Scores, names: Sequence[str]) -> list[list[NDArray[Any]]]:
-        count = min(len(row[names[0]][unit]) for unit in self.units)
-        return [[np.array([row[name][unit][draw] for unit in self.units]) for name in names] for draw in range(count)]
-
-
 def _once(scores: Mapping[str, Mapping[int, float]]) -> Scores:
     """Return the scores of what is measured once, whatever the draws."""
     return {name: {i: [value] for i, value in values.items()} for name, values in scores.items()}
 
 
-def _by_draw(values: Mapping[int, list[Any]], units: Iterable[int]) -> NDArray[np.float64]:
-    """Return the scores of some units, `[draws, n]`."""
-    return np.array([values[unit] for unit in units]).T
-
-
-def _contrasts(plan: Plan, scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
+def _contrasts(plan: Plan, rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
     """Return the difference of the primary measure between pairs of rows."""
     name, contrasts = plan.task.primary, []
-    measure = plan.task.measures[name]
+    measure, valued = plan.task.measures[name], {row["method"] for row in rows if name in row["metrics"]}
     for a, b in _contrasted(plan):
-        if _has(measure, name, scores[a]) and _has(measure, name, scores[b]):
-            change = _difference(measure, name, scores[a], scores[b])
+        if a in valued and b in valued:
+            change = difference_of(measure, name, scores[a], scores[b])
             contrasts.append({"a": a, "b": b, "metric": name, **{k: change[k] for k in ("mean", "low", "high", "p")}})
     return contrasts
 

@@ -141,8 +141,7 @@ class CellRecords:
 
     def describe_data(self, units: int) -> dict[str, Any]:
         """Return the `data` of `results.json`."""
-        label = f"{type(self.task).__name__}, {units} {self.task.unit}s"
-        return {"label": label, "units": units, "folds": self.task.folds}
+        return {"label": type(self.task).__name__, "units": units, "folds": self.task.folds}
 
     def describe_model(self) -> dict[str, Any]:
         """Return the `model` of `results.json`."""

@@ -46,10 +46,10 @@ class ChoiceScores(UnitScores):
             self.documents += outputs.tolist()
             return
         if "capability" in batch:
-            self.capability[int(question_ids(batch)[0])] = mc1(outputs, batch["capability"].cpu())
+            self.capability[int(batch["group"][0])] = mc1(outputs, batch["capability"].cpu())
             return
         for index, logprob in enumerate(outputs.tolist()):
-            row = {"question_id": int(question_ids(batch)[index]), "index": int(batch["choice"][index])}
+            row = {"question_id": int(batch["group"][index]), "index": int(batch["choice"][index])}
             row["logprob"] = logprob
             self.choices.append(row | {name: int(batch[name][index]) for name in _METRICS})
 
@@ -63,8 +63,3 @@ class ChoiceScores(UnitScores):
             columns = {name: torch.tensor([choice[name] for choice in choices]) for name in _METRICS}
             for name, value in self.score(logprobs, columns).items():
                 self.columns[name][question] = value
-
-
-def question_ids(batch: dict[str, Tensor]) -> Tensor:
-    """Return which question each row of a batch belongs to, `[B]`."""
-    return batch["group"]

@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_peft.editing.dola import DoLa
 from lightning_peft.editing.rtd import RTD, final_states
 from lightning_peft.tasks.scoring import Scoring
-from lightning_peft.truthfulqa.choice_scores import question_ids
 from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
 from lightning_peft.truthfulqa.prompts import statement
 from lightning_peft.truthfulqa.questions import Question
@@ -106,7 +105,7 @@ class RTDScoring(Scoring):
         scorer = ChoiceScorer(module.backbone)
 
         def score(batch: Batch) -> Tensor:
-            choices = list(zip(question_ids(batch).tolist(), batch["choice"].tolist(), strict=True))
+            choices = list(zip(batch["group"].tolist(), batch["choice"].tolist(), strict=True))
             if "capability" in batch or not logprob_of.keys() >= set(choices):
                 raise ValueError(
                     "RTD scores questions of the test fold only: set the data's val_metrics to False, and "

@@ -79,7 +79,7 @@ def predictions(plan: Plan, name: str) -> dict[str, dict[int, float]]:
 def test_every_image_is_tested_once_and_has_an_interval(made: tuple[Plan, dict[str, Any]]) -> None:
     results = made[1]
     assert [row["failed"] for row in results["rows"]] == [None] * 4
-    assert results["data"] == {"label": "DigitTask, 300 images", "units": 300, "folds": 2}
+    assert results["data"] == {"label": "DigitTask", "units": 300, "folds": 2}
     assert results["primary"] == "accuracy" and list(results["measures"]) == ["accuracy", "nll"]
     for row in results["rows"]:
         assert list(row["metrics"]) == ["accuracy", "nll"]
@@ -403,3 +403,16 @@ def test_scores_of_several_draws_are_means_and_all_are_told(tmp_path: Path, monk
         assert first > second and row["metrics"][name]["mean"] == pytest.approx((first + second) / 2)
         assert row["difference"][name]["mean"] == pytest.approx((second - first) / 2)
         assert by_name(results)["base"]["metrics"][name]["mean"] == pytest.approx(first)
+
+
+def test_a_function_that_gives_nothing_is_said_and_loses_no_other_measure(tmp_path: Path) -> None:
+    def undefined(target: Any, prediction: Any) -> float:
+        raise ZeroDivisionError("nothing to divide")
+
+    measures = DigitTask.measures | {"f1": Measure("F1", "mean of F1", columns=TAKEN, function=undefined)}
+    results, _ = run(plan_of(tmp_path, task_of(Digits, measures=measures), rows()[:2]))
+    assert all(list(row["metrics"]) == ["accuracy", "nll"] and not row["failed"] for row in results["rows"])
+    assert [caveat.split("(")[0] for caveat in results["caveats"]] == [
+        "As pretrained: F1 could not be computed ",
+        "Head alone: F1 could not be computed ",
+    ]
