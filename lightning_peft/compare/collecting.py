@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lightning_peft import __version__
+from lightning_peft.compare.cell_facts import row_facts
 from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.compare.values import difference_of, has_measure, value_of
 from lightning_peft.editing.intervals import wilson
@@ -139,11 +140,7 @@ def _row(
         "metrics": metrics,
         "difference": difference or None,
         "draws": draws,
-        "trainable_parameters": max(outcome["trainable_parameters"] for outcome in outcomes),
-        "edited_parameters": max(outcome["edited_parameters"] for outcome in outcomes),
-        "adapter_bytes": max(outcome["adapter_bytes"] for outcome in outcomes),
-        "seconds": sum(outcome["seconds"] for outcome in outcomes),
-        "scoring_seconds": sum(outcome["scoring_seconds"] for outcome in outcomes),
+        **row_facts(outcomes),
         "failed": failed,
         "chosen": dict(chosen),
     }
