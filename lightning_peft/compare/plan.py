@@ -141,12 +141,6 @@ def check(plan: Plan) -> None:
                 f"Row {row.name!r} has a scoring, but {type(plan.task).__name__} scores no choices: a scoring goes "
                 "with a ChoiceTask."
             )
-        taken = option_names(plan.task.data)
-        if row.scoring is not None and taken is not None and "units_per_batch" not in taken:
-            raise ValueError(
-                f"Row {row.name!r} has a scoring, but {type(plan.task).__name__}.data does not take units_per_batch, "
-                "by which choices are tested one unit a batch."
-            )
         options[row.name] = row_options(plan.task, row)
     plan.task.records.check_rows(options)
 

@@ -89,7 +89,7 @@ class CellRecords:
         columns: Scores = {}
         for draw in range(cell.draws):
             scores = self.scores_of(cell)
-            cell.test(module, self.data_of(cell, draw), scores)
+            cell.test(module, self.task.data(cell.split, **cell.options_of(draw)), scores)
             for name, values in self.checked(scores).items():
                 for unit, value in values.items():
                     columns.setdefault(name, {}).setdefault(unit, []).append(value)
@@ -98,10 +98,6 @@ class CellRecords:
     def scores_of(self, cell: Cell) -> UnitScores:
         """Return what gathers a cell's columns while a Trainer tests."""
         return self.task.scores()
-
-    def data_of(self, cell: Cell, draw: int) -> L.LightningDataModule:
-        """Return a cell's data in a draw of demonstrations."""
-        return self.task.data(cell.split, **cell.options_of(draw))
 
     def checked(self, scores: UnitScores) -> Columns:
         """Return the columns of a test.

@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from lightning_peft.compare.plan import Plan, Row, check
+from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.compare.run import run
-from lightning_peft.tasks import CellRecords, ChoiceTask, Split
+from lightning_peft.tasks import CellRecords
 from lightning_peft.tasks.choices import ChoiceRecords
+from lightning_peft.tasks.decoding import DoLaScoring
 from lightning_peft.truthfulqa import SideEffects
-from lightning_peft.truthfulqa.decoding import DoLaScoring
 from lightning_peft.truthfulqa.task import TruthfulQA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -30,13 +29,6 @@ class Plain(TruthfulQA):
     @property
     def records(self) -> CellRecords:
         return ChoiceRecords(self)
-
-
-class Together(Plain):
-    """Data that does not say how many units a batch has."""
-
-    def data(self, split: Split, *, few_shot: int | None = None) -> Any:
-        return super().data(split, few_shot=few_shot)
 
 
 def rows() -> list[Row]:
@@ -59,11 +51,3 @@ def test_choices_are_scored_otherwise_on_any_task_of_choices(
         for measure in ("mc0", "mc1", "mc2", "mc3"):
             values = [found[kind][name][measure]["mean"] for kind in (TruthfulQA, Plain)]
             assert values[0] == pytest.approx(values[1], abs=1e-5)
-
-
-def test_data_that_cannot_be_tested_one_unit_a_batch_is_one_sentence() -> None:
-    assert issubclass(Together, ChoiceTask)
-    with pytest.raises(
-        ValueError, match=r"^Row 'dola' has a scoring, but Together\.data does not take units_per_batch"
-    ):
-        check(Plan("x", rows(), Together("m")))
