@@ -117,8 +117,9 @@ class DigitTask(Task):
     unit = "image"
 
     def module(self) -> Digits:
+        backbone = copy.deepcopy(pretrained())
         torch.manual_seed(1)
-        module = Digits(copy.deepcopy(pretrained()))
+        module = Digits(backbone)
         module.backbone.requires_grad_(False)
         return module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from lightning_peft.moved.plans import keep_old_plans
 from lightning_peft.stack.adapter_files.names import check_folder_name
 from lightning_peft.tasks.arguments import described, option_names
 from lightning_peft.tasks.choices import ChoiceTask
+from lightning_peft.tasks.measure import Measure
 from lightning_peft.tasks.scoring import Scoring
 from lightning_peft.tasks.task import Task
 
@@ -150,17 +152,34 @@ def check_task(task: Task) -> None:
     name, measures = type(task).__name__, getattr(task, "measures", None)
     if not measures:
         raise ValueError(f"{name} has no measures: set `measures` to a dict of Measure by name.")
+    _check_measures(f"measures of {name}", measures)
     if task.primary not in measures:
         raise ValueError(f"The primary measure of {name} is {task.primary!r}, but it measures {', '.join(measures)}.")
     sections = task.sections
     for section in sections:
+        _check_measures(f"measures of the section {section.name!r} of {name}", section.measures)
         if same := [measure for measure in section.measures if measure in measures]:
             raise ValueError(f"The section {section.name!r} of {name} measures {same[0]!r}, as the task itself does.")
+    try:
+        inspect.signature(task.data).bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"{name}.data must take a split and nothing else that has no default, as data(self, split): {error}."
+        ) from error
     task.check()
     if task.folds < 2:
         raise ValueError(
             f"folds of {name} must be at least 2, so that tests are on unseen {task.unit}s, got {task.folds}."
         )
+
+
+def _check_measures(place: str, measures: object) -> None:
+    """Raise `ValueError` in one sentence for what is no mapping of measures."""
+    if not isinstance(measures, Mapping):
+        raise ValueError(f"{place} must be a dict of Measure by name, got a {type(measures).__name__}.")
+    for name, measure in measures.items():
+        if not isinstance(measure, Measure):
+            raise ValueError(f"{place} must be a dict of Measure by name, but {name!r} is a {type(measure).__name__}.")
 
 
 def _check_row(row: Row, before: list[Row]) -> None:

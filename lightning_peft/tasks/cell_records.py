@@ -13,6 +13,7 @@ import numpy as np
 
 from lightning_peft.tasks.arguments import described
 from lightning_peft.tasks.cell import Cell
+from lightning_peft.tasks.first_check import first_check
 from lightning_peft.tasks.unit_scores import UnitScores
 
 if TYPE_CHECKING:
@@ -64,25 +65,16 @@ class CellRecords:
     def check(self, rows: Sequence[Cell], missing: Sequence[Cell], cells: Sequence[Cell]) -> None:
         """Raise `ValueError` in one sentence for what would end cells after they have begun.
 
-        One batch is tested, so that a measure that `test_step` does not return is noticed before anything is trained,
-        as is a module without a learning rate to set.
+        Two batches are tested, and one is validated where rows are tuned, so that a measure that `test_step` does not
+        return is noticed before anything is trained, as is a module whose learning rate cannot be set.
 
         Args:
             rows: the first cell of each row.
             missing: the cells that are to be computed.
             cells: all of them.
         """
-        if not missing:
-            return
-        module, scores = self.task.module(), self.task.scores()
-        if any(cell.tuned for cell in missing) and not hasattr(module, "learning_rate"):
-            raise ValueError(
-                f"{type(module).__name__} has no attribute learning_rate for a row to set: let its "
-                "configure_optimizers use self.learning_rate."
-            )
-        data = self.task.data(missing[0].split, **missing[0].options_of(0))
-        missing[0].trainer([scores], limit_test_batches=1).test(module, datamodule=data, verbose=False)
-        self.checked(scores)
+        if missing:
+            first_check(self, missing)
 
     def measure(self, cell: Cell, module: L.LightningModule) -> dict[str, Any]:
         """Test an adapted module on its cell's units, and return what the cell keeps, JSON-able."""
@@ -109,10 +101,16 @@ class CellRecords:
             raise ValueError("The test set is empty: no batch was tested, so that there is nothing to measure.")
         for name, measure in self.task.measures.items():
             for column in (name,) if measure.of_units else measure.columns:
+                what = f"the measure {name!r}" if measure.of_units else f"{column!r}, which {name!r} takes"
+                if column in scores.misshapen:
+                    raise ValueError(f"test_step must return {what} [B]; it returns {scores.misshapen[column]}.")
                 if column not in scores.columns:
-                    what = f"the measure {name!r}" if measure.of_units else f"{column!r}, which {name!r} takes"
                     raise ValueError(f"test_step does not return {what} [B]; it returns {scores.returned}.")
                 for unit, value in scores.columns[column].items():
+                    if measure.of_units and not isinstance(value, Number):
+                        raise ValueError(
+                            f"The measure {name!r} of {self.task.unit} {unit} is {value!r}: a score is a number."
+                        )
                     if isinstance(value, Number) and not math.isfinite(value):  # type: ignore[arg-type]
                         raise ValueError(f"{column!r} of {self.task.unit} {unit} is {value}: scores must be finite.")
         return scores.columns
