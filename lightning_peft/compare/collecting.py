@@ -66,6 +66,7 @@ def collect(
         "measures": {name: measure.as_dict() for name, measure in task.measures.items()},
         "primary": task.primary,
         "unit": task.unit,
+        "label": task.label,
         "rows": rows,
         "contrasts": _contrasts(plan, rows, scores),
         "categories": _categories(plan, list(cells.values()), scores),
