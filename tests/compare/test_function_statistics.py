@@ -257,6 +257,7 @@ def test_a_difference_covers_the_truth_and_is_rarely_found_where_there_is_none()
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("n", [100, 400])
 @pytest.mark.parametrize(
     ("function", "shares"), [(matthews, BINARY), (matthews, RARE), (macro_f1, THREE), (macro_f1, RARE_THIRD)]
