@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_peft.tasks.cell import Cell
-from lightning_peft.tasks.fresh_modules import check_learning_rate, check_same_weights
+from lightning_peft.tasks.fresh_modules import check_learning_rate, fresh_module
 from lightning_peft.tasks.section import Section
 from lightning_peft.tasks.unit_scores import UnitScores
 
@@ -35,10 +35,9 @@ def first_check(records: CellRecords, missing: Sequence[Cell]) -> None:
         ValueError: in one sentence, for what would end cells after they have begun or give wrong numbers.
     """
     task, tuned = records.task, next((cell for cell in missing if cell.tuned), None)
-    module, other = _module(task), _module(task)
-    check_same_weights(type(task).__name__, module, other)
+    module = fresh_module(type(task).__name__, lambda: _module(task))
     if tuned is not None:
-        check_learning_rate(other)
+        check_learning_rate(module)
     scores, data = task.scores(), _data(task, missing[0])
     if not is_overridden("test_dataloader", data, L.LightningDataModule):
         raise ValueError(
