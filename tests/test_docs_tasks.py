@@ -148,7 +148,7 @@ def test_choices_are_compared_under_tuning_and_edits(
     write_csv("questions.csv", ("question", "wanted", "unwanted"), rows)
     results = compare(monkeypatch, "choices.yaml", "--task.model", str(tiny_folder("llama")), max_epochs=1)
     surprise = values(results, "surprise")
-    assert results["data"]["units"] == 12 and len(set(surprise.values())) == 4 and surprise["lora"] < surprise["base"]
+    assert results["data"]["units"] == 12 and len(set(surprise.values())) == 5 and surprise["lora"] < surprise["base"]
     chosen = {row["method"]: row["chosen"] for row in results["rows"]}["iti"]["alpha"]
     assert len(chosen) == 2 and set(chosen) <= {1.0, 5.0, 15.0}
 

@@ -53,8 +53,6 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
     counts["trainable_parameters"] += outside
 
     begin = time.perf_counter()
-    if row.scoring is not None:
-        setattr(module, "scoring", row.scoring)  # noqa: B010 - of the modules whose tasks score choices
     measured = plan.task.records.measure(cell, module)
     if row.scoring is not None:
         chosen = dict(row.scoring.chosen)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lightning_peft import __version__
+from lightning_peft.compare.cell_facts import row_facts
 from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.compare.values import difference_of, has_measure, value_of
 from lightning_peft.editing.intervals import wilson
@@ -65,6 +66,7 @@ def collect(
         "measures": {name: measure.as_dict() for name, measure in task.measures.items()},
         "primary": task.primary,
         "unit": task.unit,
+        "label": task.label,
         "rows": rows,
         "contrasts": _contrasts(plan, rows, scores),
         "categories": _categories(plan, list(cells.values()), scores),
@@ -139,11 +141,7 @@ def _row(
         "metrics": metrics,
         "difference": difference or None,
         "draws": draws,
-        "trainable_parameters": max(outcome["trainable_parameters"] for outcome in outcomes),
-        "edited_parameters": max(outcome["edited_parameters"] for outcome in outcomes),
-        "adapter_bytes": max(outcome["adapter_bytes"] for outcome in outcomes),
-        "seconds": sum(outcome["seconds"] for outcome in outcomes),
-        "scoring_seconds": sum(outcome["scoring_seconds"] for outcome in outcomes),
+        **row_facts(outcomes),
         "failed": failed,
         "chosen": dict(chosen),
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.compare.cell_facts import CELL_FACTS
 from lightning_peft.compare.outside import OUTSIDE
 from lightning_peft.files.records import DamagedError, check_sums, file_sums, read_record, write_record
 from lightning_peft.tasks.cell_records import CellRecords
@@ -13,14 +14,11 @@ from lightning_peft.tasks.cell_records import CellRecords
 _KINDS: dict[str, Any] = {
     "key": str,
     "failed": (str, type(None)),
-    "seconds": (int, float),
-    "scoring_seconds": (int, float),
     "chosen": dict,
-    "trainable_parameters": int,
-    "edited_parameters": int,
-    "adapter_bytes": int,
     "files": dict,
+    **{fact.name: int if fact.kind is int else (int, float) for fact in CELL_FACTS},
 }
+_LATER = {fact.name for fact in CELL_FACTS if fact.later}
 _SINCE_SUMS = ("files",)  # what records without a sum do not have
 _WRITTEN = ("adapter", OUTSIDE)  # by any cell, beside its result
 
@@ -54,7 +52,7 @@ def finished(folder: Path, key: str, records: CellRecords) -> dict[str, Any] | N
     """
     path, kinds = folder / "result.json", _KINDS | dict(records.kinds)
     try:
-        result = read_record(path, kinds, kinds.keys() - {*_SINCE_SUMS, *records.since_sums})
+        result = read_record(path, kinds, kinds.keys() - {*_SINCE_SUMS, *records.since_sums}, _LATER)
     except FileNotFoundError:
         if any((folder / name).exists() for name in (*_WRITTEN, *records.files)):
             raise DamagedError(f"{path} is missing") from None

@@ -86,6 +86,7 @@ def _view(results: Results) -> dict[str, Any]:
         "data": dict.fromkeys(("source", "label", "hash", "folds")) | results["data"],
         "units": units_of(results),
         "unit": results["unit"],
+        "label": results.get("label", "truth"),
         "plural": plural_unit(results),
         "model": dict.fromkeys(("pretrained", "fingerprint", "layers", "heads")) | results["model"],
         "model_size": count(results["model"].get("parameters")),

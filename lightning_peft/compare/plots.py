@@ -1,4 +1,4 @@
-"""The two pictures of a comparison: where the probes read the truth, and how far each method got.
+"""The two pictures of a comparison: where probes read the label, and how far each method got.
 
 Both return a :class:`matplotlib.figure.Figure` of its own, without pyplot's global state, so they can be drawn in any
 thread and leave nothing open. The background is transparent; ``ink`` is the colour of text and lines.

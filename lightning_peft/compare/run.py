@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from lightning_peft.compare.cell import cell_of, quiet, run_cell
+from lightning_peft.compare.cell_facts import unknown_facts
 from lightning_peft.compare.collecting import collect
 from lightning_peft.compare.finished import finished, write_result
 from lightning_peft.compare.outside import OUTSIDE
@@ -113,8 +114,7 @@ def _attempt(
 ) -> dict[str, Any]:
     records = plan.task.records
     empty: dict[str, Any] = {name: kind() for name, kind in records.kinds.items()}
-    empty |= {"seconds": 0.0, "scoring_seconds": 0.0, "chosen": {}}
-    empty |= {"trainable_parameters": 0, "edited_parameters": 0, "adapter_bytes": 0}
+    empty |= {"chosen": {}, **unknown_facts()}
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # what an earlier attempt left
     (folder / OUTSIDE).unlink(missing_ok=True)
     try:

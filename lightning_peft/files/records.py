@@ -43,13 +43,16 @@ def write_record(path: Path, values: Mapping[str, Any], indent: int | None = Non
     write_atomically(path, f'{before}"{_sum(text)}"{after}')
 
 
-def read_record(path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] | None = None) -> dict[str, Any]:
+def read_record(
+    path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] | None = None, later: Iterable[str] = ()
+) -> dict[str, Any]:
     """Read what `write_record` wrote; a record without a sum, of an old release, is checked for names and types alone.
 
     Args:
         path: of the file.
         kinds: the type of each value, by name.
         unsummed: the names in a record without a sum; default all.
+        later: names that came later, which a record may lack.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -64,7 +67,7 @@ def read_record(path: Path, kinds: Mapping[str, Kind], unsummed: Iterable[str] |
         raise DamagedError(f"{path} holds a {type(record).__name__} where an object was written")
     summed, written = _SUM in record, record.pop(_SUM, None)
     expected = kinds.keys() if summed or unsummed is None else set(unsummed)
-    if record.keys() != expected:
+    if not expected - set(later) <= record.keys() <= set(expected):
         raise DamagedError(f"{path} holds {', '.join(record) or 'nothing'} where {', '.join(kinds)} were written")
     before, _, after = text.rpartition(f'"{written}"')
     if summed and written != _sum(f'{before}""{after}'):

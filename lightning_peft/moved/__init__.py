@@ -35,9 +35,8 @@ _MOVED = {
     ("cli", "cli"): "scoring:validation",
     ("compare", "compare"): "answers_view:sections",
     ("compare", "files"): "files:kept",
-    ("compare", "truthfulqa"): (
-        "answering:answers_section answers decoding effects:side_effects_section scoring:decoding texts"
-    ),
+    ("compare", "tasks"): "decoding scoring:decoding",
+    ("compare", "truthfulqa"): ("answering:answers_section answers effects:side_effects_section texts"),
     ("editing", "editing"): "checkpoints:differences",
     ("editing", "editing.probes"): "examples:linear",
     ("editing.facts", "editing.facts"): "prompts:prompt_tokens",

@@ -12,7 +12,7 @@ from lightning_peft.moved import resolve, warn_moved
 C = TypeVar("C", bound=type)
 _DATA = "lightning_peft.truthfulqa.settings.Data"
 # modules whose classes stand in plans, as release 68ae323 had them
-IN_THE_FIRST_RELEASE = {"lightning_peft.truthfulqa.decoding": "lightning_peft.compare.scoring"}
+IN_THE_FIRST_RELEASE = {"lightning_peft.tasks.decoding": "lightning_peft.compare.scoring"}
 
 
 def keep_old_plans(*order: str) -> Callable[[C], C]:

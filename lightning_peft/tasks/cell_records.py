@@ -80,12 +80,16 @@ class CellRecords:
         """Test an adapted module on its cell's units, and return what the cell keeps, JSON-able."""
         columns: Scores = {}
         for draw in range(cell.draws):
-            scores = self.task.scores()
+            scores = self.scores_of(cell)
             cell.test(module, self.task.data(cell.split, **cell.options_of(draw)), scores)
             for name, values in self.checked(scores).items():
                 for unit, value in values.items():
                     columns.setdefault(name, {}).setdefault(unit, []).append(value)
         return {"columns": columns}
+
+    def scores_of(self, cell: Cell) -> UnitScores:
+        """Return what gathers a cell's columns while a Trainer tests."""
+        return self.task.scores()
 
     def checked(self, scores: UnitScores) -> Columns:
         """Return the columns of a test.

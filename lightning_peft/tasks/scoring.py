@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -27,3 +28,22 @@ class Scoring(ABC):
         Args:
             module: under test by a Trainer with the task's data module, which is set up.
         """
+
+
+@dataclass(frozen=True)
+class Statements:
+    """Texts whose truth is known, and those that are to be told: what a data module's `statements()` returns.
+
+    Args:
+        stored: token ids of each text that is learnt from, those of the inner training units first.
+        truth: of each, 1 or 0.
+        inner: how many are of inner training units; the others are of inner validation units.
+        tested: token ids of each choice of the test units, in the form of `stored`, by `group` and `choice`.
+        others: columns that only batches of other units have, whose numbers may be the same.
+    """
+
+    stored: Sequence[list[int]]
+    truth: Sequence[int]
+    inner: int
+    tested: Mapping[tuple[int, int], list[int]]
+    others: frozenset[str] = frozenset()

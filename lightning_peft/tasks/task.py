@@ -25,6 +25,7 @@ class Task(ABC):
         measures: by name, in the order of the table's columns.
         monitor: the logged validation metric, the lower the better, that learning rates and epochs are chosen by.
         unit: what a unit is called in sentences, in the singular.
+        label: what the labels of texts that edits read tell, in sentences.
         folds: every unit is tested once, by a module that has not seen its fold.
         seed: of the split into folds.
 
@@ -40,6 +41,7 @@ class Task(ABC):
     measures: ClassVar[Mapping[str, Measure]]
     monitor: str = "val_loss"
     unit: str = "unit"
+    label: str = "label"
     folds: int = 2
     seed: int = 0
 

@@ -18,6 +18,7 @@ from lightning_peft.backbone.window import context_window
 from lightning_peft.callbacks.edits.iti import ITI
 from lightning_peft.data.batches import LengthGroupedSampler, as_dataset, evenly_mixed, padded, tokenizer_of
 from lightning_peft.effects.slices import text_batches
+from lightning_peft.tasks.scoring import Statements
 from lightning_peft.truthfulqa.evaluate import Evaluate
 from lightning_peft.truthfulqa.evaluation import Batch
 from lightning_peft.truthfulqa.fitting import fewer_demonstrations
@@ -223,6 +224,28 @@ class TruthfulQADataModule(L.LightningDataModule):
             for answer in (*question.correct, *question.incorrect):
                 texts.append(f"{statement(question.text, answer)} Q: {following.text}")
         return [list(self._tokenizer(text)["input_ids"]) for text in texts]
+
+    def statements(self) -> Statements:
+        """Return every true and false answer outside the test fold, and the choices in it, as statements."""
+        inner, held_out = (self._labelled(questions) for questions in (self.train_questions, self.val_questions))
+        return Statements(
+            stored=[tokens for tokens, _ in inner + held_out],
+            truth=[true for _, true in inner + held_out],
+            inner=len(inner),
+            tested={
+                (question.id, i): self._encoded(question, choice.text)
+                for question in self.test_questions
+                for i, choice in enumerate(question.choices)
+            },
+            others=frozenset({"capability"}),
+        )
+
+    def _labelled(self, questions: Sequence[Question]) -> list[tuple[list[int], int]]:
+        answers = [(question, choice) for question in questions for choice in question.choices if choice.mc2 >= 0]
+        return [(self._encoded(question, choice.text), choice.mc2) for question, choice in answers]
+
+    def _encoded(self, question: Question, answer: str) -> list[int]:
+        return list(self._tokenizer(statement(question.text, answer))["input_ids"])
 
     def train_dataloader(self) -> DataLoader:
         if self.kind == "statements":

@@ -49,7 +49,7 @@ class Evaluate(Callback):
         ValueError: the module has no language model, or it cannot be told which of several.
 
     Example:
-        >>> from lightning_peft.truthfulqa.decoding import DoLaScoring
+        >>> from lightning_peft.tasks.decoding import DoLaScoring
         >>> run = L.Trainer(callbacks=[Evaluate(DoLaScoring())])  # doctest: +SKIP
         >>> run.test(module, TruthfulQADataModule("hub"))  # doctest: +SKIP
     """

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lightning_peft.effects.metric import TextEffects
 from lightning_peft.effects.text_sums import Off, batch_effects
 from lightning_peft.models import TokenMean
+from lightning_peft.packing.batch_scores import Scores as Scores
+from lightning_peft.packing.batch_scores import by_logprob as by_logprob
 from lightning_peft.truthfulqa.metrics import ChoiceMetrics
-from lightning_peft.truthfulqa.scoring import AnswerScorer, ChoiceScorer
 
 Batch = dict[str, Tensor]
-Scores = Callable[[Batch], Tensor]
 
 
 class Evaluation(nn.Module):
@@ -116,10 +116,3 @@ class Evaluation(nn.Module):
         self.text.reset()
         self._scoring = self._scores = self._effects = None
         return {prefix + name: value for name, value in results.items()}
-
-
-def by_logprob(backbone: nn.Module) -> Scores:
-    """Return a function that scores choices by the exact log-probabilities of their answers behind their prompts."""
-    apart = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
-    scorer = AnswerScorer(backbone) if apart else ChoiceScorer(backbone)
-    return lambda batch: scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])

@@ -19,6 +19,7 @@ from lightning_peft.stack.adapter_files.folder import adapter_folders, check_fin
 from lightning_peft.tasks.cell import Cell
 from lightning_peft.tasks.cell_records import CellRecords, Columns, Scores
 from lightning_peft.tasks.unit_scores import UnitScores
+from lightning_peft.truthfulqa.evaluate import Evaluate
 from lightning_peft.truthfulqa.folds import assign_folds
 from lightning_peft.truthfulqa.samples import FILES, TASKS, SampleWriter, read_samples, write_samples
 from lightning_peft.truthfulqa.texts import check_texts, shape_of, text_caveats
@@ -77,7 +78,8 @@ class QuestionRecords(CellRecords):
         for draw in range(cell.draws):
             scores, data = self.task.scores(), self.task.data(cell.split, **cell.options_of(draw))
             data.side_effects = effects if draw == 0 else None
-            trainer = cell.test(module, data, scores, SampleWriter(cell.folder if draw == 0 else None))
+            writer = SampleWriter(cell.folder if draw == 0 else None)
+            trainer = cell.test(module, data, scores, writer, Evaluate(cell.scoring))
             shown += [data.demonstrations] if data.demonstrations else []
             batches = [batch for batch in loaded(trainer.test_dataloaders) if "document" not in batch]
             lengths = (n for batch in batches for n in lengths_of(batch))

@@ -59,6 +59,7 @@ class TruthfulQA(ChoiceTask):
 
     measures = MEASURES
     unit = "question"
+    label = "truth"
 
     def __init__(
         self,

@@ -27,9 +27,9 @@ from lightning_peft.models import CausalLM
 from lightning_peft.sweep.settings import Sweep
 from lightning_peft.sweep.settings import check as check_sweep
 from lightning_peft.tasks import Cell
+from lightning_peft.tasks.decoding import DoLaScoring
 from lightning_peft.truthfulqa import SideEffects, answers_section
 from lightning_peft.truthfulqa.answers import Answers
-from lightning_peft.truthfulqa.decoding import DoLaScoring
 from lightning_peft.truthfulqa.judges import Confusion, JudgeQuality, save_quality
 from lightning_peft.truthfulqa.references import reference_scores
 from lightning_peft.truthfulqa.settings import Data

@@ -21,8 +21,8 @@ from lightning_peft.cli import main
 from lightning_peft.compare.cell import run_cell
 from lightning_peft.compare.plan import Plan, Row, check
 from lightning_peft.models import CausalLM
+from lightning_peft.tasks.decoding import DoLaScoring, RTDScoring
 from lightning_peft.truthfulqa import SideEffects, TruthfulQADataModule
-from lightning_peft.truthfulqa.decoding import DoLaScoring, RTDScoring
 from lightning_peft.truthfulqa.evaluation import by_logprob
 from lightning_peft.truthfulqa.task import TruthfulQA
 
@@ -193,7 +193,7 @@ def test_rows_are_read_from_yaml_and_a_changed_one_is_run_again(
     tmp_path: Path, tiny_folder: Callable[[str], Path]
 ) -> None:
     def compared(layers: Any) -> dict[str, Any]:
-        place = "lightning_peft.truthfulqa.decoding."
+        place = "lightning_peft.tasks.decoding."
         scorings = {
             "dola": {"class_path": place + "DoLaScoring", "init_args": {"layers": layers}},
             "rtd": {"class_path": place + "RTDScoring", "init_args": {"k": 5}},
@@ -218,5 +218,5 @@ def test_questions_of_which_no_statement_was_read_are_refused(tiny_folder: Calla
     module = CausalLM(str(tiny_folder("llama")))
     module.scoring = RTDScoring(k=5)
     data = TruthfulQADataModule("package", limit=LIMIT, side_effects=SideEffects(tokens=0, capability=4))
-    with pytest.raises(ValueError, match=r"leave the data's side_effects out\.$"):
+    with pytest.raises(ValueError, match=r"neither in validation nor side effects\.$"):
         Trainer(logger=False, enable_progress_bar=False, accelerator="cpu").test(module, data, verbose=False)

@@ -15,8 +15,8 @@ from lightning_peft import moved
 from lightning_peft.cli import main
 from lightning_peft.compare import run as running
 from lightning_peft.compare.plan import Plan, Row, cell_key
+from lightning_peft.tasks.decoding import DoLaScoring
 from lightning_peft.truthfulqa import SideEffects
-from lightning_peft.truthfulqa.decoding import DoLaScoring
 from lightning_peft.truthfulqa.settings import Data
 from lightning_peft.truthfulqa.task import TruthfulQA
 
@@ -105,7 +105,7 @@ def test_a_cell_s_key_is_that_of_either_form() -> None:
     assert key == cell_key(plan, {"rows": {"base": row | {"batch_size": 16}}}, ROWS[0], 0)
     assert key != cell_key(plan, {"rows": {"base": row | {"batch_size": 8}}}, ROWS[0], 0)
     keys = set()
-    for module in ("lightning_peft.truthfulqa.decoding", "lightning_peft.compare.scoring"):
+    for module in ("lightning_peft.tasks.decoding", "lightning_peft.compare.scoring"):
         scoring = {"class_path": f"{module}.{DoLaScoring.__name__}", "init_args": {"layers": "high"}}
         keys.add(cell_key(plan, {"rows": {"base": row | {"scoring": scoring}}}, ROWS[0], 0))
     assert len(keys) == 1

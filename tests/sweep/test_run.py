@@ -81,7 +81,7 @@ def test_a_task_of_ones_own_gives_a_table_with_its_measures(
     main(["sweep", "--config", str(write("own", "own", choose="surprise"))])
     sweep, printed = results(tmp_path / "own"), capsys.readouterr().out
     assert [*sweep["measures"]] == ["accuracy", "surprise"] and sweep["primary"] == "accuracy"
-    assert sweep["data"] == {"label": "ABQuestions, 12 units", "units": len(QUESTIONS), "folds": 2}
+    assert sweep["data"] == {"label": "ABQuestions", "units": len(QUESTIONS), "folds": 2}
     heading = next(line for line in printed.splitlines() if "Right" in line)
     assert heading.split() == ["K", "α", "Right", "Surprise", "Surprise", "−", "base", "KL"]
     base = sweep["points"][0]["metrics"]

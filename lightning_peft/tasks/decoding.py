@@ -1,9 +1,9 @@
-"""DoLa and RTD: other ways to score a question's choices than by their log-probability."""
+"""DoLa and RTD: other ways to score a unit's choices than by their log-probability."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +11,8 @@ from torch import Tensor
 
 from lightning_peft.editing.dola import DoLa
 from lightning_peft.editing.rtd import RTD, final_states
-from lightning_peft.tasks.scoring import Scoring
-from lightning_peft.truthfulqa.datamodule import TruthfulQADataModule
-from lightning_peft.truthfulqa.prompts import statement
-from lightning_peft.truthfulqa.questions import Question
-from lightning_peft.truthfulqa.scoring import ChoiceScorer
+from lightning_peft.packing.choices import ChoiceScorer
+from lightning_peft.tasks.scoring import Scoring, Statements
 
 if TYPE_CHECKING:
     from lightning_peft.models import Batch, CausalLM
@@ -66,11 +63,11 @@ class DoLaScoring(Scoring):
 class RTDScoring(Scoring):
     """Score a choice by the truth of the nearest statements (Shi et al. 2024): log p(true), by `RTD`.
 
-    What is stored are the final hidden states at the last token of `Q: question A: answer`, one for each true and each
-    false answer to each question outside the test fold, with truth 1 or 0; a choice is looked up in the same form,
-    without primer. `p = (k p_rtd + s) / (k + 1)`, where s is the share of true statements stored: as if the whole store
-    were one more neighbour, so that a choice all of whose neighbours are false is not impossible. The order of choices
-    is that of `p_rtd`.
+    What is stored are the final hidden states at the last token of each statement outside the test fold, and a choice
+    is looked up in the same form: `statements()` of the data module gives both, see `Statements`. Of TruthfulQA a
+    statement is `Q: question A: answer`, without primer. `p = (k p_rtd + s) / (k + 1)`, where s is the share of true
+    statements stored: as if the whole store were one more neighbour, so that a choice all of whose neighbours are
+    false is not impossible. The order of choices is that of `p_rtd`.
 
     Args:
         k: neighbours.
@@ -88,28 +85,29 @@ class RTDScoring(Scoring):
 
     def __call__(self, module: CausalLM) -> Callable[[Batch], Tensor]:
         data = getattr(module.trainer, "datamodule", None)
-        if not isinstance(data, TruthfulQADataModule):
-            raise ValueError(f"RTD looks up the statements of a TruthfulQADataModule, got {type(data).__name__}.")
-        inner, held_out = (_statements(questions) for questions in (data.train_questions, data.val_questions))
-        states = _states(module, [(question, answer) for question, answer, _ in inner + held_out])
-        truth = torch.tensor([true for *_, true in inner + held_out])
+        if not hasattr(data, "statements"):
+            raise ValueError(
+                f"RTD looks up statements whose truth is known: let {type(data).__name__} have statements(), which "
+                "returns lightning_peft.tasks.scoring.Statements."
+            )
+        statements: Statements = data.statements()
+        states, truth = final_states(module.backbone, statements.stored), torch.tensor(statements.truth)
         rtd = copy.copy(self.rtd)
         if self.temperature is None:
-            rtd.temperature = _best_temperature(rtd, states, truth, len(inner))
+            rtd.temperature = _best_temperature(rtd, states, truth, statements.inner)
         self.chosen = {"temperature": rtd.temperature}
         rtd.fit(states, truth)
-        tested = [(q, i) for q in data.test_questions for i in range(len(q.choices))]
-        looked_up = _states(module, [(q.text, q.choices[i].text) for q, i in tested])
+        looked_up = final_states(module.backbone, list(statements.tested.values()))
         logprobs = _true(rtd, looked_up, truth).log().tolist()
-        logprob_of = {(q.id, i): logprob for (q, i), logprob in zip(tested, logprobs, strict=True)}
+        logprob_of = dict(zip(statements.tested, logprobs, strict=True))
         scorer = ChoiceScorer(module.backbone)
 
         def score(batch: Batch) -> Tensor:
             choices = list(zip(batch["group"].tolist(), batch["choice"].tolist(), strict=True))
-            if "capability" in batch or not logprob_of.keys() >= set(choices):
+            if statements.others & batch.keys() or not logprob_of.keys() >= set(choices):
                 raise ValueError(
-                    "RTD scores questions of the test fold only: set the data's val_metrics to False, and "
-                    "leave the data's side_effects out."
+                    "RTD scores the choices of the test fold only, which statements() names: measure nothing else with "
+                    "it, neither in validation nor side effects."
                 )
             scores = torch.tensor([logprob_of[choice] for choice in choices])
             if self.lm_weight:
@@ -118,15 +116,6 @@ class RTDScoring(Scoring):
             return scores
 
         return score
-
-
-def _statements(questions: Sequence[Question]) -> list[tuple[str, str, int]]:
-    """Return question, answer and truth of every true and every false answer."""
-    return [(q.text, choice.text, choice.mc2) for q in questions for choice in q.choices if choice.mc2 >= 0]
-
-
-def _states(module: CausalLM, pairs: Sequence[tuple[str, str]]) -> Tensor:
-    return final_states(module.backbone, [module.tokenizer(statement(*pair))["input_ids"] for pair in pairs])
 
 
 def _true(rtd: RTD, states: Tensor, truth: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""A task of choices keeps columns as any does, and its rows may score choices otherwise."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lightning_peft.compare.plan import Plan, Row
+from lightning_peft.compare.run import run
+from lightning_peft.tasks import CellRecords
+from lightning_peft.tasks.choices import ChoiceRecords
+from lightning_peft.tasks.decoding import DoLaScoring
+from lightning_peft.truthfulqa import SideEffects
+from lightning_peft.truthfulqa.task import TruthfulQA
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+EFFECTS = SideEffects(tokens=0, capability=0)
+
+
+class Plain(TruthfulQA):
+    """The benchmark's questions as a task of one's own has them: columns, and no sections."""
+
+    sections = ()
+
+    @property
+    def records(self) -> CellRecords:
+        return ChoiceRecords(self)
+
+
+def rows() -> list[Row]:
+    scoring = DoLaScoring([1, 2])
+    return [Row("base", "", "base"), Row("dola", "", "decoded", scoring=scoring), Row("few", "", "prompt", few_shot=2)]
+
+
+def test_choices_are_scored_otherwise_on_any_task_of_choices(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    found = {}
+    for kind in (TruthfulQA, Plain):
+        task = kind(str(tiny_folder("llama")), limit=12, side_effects=EFFECTS)
+        plan = Plan("x", rows(), task, str(tmp_path / kind.__name__), accelerator="cpu")
+        results = run(plan, console=Console(file=io.StringIO()))
+        assert not any(row["failed"] for row in results["rows"])
+        found[kind] = {row["method"]: row["metrics"] for row in results["rows"]}
+    assert found[Plain]["dola"]["mc2"] != found[Plain]["base"]["mc2"]
+    for name in ("base", "dola", "few"):
+        for measure in ("mc0", "mc1", "mc2", "mc3"):
+            values = [found[kind][name][measure]["mean"] for kind in (TruthfulQA, Plain)]
+            assert values[0] == pytest.approx(values[1], abs=1e-5)
