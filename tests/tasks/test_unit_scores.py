@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,7 @@ def test_each_test_begins_anew() -> None:
 
 
 def test_columns_of_texts_lists_and_an_empty_batch_are_gathered() -> None:
-    scores = gathered([{"unit": [3, 4], "answer": ["yes", "no"]}, {"unit": [], "answer": []}])
+    single = {"unit": [torch.tensor(5), np.int64(6)], "answer": ("no", "yes")}
+    scores = gathered([{"unit": [3, 4], "answer": ["yes", "no"]}, {"unit": [], "answer": []}, single])
     scores.on_test_epoch_end(TRAINER, MODULE)
-    assert scores.columns == {"answer": {3: "yes", 4: "no"}} and scores.misshapen == {}
+    assert scores.columns == {"answer": {3: "yes", 4: "no", 5: "no", 6: "yes"}} and scores.misshapen == {}
