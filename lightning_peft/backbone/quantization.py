@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_peft.backbone.modules import base_modules
-from lightning_peft.backbone.nearest_names import nearest_names
+from lightning_peft.backbone.nearest_names import nearest_clause
 from lightning_peft.backbone.task_heads import task_heads
 
 QuantType = Literal["nf4", "fp4", "int8"]
@@ -225,8 +225,8 @@ def _chosen(backbone: nn.Module, skip: Collection[str]) -> dict[str, Any]:
     names = [name for name, _ in backbone.named_modules() if name]
     for name in skip:
         if not any(n == name or n.endswith(f".{name}") for n in names):
-            near = nearest_names(name, names)
-            raise ValueError(f"No module of the backbone is called {name!r}; the nearest names are {near}.")
+            near = nearest_clause(name, names)
+            raise ValueError(f"No module of the backbone is called {name!r}{near}.")
     # some of these are asked by their parents for the dtype to compute in, such as T5's wo
     float32_names = {name for m in backbone.modules() for key in _FLOAT32 for name in getattr(m, key, None) or ()}
     left = _heads(backbone) | {m for head in task_heads(backbone) for m in backbone.get_submodule(head).modules()}

@@ -19,7 +19,7 @@ from lightning_peft.backbone.defaults import (
 )
 from lightning_peft.backbone.fused import read_by_kernels
 from lightning_peft.backbone.modules import base_modules, standalone_name
-from lightning_peft.backbone.nearest_names import nearest_names
+from lightning_peft.backbone.nearest_names import nearest_clause
 from lightning_peft.backbone.structure import blocks
 
 Within = Literal["attention", "mlp"]
@@ -175,8 +175,8 @@ def _full_names(backbone: nn.Module, parameters: list[str]) -> list[str]:
     full_names = [name for name in names if any(name == p or name.endswith(f".{p}") for p in parameters)]
     for parameter in parameters:
         if not any(name == parameter or name.endswith(f".{parameter}") for name in full_names):
-            near = nearest_names(parameter, names)
-            raise ValueError(f"No parameter of the backbone is called {parameter!r}; the nearest names are {near}.")
+            near = nearest_clause(parameter, names)
+            raise ValueError(f"No parameter of the backbone is called {parameter!r}{near}.")
     return full_names
 
 

@@ -11,7 +11,11 @@ from lightning_peft.cli.old_options import as_written, with_task_options
 
 
 def main(args: list[str]) -> dict[str, Any]:
-    """Run a comparison, print its table, write its report, and return the results."""
+    """Run a comparison, print its table, write its report, and return the results.
+
+    Raises:
+        SystemExit: with status 1, where every row has failed; the table says why.
+    """
     from rich.console import Console
 
     from lightning_peft.compare.measured import measured_table
@@ -46,4 +50,6 @@ def main(args: list[str]) -> dict[str, Any]:
                 save_pictures(results, output)
             report = write_html(results, output / "report.html")
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    if all(row["failed"] for row in results["rows"]):
+        raise SystemExit("lightning-peft compare: every row has failed, each as the table says.")
     return results

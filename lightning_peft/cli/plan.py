@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_peft.backbone.shapes import shapes_only
-from lightning_peft.cli.arguments import one_sentence
+from lightning_peft.cli.arguments import first_error, one_sentence, why_not_made
 from lightning_peft.cli.verbs import OPTIONS
 
 if TYPE_CHECKING:
@@ -96,11 +96,9 @@ class _OnMeta(LightningCLI):
 
 
 def _why_not_made(error: BaseException) -> str:
-    """Return in one sentence why jsonargparse could not make an object: the first of the wrapped errors."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    message = str(error).strip().splitlines()[0]
-    if isinstance(error, RuntimeError):  # torch's, of a tensor without values
+    """Return in one sentence why the module could not be made."""
+    message = why_not_made(error)
+    if isinstance(first_error(error), RuntimeError):  # torch's, of a tensor without values
         return f"The module cannot be planned, for it reads values while it is made ({message.rstrip('.')})."
     return message
 

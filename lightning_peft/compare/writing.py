@@ -15,13 +15,15 @@ def score(value: float | None, written: str = "") -> str:
     if value is None:
         return "-"
     text = format(value + 0.0, written or ".3f")  # a contrast turned round may hold -0.0
+    if written and text.startswith("-") and not re.search("[1-9]", text):
+        return text[1:]  # "-0" looks like a mistake; "-.000" is how a bound below 0 is told from one above it
     return text.replace("0.", ".", 1) if not written and text.startswith(("0.", "-0.")) else text
 
 
 def signed(value: float | None, written: str = "") -> str:
-    """Write a difference of values as `+.451`."""
+    """Write a difference of values as `+.451`, and one below 0 that is rounded to it without a sign."""
     text = score(value, written)
-    return text if text.startswith("-") else f"+{text}"
+    return text if text.startswith("-") or (value or 0.0) < 0 else f"+{text}"
 
 
 def interval(value: Mapping[str, Any], written: str = "") -> str:

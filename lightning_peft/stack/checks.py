@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft.backbone.fused import check_called
 from lightning_peft.backbone.modules import base_modules
-from lightning_peft.backbone.nearest_names import nearest_names
+from lightning_peft.backbone.nearest_names import nearest_clause
 from lightning_peft.backbone.peft_private import adapters_on
 from lightning_peft.stack.adapter_files.names import check_folder_name
 
@@ -57,6 +57,6 @@ def check_targets(config: PeftConfig, backbone: nn.Module) -> None:
     for target in sorted(targets or ()):
         matches = [name for name in modules if name == target or name.endswith(f".{target}")]
         if not matches:
-            near = nearest_names(target, modules)
-            raise ValueError(f"No module of the backbone is called {target!r}; the nearest names are {near}.")
+            near = nearest_clause(target, modules)
+            raise ValueError(f"No module of the backbone is called {target!r}{near}.")
         check_called(matches, backbone)

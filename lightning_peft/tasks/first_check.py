@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -11,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_peft.tasks.cell import Cell
-from lightning_peft.tasks.fresh_modules import check_learning_rate, check_same_weights
+from lightning_peft.tasks.fresh_modules import check_learning_rate, fresh_module
 from lightning_peft.tasks.section import Section
 from lightning_peft.tasks.unit_scores import UnitScores
 
@@ -35,10 +37,9 @@ def first_check(records: CellRecords, missing: Sequence[Cell]) -> None:
         ValueError: in one sentence, for what would end cells after they have begun or give wrong numbers.
     """
     task, tuned = records.task, next((cell for cell in missing if cell.tuned), None)
-    module, other = _module(task), _module(task)
-    check_same_weights(type(task).__name__, module, other)
+    module = fresh_module(type(task).__name__, lambda: _module(task))
     if tuned is not None:
-        check_learning_rate(other)
+        check_learning_rate(module)
     scores, data = task.scores(), _data(task, missing[0])
     if not is_overridden("test_dataloader", data, L.LightningDataModule):
         raise ValueError(
@@ -154,8 +155,11 @@ class _First(Callback):
     def on_test_epoch_end(self, *_: object) -> None:
         self.where.now = "scores"
 
-    on_validation_batch_start, on_validation_batch_end = on_test_batch_start, on_test_batch_end
-    on_validation_epoch_end = on_test_epoch_end
+    def on_validation_batch_start(self, *_: object) -> None:
+        self.on_test_batch_start()
+
+    def on_validation_batch_end(self, *_: object) -> None:
+        self.on_test_batch_end()
 
 
 class _Last(Callback):
@@ -167,7 +171,8 @@ class _Last(Callback):
     def on_test_batch_end(self, *_: object) -> None:
         self.where.now = "data"
 
-    on_validation_batch_end = on_test_batch_end
+    def on_validation_batch_end(self, *_: object) -> None:
+        self.where.now = "data"
 
 
 class _Where:
@@ -193,7 +198,15 @@ def _where(module: L.LightningModule, stage: str) -> Iterator[_Where]:
             "step": f"{step} failed on {stage} batch {where.batches}",
             "scores": f"What {step} returned could not be read",
         }
-        raise ValueError(f"{place[where.now]}: {_words(error)}.") from error
+        line = _line_of(getattr(type(module), f"{stage}_step"), error) if where.now == "step" else ""
+        raise ValueError(f"{place[where.now]}: {_words(error)}{line}.") from error
+
+
+def _line_of(step: Any, error: Exception) -> str:
+    """Return, in brackets, the file and line of a step that an error came through."""
+    code = getattr(step, "__code__", None)
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code is code]
+    return f" ({Path(code.co_filename).name}, line {lines[-1]})" if code is not None and lines else ""
 
 
 def _words(error: Exception) -> str:

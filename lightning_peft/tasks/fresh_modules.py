@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -16,21 +18,28 @@ from torch.nn.parameter import is_lazy
 _RATES = (1e-3, 7e-4)  # two that no schedule turns into each other
 
 
-def check_same_weights(task: str, module: L.LightningModule, other: L.LightningModule) -> None:
-    """Raise `ValueError` where two calls of `module` gave one module, or two with other weights.
+def fresh_module(task: str, make: Callable[[], L.LightningModule]) -> L.LightningModule:
+    """Return the module of a second call, of which that of the first has had the same weights.
 
-    What stands on the meta device is not compared.
+    One is in memory at a time. What stands on the meta device is not compared.
 
     Args:
         task: the name of its class.
-        module: of the first call.
-        other: of the second.
+        make: its `module`.
+
+    Raises:
+        ValueError: two calls gave one module, or two with other weights.
     """
-    if module is other:
+    first = make()
+    a, before = _fingerprint(first), weakref.ref(first)
+    del first
+    gc.collect()  # Lightning's modules may hold themselves
+    module = make()
+    if before() is module:
         raise ValueError(
             f"{task}.module must return a new module each time, for rows adapt it; it returned the same one twice."
         )
-    a, b = _fingerprint(module), _fingerprint(other)
+    b = _fingerprint(module)
     different = [name for name in a | b if a.get(name) != b.get(name)]
     if different:
         more = f" and {len(different) - 1} more differ" if len(different) > 1 else " differs"
@@ -38,15 +47,13 @@ def check_same_weights(task: str, module: L.LightningModule, other: L.LightningM
             f"{task}.module must give the same weights each time, for they are what rows are compared on: set the seed "
             f"in it, such as torch.manual_seed(0), before it makes new ones; {different[0]}{more}."
         )
+    return module
 
 
 def check_learning_rate(module: L.LightningModule) -> None:
     """Raise `ValueError` where setting `learning_rate` of a module changes none of its optimizers.
 
     A module that makes no optimizer without a Trainer is not judged.
-
-    Args:
-        module: that nothing else is done with.
     """
     name = type(module).__name__
     if not hasattr(module, "learning_rate"):
@@ -54,11 +61,14 @@ def check_learning_rate(module: L.LightningModule) -> None:
             f"{name} has no attribute learning_rate for a row to set: let its configure_optimizers use "
             "self.learning_rate."
         )
+    rate: Any = getattr(module, "learning_rate")  # noqa: B009 - which no LightningModule declares
     try:
         with _all_trained(module):
             first, second = (_rates(module, rate) for rate in _RATES)
     except Exception:  # it needs a Trainer, or what a callback adds
         return
+    finally:
+        setattr(module, "learning_rate", rate)  # noqa: B010
     if first and first == second:
         raise ValueError(
             f"{name}.configure_optimizers does not use self.learning_rate, which each row sets: its optimizer has lr "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from numbers import Number
 from typing import Any
 
 import lightning as L
@@ -89,7 +88,7 @@ def _numbers(values: Any, step: str) -> list[int]:
             f"{step} must return the number of each unit under {UNIT!r}, [B]; it returned {_shape(values)}."
         )
     for unit in units:
-        if not isinstance(unit, Number) or isinstance(unit, complex) or not float(unit).is_integer():  # type: ignore[arg-type]
+        if not isinstance(unit, int | float) or not float(unit).is_integer():
             raise ValueError(
                 f"{step} returned {unit!r} as the number of a unit: number units with integers, such as their places "
                 "in the data set."
@@ -124,7 +123,12 @@ def _listed(values: Any) -> list[Any]:
     """Return a column `[B]` as a list; of anything else an empty one."""
     if isinstance(values, Tensor | np.ndarray):
         return values.tolist() if values.ndim == 1 else []
-    return list(values) if isinstance(values, list | tuple) else []
+    return list(map(_plain, values)) if isinstance(values, list | tuple) else []
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of torch or NumPy, which a list may hold, as Python's."""
+    return value.item() if isinstance(value, Tensor | np.generic) and value.ndim == 0 else value
 
 
 def _shape(values: Any) -> str:

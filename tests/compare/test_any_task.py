@@ -133,6 +133,13 @@ def test_every_number_is_written_as_its_measure_says(digits: Content, tmp_path: 
     assert verdict(digits)[1].endswith("Edited minus tuned is +0.44 (95% interval +0.39 to +0.49): resolved.")
 
 
+def test_a_difference_that_is_rounded_to_nothing_has_no_sign(digits: Content, tmp_path: Path) -> None:
+    digits["measures"]["nll"] = NLL | {"written": ".0f"}
+    digits["rows"][1]["difference"]["nll"] = {"mean": 0.4, "low": -0.3, "high": 1.2, "p": 0.5, "mde": 1.0}
+    assert "1 (+0)" in printed(table(digits)) and "[0, +1]" in printed(table(digits))
+    assert "[0, +1]" in visible(page(digits, tmp_path))
+
+
 def test_a_unit_is_called_what_the_results_call_it(digits: Content, tmp_path: Path) -> None:
     shown, text = printed(table(digits)), visible(page(digits, tmp_path))
     assert "(300 images, 2 folds)" in shown and "paired by image" in shown

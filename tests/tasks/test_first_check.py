@@ -191,15 +191,15 @@ SAME_MODULE = DigitTask().module()
         # steps
         (
             task_of(module_of(test_step=raising(IndexError("no such class")))),
-            r"^Mine.test_step failed on test batch 1: IndexError: no such class\.$",
+            r"^Mine.test_step failed on test batch 1: IndexError: no such class \(test_first_check.py, line \d+\)\.$",
         ),
         (
             task_of(module_of(test_step=raising(ValueError("no such class.")))),
-            r"^Mine.test_step failed on test batch 1: ValueError: no such class\.$",
+            r"^Mine.test_step failed on test batch 1: ValueError: no such class \(test_first_check.py, line \d+\)\.$",
         ),
         (
             task_of(module_of(validation_step=raising(IndexError("no such class")))),
-            r"^Mine.validation_step failed on validation batch 1: IndexError: no such class\.$",
+            r"^Mine.validation_step failed on validation batch 1: IndexError: no such class \(test_first_check",
         ),
         # validation
         (
