@@ -9,6 +9,7 @@ import lightning as L
 from torch import Tensor
 
 from lightning_peft.backbone.find_backbone import find_backbone
+from lightning_peft.editing.ranks import rank_and_count
 from lightning_peft.packing.batch_scores import Scores, by_logprob
 from lightning_peft.replaced import Handle, replaced
 from lightning_peft.tasks.scoring import Scoring
@@ -23,6 +24,9 @@ class ChoiceUnitScores(UnitScores):
     Args:
         score: gives a unit's score by measure, from its answers' scores `[C]` and their columns.
         scoring: how answers are scored; default by their exact log-probabilities behind their prompts, in nats.
+
+    Raises:
+        ValueError: a unit's answers are in two batches.
     """
 
     def __init__(
@@ -31,9 +35,11 @@ class ChoiceUnitScores(UnitScores):
         super().__init__()
         self.score, self.scoring = score, scoring
         self._replaced: Handle | None = None
+        self._units: set[int] = set()
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_test_epoch_start(trainer, pl_module)
+        self._units = set()
         module: Any = pl_module
         scorers: list[Scores] = []  # made at the first batch, for the model as it is then
 
@@ -55,6 +61,12 @@ class ChoiceUnitScores(UnitScores):
             rows = (groups == unit).nonzero().flatten()
             scores = self.score(outputs.cpu()[rows], {name: values[rows] for name, values in columns.items()})
             self.returned = ", ".join(map(repr, scores)) or "nothing"
+            if unit in self._units and rank_and_count()[1] == 1:  # else a sampler may repeat some
+                raise ValueError(
+                    f"Unit {unit} is in two test batches: all answers to a unit, which have its number under 'group', "
+                    "must be in one."
+                )
+            self._units.add(unit)
             for name, value in scores.items():
                 self._here[name][unit] = value
 

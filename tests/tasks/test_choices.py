@@ -6,12 +6,18 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch
 from rich.console import Console
+from torch.utils.data import DataLoader
+from tuning import trainer
 
 from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.compare.run import run
+from lightning_peft.models import CausalLM
 from lightning_peft.tasks import CellRecords
+from lightning_peft.tasks.choice_units import ChoiceUnitScores
 from lightning_peft.tasks.choices import ChoiceRecords
 from lightning_peft.tasks.decoding import DoLaScoring
 from lightning_peft.truthfulqa import SideEffects
@@ -51,3 +57,24 @@ def test_choices_are_scored_otherwise_on_any_task_of_choices(
         for measure in ("mc0", "mc1", "mc2", "mc3"):
             values = [found[kind][name][measure]["mean"] for kind in (TruthfulQA, Plain)]
             assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+class Halves(L.LightningDataModule):
+    """A unit's two answers, in a batch each."""
+
+    def test_dataloader(self) -> DataLoader:
+        ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+        labels = ids.masked_fill(torch.arange(3) < 2, -100)
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        whole["group"] = torch.tensor([3, 3])
+        return DataLoader([{name: rows[i : i + 1] for name, rows in whole.items()} for i in range(2)], batch_size=None)
+
+
+def test_a_unit_whose_answers_are_in_two_batches_is_refused_and_the_step_is_back(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    module = CausalLM(str(tiny_folder("llama")))
+    scores = ChoiceUnitScores(lambda logprobs, batch: {"best": float(logprobs.max())})
+    with pytest.raises(ValueError, match=r"^Unit 3 is in two test batches"):
+        trainer(scores).test(module, Halves(), verbose=False)
+    assert "test_step" not in vars(module)
