@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class RTDScoring(Scoring):
         self.temperature, self.lm_weight = temperature, lm_weight
 
     def __call__(self, module: CausalLM) -> Callable[[Batch], Tensor]:
-        data = getattr(module.trainer, "datamodule", None)
+        data: Any = getattr(module.trainer, "datamodule", None)
         if not hasattr(data, "statements"):
             raise ValueError(
                 f"RTD looks up statements whose truth is known: let {type(data).__name__} have statements(), which "
