@@ -81,7 +81,7 @@ def sized(**arguments: Any) -> dict[str, Any]:
         (sized(size=1), "1 is not a size."),
         (sized(size=2), "KeyError: 'size'"),
         (sized(size=3), "no-such-file does not exist."),
-        ("Nothing", "task: Expected a dot import path string: Nothing"),
+        ("NoSuchTask", "task: Expected a dot import path string: NoSuchTask"),
     ],
 )
 def test_a_task_that_cannot_be_made_is_the_line_that_matters(task: Any, sentence: str) -> None:
