@@ -59,6 +59,16 @@ def find_backbone(module: nn.Module, name: str | None, final: bool = True) -> st
     return candidates[0]
 
 
+def whole(module: nn.Module, name: str) -> nn.Module:
+    """Return the submodule with what peft or `torch.compile` has put around it, which acts in its calls."""
+    while parent := name.rpartition(".")[0]:
+        outer = module.get_submodule(parent)
+        if not (hasattr(outer, "peft_config") or hasattr(outer, "_orig_mod")):
+            break
+        name = parent
+    return module.get_submodule(name)
+
+
 def _pretrained(module: nn.Module) -> list[str]:
     """Return the outermost transformers models in `module`. If transformers is not loaded there can be none."""
     modeling = sys.modules.get("transformers.modeling_utils")

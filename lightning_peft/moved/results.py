@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from lightning_peft.moved import resolve
+
+_NOTES = "lightning_peft.truthfulqa.answers_notes"
 
 # label, meaning and the sign of a change for the better
 _MEASURES = {
@@ -84,36 +88,6 @@ def _effects(results: Mapping[str, Any]) -> dict[str, Any]:
 def _answers(results: Mapping[str, Any]) -> dict[str, Any]:
     section = {"name": "answers", "title": "Free answers", "unit": "document or question"}
     settings, rows = results.get("answers"), results["rows"]
-    below = {row["method"]: _corrected(row.get("rates") or {}) for row in rows if "method" in row}
-    notes = _answer_notes(settings, rows) if settings else []
+    notes = resolve(f"{_NOTES}.answer_notes")(settings, rows) if settings else []
+    below = resolve(f"{_NOTES}.corrected_rates")(rows, _ANSWERS)
     return {**section, "measures": _described(_ANSWERS, ".3f"), "notes": notes, "below": below}
-
-
-def _answer_notes(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    notes = [f"Greedy answers, preset {settings['preset']}, of at most {settings['max_new_tokens']} tokens."]
-    silent = [row.get("label") or "" for row in rows if "bleu_acc" not in (row.get("metrics") or {})]
-    if silent:
-        notes.append(f"Without answers: {', '.join(silent)}.")
-    if settings["judges"]:
-        notes.append(
-            "Differences are of what the judges say; corrected: their errors taken out, which its interval holds."
-        )
-    return notes + [_quality(kind, judge) for kind, judge in settings["judges"].items()]
-
-
-def _quality(kind: str, judge: Mapping[str, Any]) -> str:
-    sentence = (
-        f"The {kind} judge ({judge['folder']}): accuracy {judge['accuracy']:.3f}, AUROC {judge['auroc']:.3f} on "
-        f"{judge['judgements']} held-out judgements; always giving the commoner verdict: {judge['majority']:.3f}."
-    )
-    if judge["accuracy"] > judge["majority"]:
-        return sentence
-    return f"{sentence} It is no better than that: do not rely on its verdicts."
-
-
-def _corrected(rates: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    return {
-        name: f"corrected {rate['corrected']:.3f}\n[{rate['low']:.3f}, {rate['high']:.3f}]"
-        for name, rate in rates.items()
-        if name in _ANSWERS
-    }

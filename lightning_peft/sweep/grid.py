@@ -55,7 +55,7 @@ class Grid:
         They depend on these questions alone, whatever was scored before.
 
         Args:
-            batches: `input_ids`, `attention_mask` and `labels [C, T]`, as of `TruthfulQADataModule.test_dataloader`.
+            batches: `input_ids`, `attention_mask` and `labels [C, T]`, one unit each, as a `ChoiceTask` tests them.
         """
         self._scorer.forget()
         for batch in batches:

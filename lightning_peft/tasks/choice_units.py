@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lightning_peft.backbone.find_backbone import find_backbone
+from lightning_peft.backbone.find_backbone import find_backbone, whole
 from lightning_peft.editing.ranks import rank_and_count
 from lightning_peft.packing.batch_scores import Scores, by_logprob
 from lightning_peft.replaced import Handle, replaced
@@ -45,7 +45,7 @@ class ChoiceUnitScores(UnitScores):
 
         def step(original: Callable[..., Any], batch: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
             if not scorers and self.scoring is None:
-                scorers.append(by_logprob(module.get_submodule(find_backbone(module, None) or "")))
+                scorers.append(by_logprob(whole(module, find_backbone(module, None) or "")))
             elif not scorers and self.scoring is not None:
                 scorers.append(self.scoring(module))
             return scorers[0](batch)

@@ -16,6 +16,7 @@ from lightning_peft.tasks.cell import Cell
 from lightning_peft.tasks.measure import Measure
 from lightning_peft.tasks.section import Section
 from lightning_peft.truthfulqa.answers import Answers
+from lightning_peft.truthfulqa.answers_notes import answer_notes, corrected_rates
 from lightning_peft.truthfulqa.judges import LanguageModelJudge, load_quality, true_info
 from lightning_peft.truthfulqa.judges.protocol import Kind
 from lightning_peft.truthfulqa.judges.quality import THRESHOLD
@@ -111,27 +112,10 @@ class AnswersSection(Section):
         return {"answers": None if self.task.answers is None else described(self.task.answers)}
 
     def notes(self, results: Mapping[str, Any]) -> list[str]:
-        settings = results["answers"]
-        notes = [f"Greedy answers, preset {settings['preset']}, of at most {settings['max_new_tokens']} tokens."]
-        silent = [row["label"] for row in results["rows"] if "bleu_acc" not in row["metrics"]]
-        if silent:
-            notes.append(f"Without answers: {', '.join(silent)}.")
-        if settings["judges"]:
-            notes.append(
-                "Differences are of what the judges say; corrected: their errors taken out, which its interval holds."
-            )
-        return notes + [_quality(kind, judge) for kind, judge in settings["judges"].items()]
+        return answer_notes(results["answers"], results["rows"])
 
     def below(self, results: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-        return {
-            row["method"]: {
-                name: f"corrected {rate['corrected']:.3f}\n[{rate['low']:.3f}, {rate['high']:.3f}]"
-                for name, rate in row["rates"].items()
-                if name in ANSWERS
-            }
-            for row in results["rows"]
-            if row.get("rates")
-        }
+        return corrected_rates(results["rows"], ANSWERS)
 
     def _answers(self, cells: Sequence[Cell]) -> Written | None:
         """Return a row's answers of all folds; None where a fold has none."""
@@ -180,16 +164,6 @@ def described(asked: Answers) -> dict[str, Any]:
         del quality["confusion"]
         judges[kind] = {"folder": folder.name, **quality}
     return {"preset": asked.preset, "max_new_tokens": asked.max_new_tokens, "judges": judges}
-
-
-def _quality(kind: str, judge: Mapping[str, Any]) -> str:
-    sentence = (
-        f"The {kind} judge ({judge['folder']}): accuracy {judge['accuracy']:.3f}, AUROC {judge['auroc']:.3f} on "
-        f"{judge['judgements']} held-out judgements; always giving the commoner verdict: {judge['majority']:.3f}."
-    )
-    if judge["accuracy"] > judge["majority"]:
-        return sentence
-    return f"{sentence} It is no better than that: do not rely on its verdicts."
 
 
 def _write(task: TruthfulQA, options: Answers, cell: Cell, say: Say) -> Written:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
-from lightning_peft.backbone.find_backbone import find_backbone
+from lightning_peft.backbone.find_backbone import find_backbone, whole
 from lightning_peft.effects.text_sums import Off
 from lightning_peft.models import CausalLM, Seq2SeqLM
 from lightning_peft.replaced import Handle, replaced
@@ -98,7 +98,7 @@ class Evaluate(Callback):
             if self._by_data:
                 return None
             raise
-        model = _whole(module, name or "")
+        model = whole(module, name or "")
         if self.backbone is None and not _writes(module.get_submodule(name or "")):
             if self._by_data:
                 return None
@@ -220,16 +220,6 @@ def _writes(model: nn.Module) -> bool:
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _whole(module: nn.Module, name: str) -> nn.Module:
-    """Return the submodule with what peft or `torch.compile` has put around it, which acts in its calls."""
-    while parent := name.rpartition(".")[0]:
-        outer = module.get_submodule(parent)
-        if not (hasattr(outer, "peft_config") or hasattr(outer, "_orig_mod")):
-            break
-        name = parent
-    return module.get_submodule(name)
 
 
 def _without_adapters(model: nn.Module) -> tuple[Off | None, bool]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from rich.console import Console
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tuning import trainer
 
@@ -59,15 +61,20 @@ def test_choices_are_scored_otherwise_on_any_task_of_choices(
             assert values[0] == pytest.approx(values[1], abs=1e-5)
 
 
-class Halves(L.LightningDataModule):
-    """A unit's two answers, in a batch each."""
+class Unit(L.LightningDataModule):
+    """A unit's two answers, in a batch each or in one."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
 
     def test_dataloader(self) -> DataLoader:
         ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
         labels = ids.masked_fill(torch.arange(3) < 2, -100)
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         whole["group"] = torch.tensor([3, 3])
-        return DataLoader([{name: rows[i : i + 1] for name, rows in whole.items()} for i in range(2)], batch_size=None)
+        parts = [whole] if self.whole else [{name: rows[i : i + 1] for name, rows in whole.items()} for i in range(2)]
+        return DataLoader(parts, batch_size=None)
 
 
 def test_a_unit_whose_answers_are_in_two_batches_is_refused_and_the_step_is_back(
@@ -76,5 +83,30 @@ def test_a_unit_whose_answers_are_in_two_batches_is_refused_and_the_step_is_back
     module = CausalLM(str(tiny_folder("llama")))
     scores = ChoiceUnitScores(lambda logprobs, batch: {"best": float(logprobs.max())})
     with pytest.raises(ValueError, match=r"^Unit 3 is in two test batches"):
-        trainer(scores).test(module, Halves(), verbose=False)
+        trainer(scores).test(module, Unit(whole=False), verbose=False)
     assert "test_step" not in vars(module)
+
+
+class Wrapped(L.LightningModule):
+    """A module of one's own around a model that peft has wrapped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        raise AssertionError("the task scores answers itself")
+
+
+def test_what_peft_has_put_around_a_model_counts(tiny_folder: Callable[[str], Path]) -> None:
+    best = []
+    for tokens in (0, 3):
+        torch.manual_seed(0)
+        model: nn.Module = CausalLM(str(tiny_folder("llama"))).backbone
+        if tokens:
+            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+            model = get_peft_model(model, config)  # type: ignore[arg-type]
+        scores = ChoiceUnitScores(lambda logprobs, batch: {"best": float(logprobs.max())})
+        trainer(scores).test(Wrapped(model), Unit(whole=True), verbose=False)
+        best.append(scores.columns["best"][3])
+    assert best[0] != best[1]
