@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from parity.comparison import Comparison
-from parity.rows import comparisons
+from parity.comparison import Comparison  # noqa: E402
+from parity.rows import comparisons  # noqa: E402
 
 PAGE, MARK = ROOT / "docs/parity.md", "<!-- rows -->"
 HEADER = "| method | peer | architecture | outputs | gradients | parameters | note |\n|---|---|---|---|---|---|---|"
