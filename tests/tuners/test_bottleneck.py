@@ -387,7 +387,7 @@ def test_plain_peft_switches_deletes_and_unloads_a_stream_adapter(options: dict[
     base = Blocks()(X)
     model: Any = get_peft_model(Blocks(), BottleneckConfig(**options))  # type: ignore[arg-type]
     with torch.no_grad():
-        branch_of(model.base_model.model, "default").up.weight.add_(0.2)
+        branch_of(model.base_model.model, "default").up.weight[0].add_(0.2)
     full = model(X)
     with model.disable_adapter():
         assert torch.equal(model(X), base)
