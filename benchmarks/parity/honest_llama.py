@@ -10,8 +10,8 @@ Run by import: `get_com_directions`, `get_top_heads` and `get_interventions_dict
 them. What these files import and the functions do not need (baukit, OpenAI, TruthfulQA's metrics) are stubs.
 
 Written here again, because it stands inside the `main` of their scripts: the draw of the inner split, the sum of a
-layer's directions into one vector, and "the last token of every call", which `legacy/llama_validate_2fold.py` edits (the
-later `validation/validate_2fold.py` leaves the prompt's call out). All in single precision; theirs is in half.
+layer's directions into one vector, and "the last token of every call", which `legacy/llama_validate_2fold.py` edits
+(the later `validation/validate_2fold.py` leaves the prompt's call out). All in single precision; theirs is in half.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def comparisons() -> list[Comparison]:
             'ITI(positions="answer")',
             "ITI_Intervener",
             logits,
-            "with cache there, one call here; the last token of every call, as legacy/ (HEAD leaves the prompt's call out)",
+            "the last token of every call with a cache, as legacy/ (HEAD leaves the prompt's call out)",
         ),
     ]
     runs_a_model = (activations, logits)  # in float32, where machines differ in the last bits
