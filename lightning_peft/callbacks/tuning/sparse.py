@@ -28,7 +28,7 @@ class LTSFT(MultiPhaseDeltas):
     """Find by full fine-tuning which few entries change most, go back, and train only those: `W = W0 + mask * delta`.
 
     Ansell et al. 2022, arXiv:2110.07560. First every chosen parameter is trained; then the `density` of entries with
-    the largest `|delta|`, over all parameters together, are kept, everything returns to `W0`, the optimizers forget
+    the largest `|delta|`, over all parameters together, are kept, everything goes back to `W0`, the optimizers forget
     their state, and only those entries are trained. Exactly `int(density * entries)` are kept, also where some tie, and
     the others are bit-equal to `W0` under any weight decay. What stands outside the backbone is trained throughout and
     is not set back. Sparse adapters of different tasks add up: `theta0 + phi_A + phi_B`. A saved folder holds only
@@ -39,7 +39,8 @@ class LTSFT(MultiPhaseDeltas):
         full_steps: optimizer steps of full fine-tuning. Default: half of the training.
         full_epochs: the same in epochs.
         iterations: how many times to go through both phases; each keeps the same share of further entries, and full
-            fine-tuning goes on from what the kept ones have learned. Then the training must have an end.
+            fine-tuning goes on from what the kept ones have learned. After it these go back to the values it began
+            with, as in the authors' code, and the rest to `W0`. Then the training must have an end.
         l1: weight of the penalty `l1 * sum(|delta|) / entries`, whose gradient is added before clipping; the logged
             loss is without it.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default everything in the backbone.
