@@ -14,10 +14,9 @@ from torch import Tensor
 from lightning_peft.backbone.window import context_window
 from lightning_peft.harness.adapters import Chosen, choose, put_on
 from lightning_peft.harness.response_cache import check_cache
-from lightning_peft.positions import answering, plain_text, tracked
+from lightning_peft.positions import answering, plain_text
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
     from lm_eval.api.model import CacheHook
     from transformers import PreTrainedModel
 
@@ -31,10 +30,10 @@ Starts = dict[tuple[int, ...], int]
 class AdaptedLM(HFLM):
     """A model of transformers with a saved adapter, or a stack of them, for the tasks of lm-evaluation-harness.
 
-    Prompts, batches, caches and chat templates are those of the harness's `hf`, and so are the numbers where no edit
-    depends on positions. An edit of answers begins at the last token of the context of each request that scores a
-    continuation, and of the prompt of each that generates. A request that scores a whole text
-    (`loglikelihood_rolling`) has no prompt: every token is edited, as on all plain text.
+    Prompts, batches, caches and chat templates are those of the harness's `hf`, and so are the numbers of models
+    without an edit. An edit of answers begins at the last token of the context of each request that scores a
+    continuation, and of the prompt of each that generates. A request that scores a whole text (`loglikelihood_rolling`)
+    has no prompt: every token is edited, as on all plain text.
 
     Args:
         pretrained: the base model's folder or its name on the hub, or the model itself; default: the one that the
@@ -52,8 +51,9 @@ class AdaptedLM(HFLM):
         ValueError: both `adapter` and `peft`, no folder there, no such base, or a scale that is no number.
 
     Example:
-        >>> import lm_eval, lightning_peft.harness  # doctest: +SKIP
-        >>> lm_eval.simple_evaluate("lightning-peft", {"adapter": "edit", "scale": 0.5}, tasks=["arc_easy"])  # doctest: +SKIP
+        >>> import lm_eval, lightning_peft.harness
+        >>> given = {"adapter": "edit", "scale": 0.5}
+        >>> lm_eval.simple_evaluate("lightning-peft", given, tasks=["arc_easy"])  # doctest: +SKIP
     """
 
     def __init__(
@@ -104,8 +104,7 @@ class AdaptedLM(HFLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         whole_texts = all(texts is None for texts, _, _ in requests)
-        acts = self.chosen.scale != 0 and tracked(self.model)
-        if whole_texts or self.backend != "causal" or not acts:
+        if whole_texts or self.backend != "causal":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         answers: dict[int, tuple[float, bool]] = {}
         for numbers, starts in self._rounds(requests):
@@ -117,8 +116,10 @@ class AdaptedLM(HFLM):
     def _rounds(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], Starts]]:
         """Yield requests by number, and where the answers begin in the rows that they become.
 
-        Requests of the same tokens whose answers begin elsewhere come in different rounds: the harness would compute
-        one for both. It is rare that there is more than one round.
+        Requests of the same tokens whose answers begin elsewhere come in different rounds. An edit of answers computes
+        another thing for each, where the harness would compute one for both; and without edits too it reads the scores
+        of the shorter answer at the tokens where the longer begins (lm_eval 0.4.13). It is rare that there is more than
+        one round.
         """
         left = [(number, *self._row(*request[1:])) for number, request in enumerate(requests)]
         while left:

@@ -21,10 +21,10 @@ def check_cache(responses: MutableMapping[str, Any], described: Mapping[str, Any
 
     Example:
         >>> responses = {}
-        >>> check_cache(responses, {"adapter": "edit", "scale": 1.0})
-        >>> check_cache(responses, {"adapter": "edit", "scale": 0.5})
+        >>> check_cache(responses, {"scale": 1.0})
+        >>> check_cache(responses, {"scale": 0.5})
         Traceback (most recent call last):
-        ValueError: The cache holds responses of another model or strength, {"adapter": "edit", "scale": 1.0}: name another file.
+        ValueError: The cache holds responses of another model or strength, {"scale": 1.0}: name another file.
     """
     own = json.dumps(described, sort_keys=True)
     whose = responses.get(_WHOSE)
