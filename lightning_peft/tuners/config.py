@@ -1,21 +1,24 @@
-"""The base of the tuners' configurations: peft's, which also writes the model card of a folder it is saved to."""
+"""What the tuners' configurations add to peft's: the model card of a folder that one is saved to."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from peft.config import PeftConfig
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.stack.adapter_files.model_card import write_adapter_card
 from lightning_peft.stack.adapter_files.readme import may_write
 
+if TYPE_CHECKING:
+    from peft.config import PeftConfig
+else:
+    PeftConfig = object  # importing peft imports every tuner, and these need this module
 
-class TunerConfig(PeftConfig):
-    """A configuration of a method that peft lacks.
 
-    `PeftModel.save_pretrained` and `save_pretrained` of a transformers model write the folder of an adapter by this,
-    and a README that says nothing of the import that such a folder needs.
+class WithCard(PeftConfig):
+    """A configuration of a method that peft lacks, before `PeftConfig` among its bases.
+
+    `PeftModel.save_pretrained`, and `save_pretrained` of a transformers model, write the folder of an adapter by its
+    configuration, and a README that says nothing of the import that such a folder needs.
     """
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from peft.config import PeftConfig
+
 from lightning_peft.stack.registration import add_peft_type
-from lightning_peft.tuners.config import TunerConfig
+from lightning_peft.tuners.config import WithCard
 
 PLACEMENTS = ("sequential", "parallel")
 SCALINGS = ("fixed", "learned", "channel")
@@ -14,7 +16,7 @@ INITS = ("lora", "mam", "bert", "houlsby", "glorot")
 
 
 @dataclass
-class BottleneckConfig(TunerConfig):
+class BottleneckConfig(WithCard, PeftConfig):
     """A trained `b(z) = alpha * scale * up(f(down(z)))` added to the output `y` of a frozen matrix: `y + b(z)`.
 
     Sequential, `z = y` (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247). Parallel, `z`

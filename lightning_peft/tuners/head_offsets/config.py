@@ -6,12 +6,13 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from peft.config import PeftConfig
 from torch import Tensor
 
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.gates import check_gate
 from lightning_peft.stack.registration import add_peft_type
-from lightning_peft.tuners.config import TunerConfig
+from lightning_peft.tuners.config import WithCard
 
 # what the vector of a head is, in an adapter that chooses heads by training (LoFiT)
 OFF, OFFSET, SCALE = 0, 1, 2
@@ -20,7 +21,7 @@ _VECTORS, _ROLES = ".head_offsets", ".head_offsets_roles"
 
 
 @dataclass
-class HeadOffsetsConfig(TunerConfig):
+class HeadOffsetsConfig(WithCard, PeftConfig):
     """A vector for each of some attention heads, added to the input of the attention output projection.
 
     With the projection's input `z [B, T, H * head_dim]`, head `h` becomes `z_h + alpha * offset_h` at the positions

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from peft.config import PeftConfig
 from torch import Tensor
 
 from lightning_peft.stack.registration import add_peft_type
-from lightning_peft.tuners.config import TunerConfig
+from lightning_peft.tuners.config import WithCard
 
 _VALUES, _MASKS, _INDICES, _BITS = (f".weight_deltas.{kind}." for kind in ("values", "masks", "indices", "bits"))
 
 
 @dataclass
-class WeightDeltasConfig(TunerConfig):
+class WeightDeltasConfig(WithCard, PeftConfig):
     """A difference for each of some parameters: with `theta0` frozen, the model computes with `theta0 + alpha * delta`.
 
     `delta` is zero at the start. Its strength is the dial of task vectors (Ilharco et al. 2023, arXiv:2212.04089), and
