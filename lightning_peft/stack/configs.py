@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lightning_peft.moved.names import keep_old_names
 
 if TYPE_CHECKING:
@@ -39,6 +41,14 @@ def different_fields(a: PeftConfig, b: PeftConfig, computed: bool = False) -> li
         ignored |= {"heads", "target_modules", "tokens"}
     keys = sorted((left.keys() | right.keys()) - ignored)
     return [f"{k}: {left.get(k)!r} != {right.get(k)!r}" for k in keys if left.get(k) != right.get(k)]
+
+
+def auto_mapping(backbone: nn.Module) -> dict[str, str] | None:
+    """Return what peft notes of a base whose task is not known, for `AutoPeftModel`: its class, if transformers'."""
+    cls = type(backbone)
+    if not cls.__module__.startswith("transformers."):
+        return None
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def check_numbers(config: PeftConfig) -> None:

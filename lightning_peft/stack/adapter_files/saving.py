@@ -50,6 +50,8 @@ def write_described(
     for part, tensors in zip(described["parts"], weights, strict=True):
         config = with_scale(config_from_json(part["config"]), part["strength"])
         config.task_type = config.task_type or part.get("task_type")
+        if config.task_type is None:
+            config.auto_mapping = config.auto_mapping or described.get("auto_mapping")
         config.base_model_name_or_path = config.base_model_name_or_path or base
         if hasattr(config, "compacted"):
             config, tensors = config.compacted(tensors)
