@@ -24,9 +24,10 @@ _WRONG_TYPES = (AttributeError, KeyError, IndexError, TypeError, OverflowError)
 
 
 def save_adapter(module: nn.Module, folder: str | Path) -> Path:
-    """Write the adapters of `module` as plain peft folders.
+    """Write the adapters of `module` as peft folders.
 
-    One adapter becomes one folder that `PeftModel.from_pretrained` reads. Several become a subfolder each, under
+    One adapter becomes one folder that `PeftModel.from_pretrained` reads, of a type of this package's own after `import
+    lightning_peft`; its README, a model card, says so. Several become a subfolder each, under
     their names, with their order in `stack.json`. Files appear complete or not at all.
 
     Args:
