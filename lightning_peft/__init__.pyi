@@ -3,6 +3,8 @@ from .callbacks.edits.caa import edit_caa as edit_caa
 from .callbacks.edits.iti import edit_iti as edit_iti
 from .fitting.checkpoint_files import export_checkpoint as export_checkpoint
 from .fitting.checkpoints import load_from_checkpoint as load_from_checkpoint
+from .fitting.fabric import load_trained as load_trained
+from .fitting.fabric import trained_only as trained_only
 from .fitting.reading_edit import edit as edit
 from .positions import answering as answering
 from .positions import plain_text as plain_text

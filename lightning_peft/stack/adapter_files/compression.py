@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_peft.stack.adapter_files.folder import (
@@ -213,6 +214,13 @@ def restore(packed: Mapping[str, Tensor], folder: Path, scale: float = 1.0) -> d
     if offset != len(signs):
         raise ValueError(f"it holds {len(signs)} entries where its tensors have {offset}.")
     return tensors | {key.removeprefix(_DENSE): value for key, value in packed.items() if key.startswith(_DENSE)}
+
+
+def count(file: Path) -> int:
+    """Return how many numbers the adapter in a compressed file has."""
+    packed = load_file(file)
+    sizes = [torch.Size(shape).numel() for _, shape, *_ in _read_index(packed[_INDEX])["tensors"]]
+    return sum(sizes) + sum(value.numel() for key, value in packed.items() if key.startswith(_DENSE))
 
 
 def _compress(

@@ -9,6 +9,7 @@ from typing import ClassVar
 from peft.config import PeftConfig
 
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.config import WithCard
 
 PLACEMENTS = ("sequential", "parallel", "stream")
 READS = {"sequential": ("output",), "parallel": ("input", "stream"), "stream": ("stream",)}
@@ -18,7 +19,7 @@ INITS = ("lora", "mam", "bert", "houlsby", "glorot")
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(WithCard, PeftConfig):
     """A trained `b(z) = alpha * scale * up(f(down(z)))` at a frozen matrix, which gives `y`, or at the residual stream.
 
     Sequential: `y + b(y)` (Houlsby et al. 2019, arXiv:1902.00751). Parallel: `y + b(z)`, where z is the input of the

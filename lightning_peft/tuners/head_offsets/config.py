@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.gates import check_gate
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.config import WithCard
 from lightning_peft.tuners.targets import order_targets
 
 # what the vector of a head is, in an adapter that chooses heads by training (LoFiT)
@@ -21,7 +22,7 @@ _VECTORS, _ROLES = ".head_offsets", ".head_offsets_roles"
 
 
 @dataclass
-class HeadOffsetsConfig(PeftConfig):
+class HeadOffsetsConfig(WithCard, PeftConfig):
     """A vector for each of some attention heads, added to the input of the attention output projection.
 
     With the projection's input `z [B, T, H * head_dim]`, head `h` becomes `z_h + alpha * offset_h` at the positions

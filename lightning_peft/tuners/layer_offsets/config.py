@@ -10,11 +10,12 @@ from lightning_peft.positions import check_policy
 from lightning_peft.stack.gates import check_gate
 from lightning_peft.stack.registration import add_peft_type
 from lightning_peft.tokens import PHASES
+from lightning_peft.tuners.config import WithCard
 from lightning_peft.tuners.targets import order_targets
 
 
 @dataclass
-class LayerOffsetsConfig(PeftConfig):
+class LayerOffsetsConfig(WithCard, PeftConfig):
     """A vector for each of some modules, which moves their output `x [B, T, width]`, at the positions of the policy.
 
     Added, `x + alpha * v`: computed, this is CAA (Rimsky et al. 2023, arXiv:2312.06681), ActAdd (Turner et al. 2023,

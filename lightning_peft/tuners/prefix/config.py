@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.config import WithCard
 
 INITS = ("identity", "paper")
 
 
 @dataclass
-class PrefixConfig(PeftConfig):
+class PrefixConfig(WithCard, PeftConfig):
     """Prefix tuning inside the attention: every query also sees `length` trained keys and values (one softmax).
 
     Li & Liang 2021, arXiv:2101.00190, without the reparametrisation. The prefix is no token: no position is shifted,

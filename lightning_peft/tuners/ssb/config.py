@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.config import WithCard
 
 SIDES = ("both", "input", "output")
 
 
 @dataclass
-class SSBConfig(PeftConfig):
+class SSBConfig(WithCard, PeftConfig):
     """Vectors that scale a linear layer's weight: `W' = diag(u) W diag(v)`, u and v ones at the start.
 
     Si, Yang and Shen 2024, arXiv:2407.05417, where this is SSB and its one-sided case SSL. Trained parameters:
