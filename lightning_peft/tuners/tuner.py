@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar, cast
 
+import torch
 from peft import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 C = TypeVar("C", bound=PeftConfig)
 L = TypeVar("L", bound=BaseTunerLayer)
@@ -46,3 +49,67 @@ class Tuner(BaseTuner, Generic[C, L]):
         parameter_name: str | None = None,
     ) -> None:
         self._adapt(cast("C", peft_config), adapter_name, target, target_name, parent, current_key)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers():
+            if isinstance(layer, TunerLayer) and not autocast_adapter_dtype:
+                layer.cast_to_base(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; of those that remain the active ones stay active, else the first by name becomes it.
+
+        Raises:
+            ValueError: there is no such adapter, or it is merged.
+        """
+        active = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        active = active or sorted(self.peft_config)[:1]
+        if self.active_adapters != active:  # peft asks the first layer, which may have carried no other adapter
+            self.set_adapter(active)
+
+
+class TunerLayer(BaseTunerLayer):
+    """A tuner layer that is made in float32, whatever the base's precision, and may be made without values.
+
+    `update_layer` ends with `self._move_adapter_to_device_of_base_layer(adapter_name)`.
+    """
+
+    def base_form(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Return device and precision of the weights that the layer adapts; None where it has none."""
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())
+
+    def cast_to_base(self, adapter_name: str) -> None:
+        """Turn an adapter's parameters to the base's precision; where that is quantised, leave them."""
+        _, dtype = self.base_form()
+        if dtype is not None and dtype.is_floating_point:
+            for tensor in self.adapter_tensors(adapter_name):
+                if isinstance(tensor, nn.Parameter):
+                    tensor.data = tensor.data.to(dtype)
+
+    def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
+        """Yield an adapter's parameters and buffers in this layer."""
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            held = getattr(self, attribute)
+            if isinstance(held, nn.ParameterDict | nn.ModuleDict | BufferDict) and adapter_name in held:
+                entry: Any = held[adapter_name]
+                yield from [entry] if isinstance(entry, Tensor) else (*entry.parameters(), *entry.buffers())
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # peft's own turns the adapter to the base's precision as well, and so rounds what was read from a file
+        device = self.base_form()[0] if device is None else device
+        if device is None or device.type == "meta":
+            return
+        for tensor in self.adapter_tensors(adapter_name):
+            if not tensor.is_meta:  # else its values come later, from a file
+                tensor.data = tensor.data.to(device)
+
+
+def remove_child(owner: nn.Module, name: str) -> None:
+    """Take a child out of a module.
+
+    The owner gets a new dictionary of children: peft deletes adapters while it walks over the old one.
+    """
+    children = owner._modules.copy()
+    children.pop(name, None)
+    owner.__dict__["_modules"] = children

@@ -6,15 +6,16 @@ from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
 from lightning_peft.positions import Positions
 from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.head_offsets.config import OFFSET, SCALE, HeadOffsetsConfig
+from lightning_peft.tuners.tuner import TunerLayer
 
 
-class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
+class HeadOffsetsLayer(nn.Module, TunerLayer):
     """Add `alpha * offset` to chosen heads of the input `[B, T, H * head_dim]`, then run the projection.
 
     Only the input is touched, so the projection may be any module: Linear, Conv1D, a quantised or LoRA-wrapped one.
@@ -75,12 +76,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         if config.gate is not None:
             self.head_offsets_probe[adapter_name] = torch.zeros(len(heads), config.head_dim + 1)
         self.head_offsets[adapter_name] = nn.Parameter(torch.zeros(len(heads), width))
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is not None and device.type != "meta":
-            self.head_offsets[adapter_name].data = self.head_offsets[adapter_name].data.to(device)
-            for buffers in (self.head_offsets_directions, self.head_offsets_roles, self.head_offsets_probe):
-                if adapter_name in buffers:
-                    buffers[adapter_name] = buffers[adapter_name].to(device)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def displacement(self, adapter_name: str) -> Tensor:

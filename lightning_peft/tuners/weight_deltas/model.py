@@ -31,7 +31,9 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
         9
     """
 
-    prefix: str = ATTRIBUTE
+    # transformers puts an adapter's name after the first `prefix[^.]*` in a saved key, which with the dot is
+    # `weight_deltas.values`; peft deletes from the layers whose names do not contain it, which is all of them
+    prefix: str = f"{ATTRIBUTE}."
     tuner_layer_cls = WeightDeltasLayer
     # whatever wraps a module reads its weights with the deltas in them, so these are merged first and unmerged last
     innermost = True
@@ -73,15 +75,6 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
                 layer.update_layer(adapter_name, peft_config, names[owner])
                 layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         return list(chosen)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; peft's own looks only at modules whose names do not contain the prefix."""
-        del self.peft_config[adapter_name]
-        for layer in self._layers():
-            if adapter_name in layer.scaling:
-                layer.unmerge()
-                layer.delete_adapter(adapter_name)
-        self.active_adapter = [name for name in self.active_adapters if name != adapter_name]
 
     def _unload_and_optionally_merge(
         self,
