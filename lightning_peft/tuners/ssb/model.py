@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.backbone.fused import check_called
+from lightning_peft.backbone.linear_layers import linear_layers
 from lightning_peft.tuners.ssb.config import SSBConfig
 from lightning_peft.tuners.ssb.layer import SSBLayer
 from lightning_peft.tuners.tuner import Tuner
@@ -27,8 +28,13 @@ class SSBModel(Tuner[SSBConfig, SSBLayer]):
     tuner_layer_cls = SSBLayer
 
     def _check_config(self, config: SSBConfig) -> None:
+        if config.target_modules is None:
+            config.target_modules = linear_layers(self.model)
         if not config.target_modules:
-            raise ValueError("SSBConfig needs target_modules: names of linear layers, or a regular expression.")
+            raise ValueError(
+                f"{type(self.model).__name__} has no linear layers that SSB could scale, or target_modules is empty: name "
+                "them, or give a regular expression."
+            )
 
     def _adapt(
         self, config: SSBConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str
