@@ -22,6 +22,9 @@ FILES = {
     "config": "test_config.py",
 }
 _HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE))
+
+from table import table  # noqa: E402
 
 
 def main() -> None:
@@ -30,19 +33,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=FILES, default=list(FILES))
     parser.add_argument("--types", default="", help="peft types, separated by commas; default all of ours and LORA")
     parser.add_argument("-k", default="", help="as pytest's")
-    parser.add_argument("--results", type=Path, help="keep how each test ended in this file, one JSON object a line")
+    parser.add_argument("--tb", default="no", help="as pytest's")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="the file, one JSON object a line, in which stands how each test ended; those in it are not run again",
+    )
     arguments = parser.parse_args()
-    entries = run(arguments.peft, [FILES[name] for name in arguments.only], arguments.types, arguments.k)
-    if arguments.results:
-        arguments.results.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    sys.path.insert(0, str(_HERE))
-    from table import table
+    with tempfile.TemporaryDirectory() as folder:
+        results = (arguments.results or Path(folder) / "results.jsonl").resolve()
+        results.touch()
+        options = ["--tb", arguments.tb, *(["-k", arguments.k] if arguments.k else [])]
+        run(arguments.peft, [FILES[name] for name in arguments.only], arguments.types, results, options)
+        print(table([json.loads(line) for line in results.read_text().splitlines()]))
 
-    print(table(entries))
 
-
-def run(peft: Path, files: list[str], types: str, words: str) -> list[dict[str, str]]:
-    """Run the tests in a folder of their own; return how each ended."""
+def run(peft: Path, files: list[str], types: str, results: Path, options: list[str]) -> None:
+    """Run the tests in a folder of their own, and note in `results` how each ends."""
     if not (peft / "tests" / "testing_common.py").exists():
         raise SystemExit(f"{peft} has no tests/testing_common.py: give the source tree of a release of peft.")
     with tempfile.TemporaryDirectory() as name:
@@ -50,24 +57,25 @@ def run(peft: Path, files: list[str], types: str, words: str) -> list[dict[str, 
         shutil.copytree(peft / "tests", folder / "tests")
         (folder / "tests" / "__init__.py").touch()
         (folder / "pytest.ini").write_text("[pytest]\n")
-        subprocess.run([sys.executable, "-c", "import tiny_models; tiny_models.write(tiny_models.Path())"],
-                       cwd=folder, env=_environment(folder, types), check=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-n", "0", "-W", "ignore", "--tb=no",
-                   "--no-summary", "-p", "no:cacheprovider"]
-        command += [*(["-k", words] if words else []), *(f"tests/{file}" for file in files)]
-        subprocess.run(command, cwd=folder, env=_environment(folder, types), stdout=sys.stderr, check=False)
-        results = folder / "results.jsonl"
-        return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        environment = _environment(folder, types, results)
+        write = "import tiny_models; tiny_models.write(tiny_models.Path())"
+        subprocess.run([sys.executable, "-c", write], cwd=folder, env=environment, check=True)
+        quiet = ["-q", "--no-summary", "--show-capture=no", "-W", "ignore", "-p", "no:cacheprovider", "-n", "0"]
+        command = [sys.executable, "-m", "pytest", "-p", "plugin", *quiet, *options]
+        command += [f"tests/{file}" for file in files]
+        subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr, check=False)
 
 
-def _environment(folder: Path, types: str) -> dict[str, str]:
+def _environment(folder: Path, types: str, results: Path) -> dict[str, str]:
     path = [str(folder), str(_HERE), str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PEFT_TESTS_RESULTS": str(folder / "results.jsonl"),
+        "OMP_NUM_THREADS": "1",  # the models are too small for more
+        "PEFT_TESTS_RESULTS": str(results),
         "PEFT_TESTS_TYPES": types,
     }
 

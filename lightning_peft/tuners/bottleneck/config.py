@@ -33,7 +33,7 @@ class BottleneckConfig(PeftConfig):
         norms: on the stream only, for the other targets by full name the norm N.
         size: width of the bottleneck; or
         reduction: the output's width divided by that of the bottleneck (at least 1; with `kronecker` rounded up to a
-            multiple of it).
+            multiple of it). Without either, 16.
         activation: f: `"relu"`, `"gelu"`, `"swish"`, `"tanh"`, `"sigmoid"` or `"linear"`.
         alpha: the strength, a number.
         scaling: `"fixed"`, or also a trained `scale`, 1 at the start: one (`"learned"`) or one a `"channel"`.
@@ -83,8 +83,10 @@ class BottleneckConfig(PeftConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-        if (self.size is None) == (self.reduction is None):
+        if self.size is not None and self.reduction is not None:
             raise ValueError(f"Give size or reduction, got size={self.size} and reduction={self.reduction}.")
+        if self.size is None and self.reduction is None:
+            self.reduction = 16
         for name in ("size", "reduction"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"The bottleneck's {name} must be positive, got {value}.")

@@ -33,7 +33,7 @@ class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
 
     def _check_config(self, config: BottleneckConfig) -> None:
         if config.target_modules is None:
-            config.target_modules = [part.last for part in part_ends(self.model, attention=False)]
+            config.target_modules = list(config.sites()) or [span.last for span in part_ends(self.model, attention=False)]
         names = {name for name, _ in base_modules(self.model)}
         for name in (name for pair in config.sites().items() for name in pair):
             if name not in names:
