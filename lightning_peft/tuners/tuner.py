@@ -11,6 +11,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from lightning_peft.backbone.modules import base_modules
+
 C = TypeVar("C", bound=PeftConfig)
 L = TypeVar("L", bound=BaseTunerLayer)
 
@@ -56,6 +58,33 @@ class Tuner(BaseTuner, Generic[C, L]):
             if isinstance(layer, TunerLayer) and not autocast_adapter_dtype:
                 layer.cast_to_base(adapter_name)
 
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:  # so peft says, whose own returns the model
+        if merge:
+            self._check_merge_allowed()
+            self._check_declared(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_declared(self, adapter_names: list[str] | None) -> None:
+        """Raise `ValueError` where merging adds parameters to a model that, saved and loaded, would lack them."""
+        if not hasattr(self.model, "save_pretrained"):
+            return  # a state dict holds them, and none but a model that has them takes it
+        layers = [layer for layer in self._layers() if isinstance(layer, TunerLayer)]
+        added = [place for layer in layers for place in layer.added_by_merge(adapter_names)]
+        if added:
+            names = {module: name for name, module in base_modules(self.model)}
+            first, model = f"{names[added[0][0]]}.{added[0][1]}", type(self.model).__name__
+            raise ValueError(
+                f"Merging adds {len(added)} parameters that a plain {model} has no place for, the first is {first}, so "
+                "that the merged model would lose them when it is saved and loaded: save the adapter and write it with "
+                "lightning_peft.bake into a model that has them, or call merge_adapter() to use it in memory."
+            )
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; of those that remain the active ones stay active, else the first by name becomes it.
 
@@ -86,6 +115,14 @@ class TunerLayer(BaseTunerLayer):
             for tensor in self.adapter_tensors(adapter_name):
                 if isinstance(tensor, nn.Parameter):
                     tensor.data = tensor.data.to(dtype)
+
+    def added_by_merge(self, adapter_names: list[str] | None) -> list[tuple[nn.Module, str]]:
+        """Return the parameters that a merge adds, or has added, to the base: their modules and names in these.
+
+        Args:
+            adapter_names: which adapters; None for the active ones.
+        """
+        return []
 
     def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
         """Yield an adapter's parameters and buffers in this layer."""

@@ -9,7 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from lightning_peft.positions import Positions
+from lightning_peft.positions import Positions, untrack
 from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.head_offsets.config import OFFSET, SCALE, HeadOffsetsConfig
 from lightning_peft.tuners.tuner import TunerLayer
@@ -150,6 +150,25 @@ class HeadOffsetsLayer(nn.Module, TunerLayer):
                 raise ValueError(f"Adapter {name!r} still scales heads to choose among them, which no bias computes.")
             if name in self.policies and not hasattr(base, "bias"):
                 raise ValueError(f"Cannot merge head offsets into {type(base).__name__}: it has no place for a bias.")
+
+    def added_by_merge(self, adapter_names: list[str] | None) -> list[tuple[nn.Module, str]]:
+        base: Any = self.get_base_layer()
+        before = self._bias_before_merge if self.merged_adapters else base.bias
+        names = self.active_adapters if adapter_names is None else adapter_names
+        adds = before is None and any(name in self.head_offsets for name in (*names, *self.merged_adapters))
+        return [(base, "bias")] if adds else []
+
+    def follow(self, positions: Positions) -> None:
+        """Read the positions of the model's calls from here."""
+        self._positions = positions
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._changes.pop(adapter_name, None)
+        if not self.configs and "_positions" in self.__dict__:  # the wrapper stays, as peft's do
+            model = self._positions.model
+            del self._positions
+            untrack(model)
 
     def _scales(self, adapter_name: str) -> bool:
         """Return whether an adapter still scales heads to choose among them by training; False without values."""

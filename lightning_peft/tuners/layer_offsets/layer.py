@@ -9,7 +9,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from lightning_peft.positions import Positions
+from lightning_peft.backbone.modules import is_linear
+from lightning_peft.positions import Positions, untrack
 from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.writing import check_write, innermost, unit, written
@@ -152,6 +153,16 @@ class LayerOffsetsLayer(nn.Module, TunerLayer):
                 check_mergeable(name, config.policies[0], config.gate)
                 check_write(self._matrix(config.operation), config.operation, self.name)
 
+    def added_by_merge(self, adapter_names: list[str] | None) -> list[tuple[nn.Module, str]]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        added = [(matrix, key) for matrix, key, before in self._before_merge if before is None]
+        for name in names:
+            if name in self.configs and name not in self.merged_adapters and self.configs[name].operation == "add":
+                matrix = self._matrix("add")
+                if is_linear(matrix) and getattr(matrix, "bias", None) is None:
+                    added.append((matrix, "bias"))
+        return list(dict.fromkeys(added))
+
     def _matrix(self, operation: str) -> nn.Module:
         """Return the module whose weights give the output."""
         owner = innermost(self.owner)
@@ -189,6 +200,7 @@ class LayerOffsetsLayer(nn.Module, TunerLayer):
         super().delete_adapter(adapter_name)
         if not self.configs:
             self._detach()
+            untrack(self._positions.model)
 
     def get_base_layer(self) -> nn.Module:
         """Return a module without anything: no other is wrapped."""

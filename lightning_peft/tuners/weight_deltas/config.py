@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from torch import Tensor
 
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.targets import ordered
 
 _VALUES, _MASKS, _INDICES, _BITS = (f".weight_deltas.{kind}." for kind in ("values", "masks", "indices", "bits"))
 
@@ -51,6 +52,8 @@ class WeightDeltasConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("WEIGHT_DELTAS")
+        if self.target_parameters is not None:
+            self.target_parameters = ordered(self.target_parameters)
         if self.target_modules is not None:
             raise ValueError("WeightDeltasConfig takes target_parameters, the full names of parameters, not modules.")
 

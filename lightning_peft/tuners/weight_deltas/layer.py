@@ -114,6 +114,12 @@ class WeightDeltasLayer(nn.Module, TunerLayer):
                     parameter.data.copy_(merged)
             self.merged_adapters.append(adapter)
 
+    def added_by_merge(self, adapter_names: list[str] | None) -> list[tuple[nn.Module, str]]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        changed = {own for name in (*names, *self.merged_adapters) for own in self._by_parameter(self.values, name)}
+        before = self._owner[0]._parameters | self._before_merge
+        return [(self._owner[0], own) for own in sorted(changed) if before[own] is None]
+
     def unmerge(self) -> None:
         """Put the owner's parameters back, bit for bit."""
         for name, before in self._before_merge.items():

@@ -83,6 +83,8 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> None:  # so peft says, whose own returns the model
+        if merge:
+            self._check_declared(adapter_names)
         for layer in self._layers():
             if merge:
                 layer.merge(safe_merge, adapter_names)
@@ -90,7 +92,7 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
             for adapter in list(layer.scaling):
                 set_active(layer, [])
                 layer.delete_adapter(adapter)
-        return super()._unload_and_optionally_merge(merge=False)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
 
 def _chosen(model: nn.Module, config: WeightDeltasConfig) -> dict[str, list[Place]]:
