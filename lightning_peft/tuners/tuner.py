@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -96,6 +97,15 @@ class Tuner(BaseTuner, Generic[C, L]):
         active = active or sorted(self.peft_config)[:1]
         if self.active_adapters != active:  # peft asks the first layer, which may have carried no other adapter
             self.set_adapter(active)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        # peft asks this before each call; a tuner that did not answer would compute every row with the active adapters
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no batches whose rows have different adapters: call the model once for each "
+                "adapter, with its rows and after set_adapter, instead of giving adapter_names."
+            )
+        return nullcontext()
 
 
 class TunerLayer(BaseTunerLayer):

@@ -244,6 +244,16 @@ def test_without_targets_and_for_all_linear_the_layers_of_the_blocks_are_scaled(
     assert scaled == set(linear_layers(tiny(kind)))
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ("q_proj", "v_proj"), {"v_proj", "q_proj"}])
+def test_targets_are_given_in_any_form_and_saved_in_one(targets: Any, tmp_path: Any) -> None:
+    config = SSBConfig(target_modules=targets, layers_to_transform=[1])
+    model = get_peft_model(tiny("llama"), config)
+    scaled = [name for name, module in model.get_base_model().named_modules() if isinstance(module, SSBLayer)]
+    assert scaled == [f"model.layers.1.self_attn.{name}" for name in ("q_proj", "v_proj")]
+    model.save_pretrained(tmp_path)
+    assert SSBConfig.from_pretrained(tmp_path).target_modules == ["q_proj", "v_proj"]
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_vectors_have_the_precision_that_peft_asks_for(dtype: torch.dtype, autocast: bool) -> None:

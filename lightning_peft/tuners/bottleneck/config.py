@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.targets import order_targets
 
 PLACEMENTS = ("sequential", "parallel", "stream")
 SCALINGS = ("fixed", "learned", "channel")
@@ -26,7 +27,8 @@ class BottleneckConfig(PeftConfig):
 
     Args:
         target_modules: the matrices, by name or suffix, which keep the adapters' parameters and, by what they give,
-            say how wide an adapter is; a string is a regular expression.
+            say how wide an adapter is; a string is a regular expression. Default: the last matrix of every feed-forward
+            part.
         placement: `"sequential"`, `"parallel"` or `"stream"`.
         inputs: parallel only, for targets by full name the module whose input is z; others take their own.
         outputs: on the stream only, for targets by full name the module that gives h.
@@ -48,6 +50,8 @@ class BottleneckConfig(PeftConfig):
         kronecker_std: of the `A_i` at the start; the authors' 0.01.
         exclude_modules: names left out of `target_modules`.
         modules_to_save: other modules to train and save whole, as in every peft method.
+        layers_to_transform: the numbers of the blocks in which `target_modules`, given by suffixes, are adapted.
+        layers_pattern: the name of the list of blocks, where it is not the first in a module's name.
     """
 
     target_modules: list[str] | str | None = field(default=None)
@@ -69,10 +73,13 @@ class BottleneckConfig(PeftConfig):
     kronecker_std: float = field(default=0.01)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("BOTTLENECK")
+        order_targets(self)
         # fields that nobody chose: an adapter that was saved with others goes on as it was; not a field itself
         self.by_default: frozenset[str] = frozenset()
         for name, known in (
