@@ -25,8 +25,8 @@ def order_targets(config: Targeting) -> None:
         config.target_modules = ordered(config.target_modules)
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         raise ValueError(
-            f"target_modules={config.target_modules!r} is a regular expression, which can name the blocks itself: leave "
-            "out layers_to_transform, or give target_modules as a list."
+            f"target_modules={config.target_modules!r} is a regular expression, which can name the blocks itself: "
+            "leave out layers_to_transform, or give target_modules as a list."
         )
     if config.layers_pattern is not None and config.layers_to_transform is None:
         raise ValueError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -86,6 +86,16 @@ class Tuner(BaseTuner, Generic[C, L]):
                 "lightning_peft.bake into a model that has them, or call merge_adapter() to use it in memory."
             )
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # peft drops the argument where a tuner has no such method, and computes every row with the active adapters
+        if kwargs.get("adapter_names") is not None and not all(layer.disable_adapters for layer in self._layers()):
+            raise ValueError(
+                f"{type(self).__name__} computes a whole batch with the active adapters and cannot take another for "
+                "each row: leave out adapter_names, and call the model once for each adapter (set_adapter)."
+            )
+        yield
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; of those that remain the active ones stay active, else the first by name becomes it.
 
@@ -97,15 +107,6 @@ class Tuner(BaseTuner, Generic[C, L]):
         active = active or sorted(self.peft_config)[:1]
         if self.active_adapters != active:  # peft asks the first layer, which may have carried no other adapter
             self.set_adapter(active)
-
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        # peft asks this before each call; a tuner that did not answer would compute every row with the active adapters
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"{type(self).__name__} has no batches whose rows have different adapters: call the model once for each "
-                "adapter, with its rows and after set_adapter, instead of giving adapter_names."
-            )
-        return nullcontext()
 
 
 class TunerLayer(BaseTunerLayer):
@@ -150,6 +151,15 @@ class TunerLayer(BaseTunerLayer):
         for tensor in self.adapter_tensors(adapter_name):
             if not tensor.is_meta:  # else its values come later, from a file
                 tensor.data = tensor.data.to(device)
+
+
+def check_merged(adapter_name: str, weights: Iterable[Tensor]) -> None:
+    """Raise `ValueError`, in peft's words, where an adapter puts NaN or infinity into merged weights."""
+    if not all(torch.isfinite(weight).all() for weight in weights):
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: it would put NaN or "
+            "infinity into them."
+        )
 
 
 def remove_child(owner: nn.Module, name: str) -> None:

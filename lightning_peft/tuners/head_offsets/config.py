@@ -72,7 +72,9 @@ class HeadOffsetsConfig(PeftConfig):
             raise ValueError(f'parameters must be "offsets", "gains" or "lofit", got {self.parameters!r}.')
         if self.heads is not None:
             if self.layers_to_transform is not None:
-                raise ValueError("heads are given by the full names of their modules, so leave out layers_to_transform.")
+                raise ValueError(
+                    "heads are given by the full names of their modules, so leave out layers_to_transform."
+                )
             self.target_modules = sorted(self.heads)
         order_targets(self)
 

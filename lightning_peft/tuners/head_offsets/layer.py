@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.positions import Positions, untrack
 from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.head_offsets.config import OFFSET, SCALE, HeadOffsetsConfig
-from lightning_peft.tuners.tuner import TunerLayer
+from lightning_peft.tuners.tuner import TunerLayer, check_merged
 
 
 class HeadOffsetsLayer(nn.Module, TunerLayer):
@@ -186,8 +186,8 @@ class HeadOffsetsLayer(nn.Module, TunerLayer):
                 displacement = self.displacement(name).to(next(self.base_layer.parameters()).device)
                 displacement = displacement.to(_float_dtype(self.base_layer))[None]
                 change = (self.base_layer(displacement) - self.base_layer(torch.zeros_like(displacement)))[0]
-            if safe_merge and not torch.isfinite(change).all():
-                raise ValueError(f"Adapter {name!r} would put NaN or infinity into the projection's bias.")
+            if safe_merge:
+                check_merged(name, [change])
             if not self.merged_adapters:
                 self._bias_before_merge = None if base.bias is None else base.bias.detach().clone()
             merged = change if base.bias is None else base.bias.detach() + change

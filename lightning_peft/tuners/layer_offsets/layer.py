@@ -10,11 +10,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import is_linear
+from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.positions import Positions, untrack
 from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.writing import check_write, innermost, unit, written
-from lightning_peft.tuners.tuner import TunerLayer, remove_child
+from lightning_peft.tuners.tuner import TunerLayer, check_merged, remove_child
 
 ATTRIBUTE = "layer_edits"  # the child that a module gets
 
@@ -74,6 +75,17 @@ class LayerOffsetsLayer(nn.Module, TunerLayer):
     def owner(self) -> nn.Module:
         """The module whose output is moved."""
         return self._owner[0]
+
+    @property
+    def in_features(self) -> int:
+        """The width of the owner's input, where it is a matrix; else of its output."""
+        owner = innermost(self.owner)
+        return matrix_shape(owner)[0] if is_linear(owner) else self.out_features
+
+    @property
+    def out_features(self) -> int:
+        """The width of the owner's output."""
+        return next(iter(self.layer_offsets.values())).shape[-1]
 
     def base_form(self) -> tuple[torch.device | None, torch.dtype | None]:
         """Return the device of the owner's first parameter, and the precision of the first that is not quantised."""
@@ -177,8 +189,8 @@ class LayerOffsetsLayer(nn.Module, TunerLayer):
             operation = self.configs[name].operation
             matrix = self._matrix(operation)
             new = written(matrix, self.layer_offsets[name][0], operation, self.scaling[name])
-            if safe_merge and not all(torch.isfinite(value).all() for value in new.values()):
-                raise ValueError(f"Adapter {name!r} would put NaN or infinity into the weights of {self.name}.")
+            if safe_merge:
+                check_merged(name, new.values())
             for key, value in new.items():
                 self._before_merge.append((matrix, key, getattr(matrix, key)))
                 setattr(matrix, key, nn.Parameter(value, requires_grad=False))

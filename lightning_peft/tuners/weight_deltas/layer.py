@@ -10,7 +10,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from lightning_peft.tuners.tuner import TunerLayer
+from lightning_peft.backbone.modules import is_matrix
+from lightning_peft.tuners.tuner import TunerLayer, check_merged
 from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig, storage, unpack
 from lightning_peft.tuners.weight_deltas.view import attach, detach
 
@@ -73,6 +74,21 @@ class WeightDeltasLayer(nn.Module, TunerLayer):
         self.pruned[adapter_name] = config.pruned
         attach(self._owner[0], self, set(names))
 
+    @property
+    def in_features(self) -> int | None:
+        """The width of the owner's input; None where it is no matrix."""
+        return self._shape()[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """The width of the owner's output; None where it is no matrix."""
+        return self._shape()[1]
+
+    def _shape(self) -> tuple[int, int] | tuple[None, None]:
+        from lightning_peft.backbone.structure import matrix_shape
+
+        return matrix_shape(self._owner[0]) if is_matrix(self._owner[0]) else (None, None)
+
     def base_form(self) -> tuple[torch.device | None, torch.dtype | None]:
         """Return device and precision of the owner's first parameter."""
         first = next(parameter for parameter in self._owner[0]._parameters.values() if parameter is not None)
@@ -102,8 +118,8 @@ class WeightDeltasLayer(nn.Module, TunerLayer):
             for name in self._by_parameter(self.values, adapter):
                 with torch.no_grad():
                     sums[name] = self._sum(name, self._owner[0]._parameters[name], [adapter])
-                if safe_merge and not torch.isfinite(sums[name]).all():
-                    raise ValueError(f"Adapter {adapter!r} would put NaN or infinity into the weights.")
+            if safe_merge:
+                check_merged(adapter, sums.values())
             for name, merged in sums.items():
                 parameter = self._owner[0]._parameters[name]
                 before = None if parameter is None else parameter.detach().clone()
