@@ -39,3 +39,19 @@ def ordered(names: Collection[str] | str) -> list[str] | str:
     if isinstance(names, str):
         return names
     return sorted(names) if isinstance(names, set | frozenset) else list(names)
+
+
+def default_blocks(config: Targeting) -> list[int] | None:
+    """Return the numbers of the blocks in which a configuration that names no targets adapts its own; None for all.
+
+    peft leaves out blocks only where targets are suffixes, and own targets are full names.
+
+    Raises:
+        ValueError: blocks are to be counted in a list that is named, and own targets are found without names.
+    """
+    if config.layers_pattern is not None:
+        raise ValueError(
+            f"layers_pattern={config.layers_pattern!r} goes with target_modules: give the names that stand in those blocks."
+        )
+    layers = config.layers_to_transform
+    return [layers] if isinstance(layers, int) else layers
