@@ -93,7 +93,8 @@ def write(kind: str, folder: Path) -> None:
     for method, config in METHODS.items():
         model = adapted(kind, config(kind), constant_gates=kind == "vit")
         pickled = method in (*PREFIXES, PICKLED[kind])
-        model.save_adapter(str(folder / method), NAME, with_head=False, use_safetensors=not pickled)
+        source = with_class_of_its_own(model, config(kind)) if kind == "t5" and "compacter" in method else model
+        source.save_adapter(str(folder / method), NAME, with_head=False, use_safetensors=not pickled)
         values = compute(kind, model, given, numbers["functional"])
         if method == "unipelt" and kind != "vit":
             first = {name: value[:, :1] for name, value in given.items()}
@@ -188,6 +189,18 @@ def adapted(kind: str, config: AdapterConfig, constant_gates: bool) -> nn.Module
             elif isinstance(config, IA3Config):
                 parameter.add_(1)
     return model
+
+
+def with_class_of_its_own(model: nn.Module, config: AdapterConfig) -> nn.Module:
+    """Return the model as AdapterHub's own class, with the same adapter.
+
+    Of transformers' class for T5 AdapterHub does not save the matrices that Compacter's layers share.
+    """
+    own = adapters.T5AdapterModel(model.config)
+    own.add_adapter(NAME, config=config)
+    values = {f"transformer.{name}": value for name, value in parameters(model).items()}
+    own.load_state_dict(values, strict=False)
+    return own
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
