@@ -8,7 +8,7 @@ from peft.config import PeftConfig
 
 from lightning_peft.stack.registration import add_peft_type
 
-PLACEMENTS = ("sequential", "parallel")
+PLACEMENTS = ("sequential", "parallel", "stream")
 SCALINGS = ("fixed", "learned", "channel")
 ACTIVATIONS = ("relu", "gelu", "swish", "tanh", "sigmoid", "linear")
 INITS = ("lora", "mam", "bert", "houlsby", "glorot")
@@ -16,16 +16,21 @@ INITS = ("lora", "mam", "bert", "houlsby", "glorot")
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """A trained `b(z) = alpha * scale * up(f(down(z)))` added to the output `y` of a frozen matrix: `y + b(z)`.
+    """A trained `b(z) = alpha * scale * up(f(down(z)))` at a frozen matrix, which gives `y`, or at the residual stream.
 
-    Sequential, `z = y` (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247). Parallel, `z`
-    is the input of the matrix itself, or that of another one, so that the whole part between the two has the adapter
-    beside it (He et al. 2022, arXiv:2110.04366).
+    Sequential: `y + b(y)` (Houlsby et al. 2019, arXiv:1902.00751). Parallel: `y + b(z)`, where z is the input of the
+    matrix itself, or that of another module, so that the whole part between the two has the adapter beside it (He et
+    al. 2022, arXiv:2110.04366). On the stream: `h + b(h)`, where h is what another module gives (Steitz & Roth 2024,
+    arXiv:2406.06820); or, where that module is a norm N of the sum s of a part and what it was given, `N(s + b(N(s)))`
+    (Pfeiffer et al. 2021, arXiv:2005.00247). `lightning_peft.tuners.bottleneck.stream` finds these modules.
 
     Args:
-        target_modules: the matrices, by name or suffix; a string is a regular expression.
-        placement: `"sequential"` or `"parallel"`.
-        inputs: parallel only, for targets by full name the module whose input is `z`; others take their own.
+        target_modules: the matrices, by name or suffix, which keep the adapters' parameters and, by what they give,
+            say how wide an adapter is; a string is a regular expression.
+        placement: `"sequential"`, `"parallel"` or `"stream"`.
+        inputs: parallel only, for targets by full name the module whose input is z; others take their own.
+        outputs: on the stream only, for targets by full name the module that gives h.
+        norms: on the stream only, for the other targets by full name the norm N.
         size: width of the bottleneck; or
         reduction: the output's width divided by that of the bottleneck (at least 1; with `kronecker` rounded up to a
             multiple of it).
@@ -48,6 +53,8 @@ class BottleneckConfig(PeftConfig):
     target_modules: list[str] | str | None = field(default=None)
     placement: str = field(default="sequential")
     inputs: dict[str, str] | None = field(default=None)
+    outputs: dict[str, str] | None = field(default=None)
+    norms: dict[str, str] | None = field(default=None)
     size: int | None = field(default=None)
     reduction: int | None = field(default=None)
     activation: str = field(default="relu")
@@ -66,6 +73,8 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("BOTTLENECK")
+        # fields that nobody chose: an adapter that was saved with others goes on as it was; not a field itself
+        self.by_default: frozenset[str] = frozenset()
         for name, known in (
             ("placement", PLACEMENTS),
             ("scaling", SCALINGS),
@@ -84,6 +93,11 @@ class BottleneckConfig(PeftConfig):
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         if self.inputs and self.placement != "parallel":
             raise ValueError(f"Only a parallel adapter has inputs of its own, and this one is {self.placement}.")
+        if bool(self.outputs or self.norms) != (self.placement == "stream"):
+            raise ValueError(
+                f"outputs or norms and the placement 'stream' go together, got outputs={self.outputs}, norms="
+                f"{self.norms} and the placement {self.placement!r}."
+            )
         if self.kronecker < 0:
             raise ValueError(f"kronecker must not be negative, got {self.kronecker}.")
         if self.kronecker and self.init not in ("lora", "mam", "glorot"):
@@ -99,4 +113,9 @@ class BottleneckConfig(PeftConfig):
 
     def merges(self) -> bool:
         """Return whether the adapter is a linear map that the matrix itself can take up."""
-        return self.activation == "linear" and not (self.biases or self.gate or self.inputs)
+        elsewhere = self.inputs or self.placement == "stream"
+        return self.activation == "linear" and not (self.biases or self.gate or elsewhere)
+
+    def sites(self) -> dict[str, str]:
+        """Return for targets by full name the other module that each reads or adds to."""
+        return {**(self.inputs or {}), **(self.outputs or {}), **(self.norms or {})}

@@ -8,22 +8,24 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from lightning_peft.backbone.modules import is_linear
+from lightning_peft.backbone.modules import is_linear, is_matrix
 from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.per_thread import PerThread
 from lightning_peft.tuners.bottleneck.branch import Bottleneck
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig
+from lightning_peft.tuners.bottleneck.hooks import add_to_stream, leave_stream
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """Add `alpha * b(z)` to the output `y` of the wrapped matrix, one `b` for each adapter.
+    """Add `alpha * b(z)` to the output `y` of the wrapped matrix, or to the residual stream, one `b` for each adapter.
 
     z is y, the matrix's own input, or the input of another module that runs earlier in the same call; the latter is
-    noted when that module is called and forgotten once it was used.
+    noted when that module is called and forgotten once it was used. On the stream a hook of the module that gives it
+    asks for the change, and the matrix gives what it always did.
     """
 
     adapter_layer_names = ("bottleneck", "bottleneck_rule")
-    other_param_names = ("scaling", "configs", "_sources", "_owners")
+    other_param_names = ("scaling", "configs", "_sources", "_sites", "_owners")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
@@ -35,6 +37,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # modules that are not this layer's children stand in tuples, out of sight of nn.Module
         self._sources: dict[str, tuple[nn.Module]] = {}
+        self._sites: dict[str, tuple[nn.Module]] = {}
         self._owners: dict[str, tuple[BottleneckLayer]] = {}
         self._noted: PerThread[dict[str, Tensor]] = PerThread()
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
@@ -43,33 +46,39 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     @property
     def acts_alone(self) -> bool:
         """True where the layer needs nothing but its own input."""
-        return not self._sources
+        return not (self._sources or self._sites)
 
     def update_layer(
         self,
         adapter_name: str,
         config: BottleneckConfig,
-        source: nn.Module | None = None,
+        site: nn.Module | None = None,
         owner: BottleneckLayer | None = None,
+        norm: bool = False,
     ) -> None:
         """Give the layer one more adapter.
 
         Args:
             adapter_name: its name.
             config: its configuration.
-            source: the matrix whose input the adapter reads; None for its own (or, sequential, its own output).
+            site: parallel, the module whose input the adapter reads, None for its own; on the stream, the module
+                whose output it reads and adds to.
             owner: the layer that holds what a Kronecker adapter shares; None: this one is to hold it.
+            norm: the site is a norm of the sum that the adapter adds to.
         """
         inputs, outputs = matrix_shape(self)
-        if config.placement == "sequential":
+        if config.placement != "parallel":
             inputs = outputs
-        elif source is not None:
-            inputs, _ = matrix_shape(source)
+        elif site is not None:  # what is no matrix is given the stream, which is as wide as what is added to it
+            inputs = matrix_shape(site)[0] if is_matrix(site) else outputs
         self.bottleneck[adapter_name] = Bottleneck(inputs, outputs, config)
         self.scaling[adapter_name], self.configs[adapter_name] = config.alpha, config
-        if source is not None:
-            self._sources[adapter_name] = (source,)
-            source.register_forward_pre_hook(_Note(self, adapter_name))
+        if site is not None and config.placement == "stream":
+            self._sites[adapter_name] = (site,)
+            add_to_stream(site, self, adapter_name, norm)
+        elif site is not None:
+            self._sources[adapter_name] = (site,)
+            site.register_forward_pre_hook(_Note(self, adapter_name))
         if config.kronecker:
             if owner is None:
                 rule = torch.empty(*[config.kronecker] * 3).normal_(std=config.kronecker_std)
@@ -85,15 +94,26 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         for name in self._acting():
+            if name in self._sites:
+                continue
             z = y
             if name in self._sources:
                 z = self._take_note(name, y)
             elif self.configs[name].placement == "parallel":
                 z = x
-            branch: Any = self.bottleneck[name]
-            out = branch(z.to(next(branch.parameters()).dtype), self._rule(name))
-            y = y + (self.scaling[name] * out).to(y.dtype)
+            y = y + self._change(name, z).to(y.dtype)
         return y
+
+    def stream_change(self, adapter_name: str, z: Tensor) -> Tensor | None:
+        """Return what an adapter adds to the residual stream that it reads as `z`; None where it does not act."""
+        if self.disable_adapters or adapter_name not in self._acting():
+            return None
+        return self._change(adapter_name, z).to(z.dtype)
+
+    def _change(self, adapter_name: str, z: Tensor) -> Tensor:
+        branch: Any = self.bottleneck[adapter_name]
+        out: Tensor = branch(z.to(next(branch.parameters()).dtype), self._rule(adapter_name))
+        return self.scaling[adapter_name] * out
 
     def note(self, adapter_name: str, x: Tensor) -> None:
         """Note the input of an adapter's source in this call."""
@@ -149,11 +169,17 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out, and what it hung on another module."""
+        self.leave_sites(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def leave_sites(self, adapter_name: str) -> None:
+        """Take an adapter's hooks off other modules."""
+        for site in self._sites.get(adapter_name, ()):
+            leave_stream(site, self, adapter_name)
         for source in self._sources.get(adapter_name, ()):
             for key, hook in list(source._forward_pre_hooks.items()):
                 if isinstance(hook, _Note) and hook.layer is self and hook.adapter_name == adapter_name:
                     del source._forward_pre_hooks[key]
-        super().delete_adapter(adapter_name)
 
     def _acting(self) -> list[str]:
         """Return the active adapters that are not merged, without those at strength 0: the base stays bit for bit."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -10,7 +12,6 @@ from lightning_peft.backbone.modules import base_modules
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 from lightning_peft.tuners.bottleneck.layer import BottleneckLayer
 from lightning_peft.tuners.tuner import Tuner
-
 
 class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
     """Wrap matrices in `BottleneckLayer`; see `BottleneckConfig`.
@@ -33,9 +34,11 @@ class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
         if config.target_modules is None:
             raise ValueError("BottleneckConfig needs target_modules: the matrices whose outputs it adds to.")
         names = {name for name, _ in base_modules(self.model)}
-        for name in (name for pair in (config.inputs or {}).items() for name in pair):
+        for name in (name for pair in config.sites().items() for name in pair):
             if name not in names:
-                raise ValueError(f"The model has no module {name!r}, which the parallel adapter reads or adds to.")
+                raise ValueError(
+                    f"The model has no module {name!r}, which the {config.placement} adapter reads or adds to."
+                )
 
     def _adapt(
         self, config: BottleneckConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str
@@ -46,11 +49,22 @@ class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
         check_called([key], self.model)
         # the innermost module of that name: adapters around it come and go
         named = dict(base_modules(self.model))
-        source = (config.inputs or {}).get(key, key)
+        site = config.sites().get(key)
+        if site is None and config.placement == "stream":
+            raise ValueError(f"outputs and norms name no module for {key}: name one, or leave it out of the targets.")
         owners = (layer for layer in self._layers() if adapter_name in layer.bottleneck_rule)
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name)
-        layer.update_layer(adapter_name, config, named[source] if source != key else None, next(owners, None))
+        module = None if site in (None, key) else named[site]
+        layer.update_layer(adapter_name, config, module, next(owners, None), norm=key in (config.norms or {}))
         setattr(parent, name, layer)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        layers = self._layers()
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for layer in layers:
+            for name in list(layer.configs):
+                layer.leave_sites(name)
+        return model
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
