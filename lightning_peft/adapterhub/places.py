@@ -27,6 +27,21 @@ class Place:
     ours: str
 
 
+@dataclass(frozen=True)
+class AdapterPlace(Place):
+    """One place of a bottleneck adapter.
+
+    Args:
+        before: the module here whose input is the residual stream before the part.
+        behind: the module here that gives the stream behind it; None where no module does.
+        norm: whether that is a norm of the part's output and the stream.
+    """
+
+    before: str
+    behind: str | None
+    norm: bool
+
+
 class Places:
     """All places in a model.
 
@@ -49,13 +64,20 @@ class Places:
         name = str(getattr(model, "base_model_prefix", ""))
         self._inside = f"{name}." if name in self.modules else ""
 
-    def adapters(self, place: str, left_out: Collection[int] = ()) -> list[Place]:
+    def adapters(self, option: str, left_out: Collection[int] = ()) -> list[AdapterPlace]:
         """Return the places of bottleneck adapters that one of AdapterHub's options (`mh_adapter`, …) asks for."""
-        return [
-            self._place(layer, number, block, block.adapters[place])
-            for layer, number, block in self._blocks(left_out)
-            if place in block.adapters
-        ]
+        places = []
+        for layer, number, block in self._blocks(left_out):
+            if option in block.adapters:
+                site, inside = block.adapters[option], self._inside + block.ours.format(number)
+                theirs = f"{block.theirs.format(number)}.{site.theirs}"
+                behind = None if site.behind is None else f"{inside}.{site.behind}".rstrip(".")
+                places.append(
+                    AdapterPlace(
+                        layer, theirs, f"{inside}.{site.last}", f"{inside}.{site.before}", behind, norm=site.norm
+                    )
+                )
+        return places
 
     def matrices(self, kind: str, left_out: Collection[int] = ()) -> list[Place]:
         """Return the matrices of a kind that `Block.matrices` lists."""
@@ -74,7 +96,7 @@ class Places:
                 places.setdefault(shared, []).append(self._place(layer, number, block, names))
         return places
 
-    def in_order(self, places: Collection[Place]) -> list[Place]:
+    def in_order(self, places: Collection[AdapterPlace]) -> list[AdapterPlace]:
         """Return places in the order of the model's modules, in which peft adapts them."""
         order = {name: i for i, name in enumerate(self.modules)}
         return sorted(places, key=lambda place: order[place.ours])
