@@ -48,8 +48,14 @@ def with_head(
 
 
 def _left_out(head: SavedHead, model: nn.Module) -> str:
+    name = type(model).__name__
+    if head.model_class == name:
+        return (
+            f"The head of {name} was trained too and is left out, being no task's: save the whole model in AdapterHub "
+            "with save_pretrained, and import with that as the base."
+        )
     named = f"The head {head.name!r}" if head.name else "The head"
     return (
-        f"{named} of {head.model_class} was left out, since {type(model).__name__} has no modules of its names: load "
-        "the adapter in AdapterHub and copy what model.heads holds into a class of transformers, or train one."
+        f"{named} of {head.model_class} was left out, since a {name} has no modules of its names: train a head here, "
+        "or copy its matrices from AdapterHub's model.heads into a class of transformers."
     )

@@ -96,7 +96,7 @@ def import_adapterhub(
         base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         write_described(described, [part.tensors for part in parts], output, base)
         written = {adapter.name: str(adapter.config.peft_type).removeprefix("PeftType.") for adapter in adapters}
-    return Imported(output, written, (*_training_alone(options), *notes))
+    return Imported(output, written, (*_in_training(options), *notes))
 
 
 def translated(options: Sequence[Options], tensors: Tensors, places: Places, model: nn.Module) -> list[Part]:
@@ -151,9 +151,12 @@ def _on_model(model: nn.Module, parts: Sequence[Part], source: str) -> Iterator[
             parameter.requires_grad_(flag)
 
 
-def _training_alone(options: Sequence[Options]) -> Iterator[str]:
+def _in_training(options: Sequence[Options]) -> Iterator[str]:
+    """Say what is different where the adapter is trained further."""
     for method in options:
+        if isinstance(method, BottleneckOptions) and method.phm_layer and not method.learn_phm:
+            yield f"AdapterHub's option learn_phm={method.learn_phm} is left out: here the shared matrices are trained too."
         if isinstance(method, PrefixOptions) and method.dropout:
             yield f"AdapterHub's option dropout={method.dropout} of the prefix acts in training alone, and is left out."
         if isinstance(method, PrefixOptions) and not method.flat:
-            yield "The prefix was computed out of its reparametrisation, which is not trained any further."
+            yield "The prefix was computed from its reparametrisation, which is left out: the prefix itself would be trained."

@@ -98,14 +98,15 @@ def _lora(options: LowRankOptions, tensors: Tensors, matrices: list[_Matrix], pl
     for matrix in matrices:
         down, up = _factors(options, tensors, matrix)
         kept[f"{ROOT}{matrix.place.ours}.lora_A.weight"], kept[f"{ROOT}{matrix.place.ours}.lora_B.weight"] = down, up
-    several = {matrix.place.ours: matrix.blocks for matrix in matrices if matrix.blocks > 1}
+    blocks = min(matrix.blocks for matrix in matrices)
+    others = {matrix.place.ours: matrix.blocks for matrix in matrices if matrix.blocks != blocks}
     settings: dict[str, Any] = {
-        "r": options.r,
-        "lora_alpha": options.alpha,
+        "r": options.r * blocks,
+        "lora_alpha": options.alpha * blocks,
         "lora_dropout": float(options.dropout),
         "target_modules": [matrix.place.ours for matrix in matrices],
-        "rank_pattern": {name: options.r * blocks for name, blocks in several.items()},
-        "alpha_pattern": {name: options.alpha * blocks for name, blocks in several.items()},
+        "rank_pattern": {name: options.r * several for name, several in others.items()},
+        "alpha_pattern": {name: options.alpha * several for name, several in others.items()},
         "fan_in_fan_out": _transposed(matrices, places),
     }
     return Part("lora", LoraConfig(**settings), kept)

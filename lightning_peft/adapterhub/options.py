@@ -35,6 +35,7 @@ class BottleneckOptions:
     phm_dim: int = 4
     phm_bias: bool | None = True
     factorized_phm_rule: bool | None = False
+    learn_phm: bool | None = True
 
     def factor(self, layer: int) -> float:
         """Return the reduction factor of a layer.
@@ -108,7 +109,6 @@ _WITHOUT_EFFECT: dict[type, set[str]] = {
         "phm_c_init",
         "phm_init_range",
         "hypercomplex_nonlinearity",
-        "learn_phm",
         "adapter_residual_before_ln",
         "inv_adapter_reduction_factor",
         # of AdapterFusion, in files of the first versions
