@@ -41,6 +41,15 @@ def different_fields(a: PeftConfig, b: PeftConfig, computed: bool = False) -> li
     return [f"{k}: {left.get(k)!r} != {right.get(k)!r}" for k in keys if left.get(k) != right.get(k)]
 
 
+def conflicts(saved: PeftConfig, wanted: PeftConfig, computed: bool = False) -> list[str]:
+    """Return the fields, as `different_fields` does, in which an adapter that exists is not what is wanted.
+
+    Fields that the wanted configuration holds only `by_default` are none: there the adapter stays what it is.
+    """
+    by_default = getattr(wanted, "by_default", frozenset())
+    return [text for text in different_fields(saved, wanted, computed) if text.partition(":")[0] not in by_default]
+
+
 def check_numbers(config: PeftConfig) -> None:
     """Raise `ValueError` naming a setting that is NaN or infinite."""
     for field, value in config_to_json(config).items():

@@ -13,6 +13,7 @@ from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 from lightning_peft.tuners.bottleneck.layer import BottleneckLayer
 from lightning_peft.tuners.tuner import Tuner
 
+
 class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
     """Wrap matrices in `BottleneckLayer`; see `BottleneckConfig`.
 
