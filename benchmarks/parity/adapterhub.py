@@ -6,7 +6,8 @@ Needs an environment of its own, since AdapterHub pins an older transformers:
     peer/bin/python benchmarks/parity/adapterhub.py tests/parity/fixtures/adapterhub
 
 For each architecture a folder with the base model (`base/`, as transformers saves it), for each method a folder with
-the adapter as AdapterHub's `save_adapter` writes it, and `numbers.safetensors`:
+the adapter as AdapterHub's `save_adapter` writes it, and `numbers.safetensors`; in `imported/` further adapters, and
+in `classifier/` some with prediction heads:
 
 | key | value |
 |---|---|
@@ -67,6 +68,20 @@ METHODS: dict[str, Callable[[str], AdapterConfig]] = {
     "lora": lambda kind: LoRAConfig(r=2, alpha=4),
     "ia3": lambda kind: IA3Config(),
 }
+# adapters that are only imported, with options of their own: their logits are kept, without gradients
+IMPORTED: dict[str, Callable[[str], AdapterConfig]] = {
+    "some_layers": lambda kind: DoubleSeqBnConfig(
+        reduction_factor={"1": 2, "default": 4}, leave_out=[0], non_linearity="gelu"
+    ),
+    "learned_scaling": lambda kind: ParBnConfig(reduction_factor=4, mh_adapter=True, scaling="learned"),
+    "all_matrices": lambda kind: LoRAConfig(
+        r=2, alpha=3, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True, leave_out=[1]
+    ),
+    "union": lambda kind: ConfigUnion(LoRAConfig(r=2, alpha=4), SeqBnConfig(reduction_factor=4)),
+}
+# architectures whose names are those of one above: some methods, without gradients
+COUSINS = ("roberta", "xlm-roberta", "mistral")
+COUSINS_METHODS = ("houlsby", "pfeiffer", "parallel", "prefix_flat", "lora", "ia3")
 # saved as `pytorch_adapter.bin`: AdapterHub cannot save prefixes as safetensors, and of the others one an architecture
 PREFIXES = ("prefix_flat", "prefix", "mam", "unipelt")
 PICKLED = {"bert": "houlsby", "gpt2": "lora", "llama": "parallel", "t5": "compacter", "vit": "ia3"}
@@ -79,10 +94,17 @@ def main() -> None:
     for kind in ("bert", "gpt2", "llama", "t5", "vit"):
         shutil.rmtree(folder / kind, ignore_errors=True)
         write(kind, folder / kind)
+    for kind in COUSINS:
+        shutil.rmtree(folder / kind, ignore_errors=True)
+        write_logits(kind, folder / kind, {method: METHODS[method] for method in COUSINS_METHODS})
+    shutil.rmtree(folder / "classifier", ignore_errors=True)
+    write_with_heads(folder / "classifier")
 
 
 def write(kind: str, folder: Path) -> None:
     """Write the base model, the adapters and the numbers of one architecture."""
+    write_logits(kind, folder / "imported", IMPORTED)
+    shutil.rmtree(folder / "imported" / "base")
     base = base_model(kind)
     base.save_pretrained(folder / "base")
     given = inputs(kind)
@@ -107,6 +129,44 @@ def write(kind: str, folder: Path) -> None:
     save_file({name: value.contiguous() for name, value in numbers.items()}, folder / "numbers.safetensors")
 
 
+def write_logits(kind: str, folder: Path, configs: dict[str, Callable[[str], AdapterConfig]]) -> None:
+    """Write the base model, adapters and logits."""
+    base_model(kind).save_pretrained(folder / "base")
+    given = inputs(kind)
+    numbers = {f"input/{name}": value for name, value in given.items()}
+    with torch.no_grad():
+        numbers["base/logits"] = base_model(kind)(**given).logits
+        for method, config in configs.items():
+            model = adapted(kind, config(kind), constant_gates=False)
+            model.save_adapter(str(folder / method), NAME, with_head=False, use_safetensors=method not in PREFIXES)
+            numbers[f"{method}/logits"] = model(**given).logits
+    save_file({name: value.contiguous() for name, value in numbers.items()}, folder / "numbers.safetensors")
+
+
+def write_with_heads(folder: Path) -> None:
+    """Write a classifier, adapters with its head, with a head of AdapterHub's own, and with a language model's."""
+    base_model("classifier").save_pretrained(folder / "base")
+    given = inputs("bert")
+    numbers = {f"input/{name}": value for name, value in given.items()}
+    for method in ("lora", "pfeiffer"):
+        model = adapted("classifier", METHODS[method]("bert"), constant_gates=False)
+        with torch.no_grad():
+            for parameter in model.classifier.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+            numbers[f"{method}/logits"] = model(**given).logits
+        model.save_adapter(str(folder / method), NAME, use_safetensors=method == "lora")
+    own = adapters.BertAdapterModel(model.config)
+    own.add_adapter(NAME, config=METHODS["pfeiffer"]("bert"))
+    own.add_classification_head(NAME, num_labels=3)
+    own.save_adapter(str(folder / "own_head"), NAME)
+    language = adapted("bert", METHODS["pfeiffer"]("bert"), constant_gates=False)
+    language.save_adapter(str(folder / "same_language_head"), NAME)
+    with torch.no_grad():
+        language.cls.predictions.bias.add_(1)
+    language.save_adapter(str(folder / "other_language_head"), NAME)
+    save_file({name: value.contiguous() for name, value in numbers.items()}, folder / "numbers.safetensors")
+
+
 def base_model(kind: str) -> nn.Module:
     """Return a tiny model whose attention is far from uniform and whose biases and norms are not at their defaults."""
     torch.manual_seed(0)
@@ -117,6 +177,20 @@ def base_model(kind: str) -> nn.Module:
     if kind == "bert":
         config = transformers.BertConfig(**encoder, max_position_embeddings=16, **shared, **eager)
         model = transformers.BertForMaskedLM(config)
+    elif kind == "classifier":
+        config = transformers.BertConfig(**encoder, max_position_embeddings=16, num_labels=3, **shared, **eager)
+        model = transformers.BertForSequenceClassification(config)
+    elif kind == "roberta":
+        config = transformers.RobertaConfig(**encoder, max_position_embeddings=16, **shared, **eager)
+        model = transformers.RobertaForMaskedLM(config)
+    elif kind == "xlm-roberta":
+        config = transformers.XLMRobertaConfig(**encoder, max_position_embeddings=16, **shared, **eager)
+        model = transformers.XLMRobertaForMaskedLM(config)
+    elif kind == "mistral":
+        config = transformers.MistralConfig(
+            **encoder, num_key_value_heads=2, max_position_embeddings=16, **shared, **eager
+        )
+        model = transformers.MistralForCausalLM(config)
     elif kind == "gpt2":
         config = transformers.GPT2Config(
             n_embd=WIDTH, n_inner=INNER, n_layer=LAYERS, n_head=HEADS, n_positions=16, **shared, **eager
@@ -159,7 +233,7 @@ def inputs(kind: str) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
     ids = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
     mask = torch.ones_like(ids)
-    mask[1, slice(None, 2) if kind in ("llama", "gpt2") else slice(-2, None)] = 0
+    mask[1, slice(None, 2) if kind in ("llama", "gpt2", "mistral") else slice(-2, None)] = 0
     given = {"input_ids": ids, "attention_mask": mask}
     if kind == "t5":
         given["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, 5), generator=generator)

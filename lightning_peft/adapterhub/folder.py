@@ -137,7 +137,9 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, LookupError, AttributeError) as error:
-        raise AdapterError(f"{file} is damaged, or holds more than tensors, which are all that is read of it.") from error
+        raise AdapterError(
+            f"{file} is damaged, or holds more than tensors, which are all that is read of it."
+        ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
     ):

@@ -14,9 +14,7 @@ from lightning_peft.adapterhub.part import ROOT, Part
 from lightning_peft.backbone.task_heads import task_heads
 
 
-def with_head(
-    parts: Sequence[Part], head: SavedHead | None, model: nn.Module
-) -> tuple[list[Part], tuple[str, ...]]:
+def with_head(parts: Sequence[Part], head: SavedHead | None, model: nn.Module) -> tuple[list[Part], tuple[str, ...]]:
     """Return the parts with the head, where an adapter's folder can keep it, and a sentence where it cannot.
 
     A folder of this package keeps a task's head (`modules_to_save`) of a class of transformers. AdapterHub's own heads,

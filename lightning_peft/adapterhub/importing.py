@@ -44,9 +44,7 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_adapterhub(
-    model: nn.Module, folder: str | Path, output: str | Path, token_gates: bool = False
-) -> Imported:
+def import_adapterhub(model: nn.Module, folder: str | Path, output: str | Path, token_gates: bool = False) -> Imported:
     """Write an adapter that AdapterHub's `save_adapter` saved as a folder that `load_adapter` reads.
 
     LoRA and IA3 become peft's own types, which peft reads without this package. The adapted model computes what it
@@ -155,8 +153,8 @@ def _in_training(options: Sequence[Options]) -> Iterator[str]:
     """Say what is different where the adapter is trained further."""
     for method in options:
         if isinstance(method, BottleneckOptions) and method.phm_layer and not method.learn_phm:
-            yield f"AdapterHub's option learn_phm={method.learn_phm} is left out: here the shared matrices are trained too."
+            yield "AdapterHub's option learn_phm=False is left out: here the shared matrices would be trained too."
         if isinstance(method, PrefixOptions) and method.dropout:
             yield f"AdapterHub's option dropout={method.dropout} of the prefix acts in training alone, and is left out."
         if isinstance(method, PrefixOptions) and not method.flat:
-            yield "The prefix was computed from its reparametrisation, which is left out: the prefix itself would be trained."
+            yield "The prefix was computed from its reparametrisation, without which it would be trained further."

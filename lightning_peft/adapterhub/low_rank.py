@@ -66,7 +66,9 @@ def low_rank(options: LowRankOptions, tensors: Tensors, places: Places) -> list[
         AdapterError: an option has no equal here, or a tensor is missing or of another shape.
     """
     if options.composition_mode not in ("add", "scale"):
-        raise AdapterError(f"AdapterHub's option composition_mode={options.composition_mode!r} is neither add nor scale.")
+        raise AdapterError(
+            f"AdapterHub's option composition_mode={options.composition_mode!r} is neither add nor scale."
+        )
     if unknown := [letter for letter in options.attn_matrices if letter not in _LETTERS]:
         raise AdapterError(f"AdapterHub's option attn_matrices has {unknown[0]!r}, which is none of q, k and v.")
     matrices = _matrices(options, places)

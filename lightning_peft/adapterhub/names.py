@@ -169,6 +169,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture((_BERT,), "bert"),
     "gpt2": Architecture((_GPT2,), "transformer", fused=True),
     "llama": Architecture((_LLAMA,), "model"),
+    "mistral": Architecture((_LLAMA,), "model"),
+    "roberta": Architecture((_BERT,), "roberta"),
     "t5": Architecture((_T5_ENCODER, _T5_DECODER), "transformer", relative=True),
     "vit": Architecture((_VIT,), "vit"),
+    "xlm-roberta": Architecture((_BERT,), "roberta"),
 }

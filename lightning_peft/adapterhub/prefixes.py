@@ -33,8 +33,8 @@ def prefixes(options: PrefixOptions, tensors: Tensors, places: Places, config: A
 
     if places.architecture.relative and options.leave_out:
         raise AdapterError(
-            f"AdapterHub's option leave_out={options.leave_out} of a prefix takes the biases of relative positions from "
-            "the layers that are left out, which no adapter of this package can."
+            f"AdapterHub's option leave_out={options.leave_out} of a prefix takes the biases of relative positions "
+            "from the layers that are left out, which no adapter of this package can."
         )
     kept, targets = {}, []
     for shared, members in places.prefixes(options.leave_out).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class Tensors:
 def _plain(key: str, adapter: str, prefix: str) -> str:
     parts = [_FORMER.get(part, part) for part in key.removeprefix(f"{prefix}.").split(".")]
     kept = parts[:1]
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         if part != adapter or not (before in _CONTAINERS or before.endswith("_adapters")):
             kept.append(part)
     return ".".join(kept)

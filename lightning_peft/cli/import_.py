@@ -14,7 +14,9 @@ def main(args: list[str]) -> Path:
         "Write an adapter that AdapterHub's save_adapter saved as a folder of this package; LoRA and IA3 become what "
         "plain peft reads.",
     )
-    options.add_argument("adapter", help="a folder with adapter_config.json and adapter.safetensors or pytorch_adapter.bin")
+    options.add_argument(
+        "adapter", help="a folder with adapter_config.json and adapter.safetensors or pytorch_adapter.bin"
+    )
     options.add_argument("folder", help="where to write; must be new or empty")
     options.add_argument("--base", required=True, help="the base model: a folder, or its name on the hub")
     options.add_argument(

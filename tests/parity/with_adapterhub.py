@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-import transformers
+from adapterhub_models import CLASSES, FOLDERS, base, inputs, logits_differ, numbers, relative, tokens
 from parity.comparison import Comparison, Difference
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_peft import adapters, callbacks
@@ -28,14 +26,6 @@ from lightning_peft.adapterhub.places import Places
 from lightning_peft.adapterhub.tensors import Tensors
 from lightning_peft.fitting.adapter_callback import AdapterCallback
 
-FIXTURES = Path(__file__).parent / "fixtures" / "adapterhub"
-CLASSES = {
-    "bert": "BertForMaskedLM",
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "t5": "T5ForConditionalGeneration",
-    "vit": "ViTForImageClassification",
-}
 BACKBONE: Any = {"backbone": "backbone", "train_head": False}
 LORA = {"bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "t5": ["q", "v"]}
 LORA["vit"] = LORA["llama"]
@@ -59,7 +49,7 @@ class Row:
         make: the callback for an architecture.
         notes: what differs by design, by architecture; under `""` for all.
         one_token: compare on rows of one token, except in a ViT, which has none.
-        same_parameters: both train the same number.
+        different_counts: architectures on which the numbers of trained parameters differ by design.
         left_out: ends of the names of parameters whose gradients are not comparable, by architecture.
     """
 
@@ -100,10 +90,18 @@ def _lora(kind: str) -> AdapterCallback:
 
 _POSITIONS = {"t5": "count_positions=True: AdapterHub's prefix shifts T5's relative positions"}
 ROWS = (
-    Row("Houlsby", "DoubleSeqBn", "houlsby", lambda kind: callbacks.Houlsby(4, **BACKBONE), {"t5": "cross_adapter=True"}),
+    Row(
+        "Houlsby", "DoubleSeqBn", "houlsby", lambda kind: callbacks.Houlsby(4, **BACKBONE), {"t5": "cross_adapter=True"}
+    ),
     Row("Pfeiffer", "SeqBn", "pfeiffer", lambda kind: callbacks.Pfeiffer(4, **BACKBONE), {}),
     Row("ParallelAdapter", "ParBn", "parallel", lambda kind: callbacks.ParallelAdapter(4, **BACKBONE), {}),
-    Row("AdapterPlus", "AdapterPlus", "adapter_plus", lambda kind: callbacks.AdapterPlus(4, drop_path=0.0, **BACKBONE), {}),
+    Row(
+        "AdapterPlus",
+        "AdapterPlus",
+        "adapter_plus",
+        lambda kind: callbacks.AdapterPlus(4, drop_path=0.0, **BACKBONE),
+        {},
+    ),
     Row(
         "Compacter",
         "Compacter",
@@ -135,7 +133,7 @@ ROWS = (
         _unipelt,
         {
             "": "AdapterHub's gate is a mean over tokens, ours is each token's: compared on rows of one token",
-            "vit": "AdapterHub's gate is a mean over tokens, ours is each token's: compared with gates that read nothing",
+            "vit": "AdapterHub's gate is a mean over tokens, ours is each token's: compared with constant gates",
             "gpt2": "compared on rows of one token; AdapterHub gates queries and values apart, here with the same gate",
             "t5": f"compared on rows of one token; {_POSITIONS['t5']}",
         },
@@ -178,12 +176,12 @@ def comparisons() -> list[Comparison]:
 
 def difference(row: Row, kind: str) -> Difference:
     """Compute ours with AdapterHub's parameters, and compare with its numbers."""
-    saved, numbers = read_adapter(FIXTURES / kind / row.folder), _numbers(kind)
+    saved, stored = read_adapter(FOLDERS / kind / row.folder), numbers(kind)
     one = row.one_token and kind != "vit"
-    given, functional, part = _given(numbers, one), numbers["one_token/functional" if one else "functional"], row.folder
-    part += "/one_token" if one else ""
+    given, functional = inputs(kind, one), stored["one_token/functional" if one else "functional"]
+    computed = f"{row.folder}/one_token" if one else row.folder
     backbone = base(kind)
-    _check_base(backbone, kind)
+    assert logits_differ(backbone, kind, "base") <= 1e-6  # under this transformers as under AdapterHub's
     places = Places(backbone)
     leaves = {key: value.clone().requires_grad_() for key, value in saved.tensors.items()}
     prefix = places.architecture.prefix
@@ -194,8 +192,8 @@ def difference(row: Row, kind: str) -> Difference:
     row.make(kind).apply(module)
     module.eval()
     parameters = _put(module, ours)
-    logits, tokens = backbone(**given).logits, _tokens(given, kind)
-    (logits * functional * tokens).sum().backward()
+    logits, mask = backbone(**given).logits, tokens(kind, given)
+    (logits * functional * mask).sum().backward()
     gradients = torch.autograd.grad(
         [ours[key] for key in parameters],
         list(leaves.values()),
@@ -207,62 +205,19 @@ def difference(row: Row, kind: str) -> Difference:
         if gradient is not None:
             by_name[_name(key, prefix)] = gradient
     theirs = {
-        _name(key.removeprefix(f"{part}/gradient/"), prefix): value
-        for key, value in numbers.items()
-        if key.startswith(f"{part}/gradient/")
+        _name(key.removeprefix(f"{computed}/gradient/"), prefix): value
+        for key, value in stored.items()
+        if key.startswith(f"{computed}/gradient/")
     }
     assert by_name.keys() == theirs.keys()
     compared = [n for n in theirs if not n.endswith((row.left_out or {}).get(kind, ("no name",)))]
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     counted = sum(value.numel() for value in theirs.values())
     return Difference(
-        _relative({"logits": logits.detach() * tokens}, {"logits": numbers[f"{part}/logits"] * tokens}),
-        _relative({n: by_name[n] for n in compared}, {n: theirs[n] for n in compared}),
+        relative({"logits": logits.detach() * mask}, {"logits": stored[f"{computed}/logits"] * mask}),
+        relative({n: by_name[n] for n in compared}, {n: theirs[n] for n in compared}),
         None if kind in row.different_counts else (trained, counted),
     )
-
-
-def base(kind: str) -> Any:
-    """Return the base model of an architecture."""
-    cls: Any = getattr(transformers, CLASSES[kind])
-    return cls.from_pretrained(FIXTURES / kind / "base", attn_implementation="eager").eval()
-
-
-@cache
-def _numbers(kind: str) -> dict[str, Tensor]:
-    return load_file(FIXTURES / kind / "numbers.safetensors")
-
-
-def inputs(kind: str) -> dict[str, Tensor]:
-    """Return what AdapterHub's models were given."""
-    return _given(_numbers(kind), one_token=False)
-
-
-def logits(kind: str, method: str) -> Tensor:
-    """Return AdapterHub's logits, zero at padding."""
-    return _numbers(kind)[f"{method}/logits"] * _tokens(inputs(kind), kind)
-
-
-def _given(numbers: dict[str, Tensor], one_token: bool) -> dict[str, Tensor]:
-    given = {key.removeprefix("input/"): value for key, value in numbers.items() if key.startswith("input/")}
-    if one_token:
-        given = {key: value[:, :1] for key, value in given.items()}
-        given["attention_mask"] = torch.ones_like(given["attention_mask"])
-    return given
-
-
-def _tokens(given: dict[str, Tensor], kind: str) -> Tensor:
-    """Return 1 for each row of logits that is no padding's, and 0 for others."""
-    return torch.ones(()) if kind in ("t5", "vit") else given["attention_mask"][..., None]
-
-
-def _check_base(backbone: nn.Module, kind: str) -> None:
-    """Hold the base under this transformers against the base under AdapterHub's."""
-    given = inputs(kind)
-    with torch.no_grad():
-        here = backbone(**given).logits * _tokens(given, kind)
-    there = logits(kind, "base")
-    assert _relative({"logits": here}, {"logits": there}) <= 1e-6
 
 
 def _put(module: nn.Module, ours: dict[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -281,12 +236,6 @@ def _name(key: str, prefix: str) -> str:
     """Return a parameter's name without the base model's and the adapter's; a prefix has one name for all layers."""
     name = key.removeprefix(f"{prefix}.").replace(".peer.", ".")
     return name[name.index("prefix_tunings.") :] if "prefix_tunings." in name else name
-
-
-def _relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Return the largest difference divided by the largest of their values."""
-    largest = max(float(value.abs().max()) for value in theirs.values())
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) / largest
 
 
 class _Module(L.LightningModule):

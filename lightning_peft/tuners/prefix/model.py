@@ -51,7 +51,9 @@ class PrefixModel(Tuner[PrefixConfig, PrefixLayer]):
 
     def _biased(self, attention: str) -> nn.Module | None:
         """Return the attention of the same name in another block that has the biases of all; None where none has."""
-        same = [module for name, module in base_modules(self.model) if _NUMBERS.sub("", name) == _NUMBERS.sub("", attention)]
+        same = [
+            module for name, module in base_modules(self.model) if _NUMBERS.sub("", name) == _NUMBERS.sub("", attention)
+        ]
         return next((module for module in same if getattr(module, "has_relative_attention_bias", False)), None)
 
     def _widths(self, target: str, attention: nn.Module) -> tuple[int, int]:
