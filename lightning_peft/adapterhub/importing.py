@@ -67,11 +67,19 @@ def import_adapterhub(model: nn.Module, folder: str | Path, output: str | Path, 
         ValueError: the model has adapters, or the output is not empty.
 
     Example:
-        >>> import lightning_peft
-        >>> from transformers import AutoModelForMaskedLM
-        >>> base = AutoModelForMaskedLM.from_pretrained("bert-base-uncased")       # doctest: +SKIP
-        >>> lightning_peft.import_adapterhub(base, "sst-2", "imported").parts      # doctest: +SKIP
-        {'adapter': 'BOTTLENECK'}
+        >>> import json, pathlib, tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> from transformers import BertConfig, BertModel
+        >>> from lightning_peft import import_adapterhub
+        >>> model = BertModel(BertConfig(vocab_size=40, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> config = {"architecture": "lora", "r": 2, "alpha": 4, "attn_matrices": ["q"]}
+        >>> _ = (folder / "adapter_config.json").write_text(json.dumps({"name": "task", "config": config}))
+        >>> lora = "encoder.layer.0.attention.self.query.loras.task"
+        >>> save_file({f"{lora}.lora_A": torch.ones(2, 8), f"{lora}.lora_B": torch.ones(8, 2)},
+        ...           folder / "adapter.safetensors")
+        >>> import_adapterhub(model, folder, folder / "imported").parts
+        {'lora': 'LORA'}
     """
     folder, output = Path(folder), Path(output)
     check_new(output)
