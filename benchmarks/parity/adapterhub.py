@@ -77,13 +77,17 @@ IMPORTED: dict[str, Callable[[str], AdapterConfig]] = {
     "all_matrices": lambda kind: LoRAConfig(
         r=2, alpha=3, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True, leave_out=[1]
     ),
-    "union": lambda kind: ConfigUnion(LoRAConfig(r=2, alpha=4), SeqBnConfig(reduction_factor=4)),
+    "union": lambda kind: ConfigUnion(
+        DoubleSeqBnConfig(reduction_factor=4),
+        _FLAT,
+        LoRAConfig(r=2, alpha=4, intermediate_lora=True, output_lora=True),
+    ),
 }
 # architectures whose names are those of one above: some methods, without gradients
 COUSINS = ("roberta", "xlm-roberta", "mistral")
 COUSINS_METHODS = ("houlsby", "pfeiffer", "parallel", "prefix_flat", "lora", "ia3")
 # saved as `pytorch_adapter.bin`: AdapterHub cannot save prefixes as safetensors, and of the others one an architecture
-PREFIXES = ("prefix_flat", "prefix", "mam", "unipelt")
+PREFIXES = ("prefix_flat", "prefix", "mam", "unipelt", "union")
 PICKLED = {"bert": "houlsby", "gpt2": "lora", "llama": "parallel", "t5": "compacter", "vit": "ia3"}
 
 

@@ -37,7 +37,7 @@ def bottlenecks(options: BottleneckOptions, tensors: Tensors, places: Places) ->
         by_size.setdefault(max(1, int(width // options.factor(place.layer))), []).append(place)
     parts = []
     for size, members in by_size.items():
-        name = "adapter" if len(by_size) == 1 else f"adapter-{size}"
+        name = "adapter" if len(by_size) == 1 else f"adapter-{size}-wide"
         kept = {} if rule is None else {f"{ROOT}{members[0].ours}.bottleneck_rule": rule}
         for place in members:
             width = matrix_shape(places.modules[place.ours])[1]

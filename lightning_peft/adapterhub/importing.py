@@ -120,7 +120,8 @@ def translated(options: Sequence[Options], tensors: Tensors, places: Places, mod
             parts += prefixes(method, tensors, places, config)
         else:
             parts += low_rank(method, tensors, places)
-    parts.sort(key=lambda part: part.name == "prefix")  # it goes around what adapts the matrix that it stands at
+    # as in AdapterHub what adapts a matrix is inside what reads its output, and both are inside the attention
+    parts.sort(key=lambda part: (part.name == "prefix", part.name.startswith("adapter")))
     names = [part.name for part in parts]
     return [
         Part(f"{part.name}-{names[:i].count(part.name) + 1}", part.config, part.tensors)

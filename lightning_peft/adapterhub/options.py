@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning_peft.stack.adapter_files.folder import AdapterError
 
@@ -85,7 +85,6 @@ class LowRankOptions:
 
 
 Options = BottleneckOptions | PrefixOptions | LowRankOptions
-_Options = TypeVar("_Options", BottleneckOptions, PrefixOptions, LowRankOptions)
 
 # options with the one value that is understood, for each class; None and an option that is not there mean the same
 _ONLY: dict[type, dict[str, object]] = {
@@ -120,7 +119,7 @@ _WITHOUT_EFFECT: dict[type, set[str]] = {
 }
 
 
-def read(kind: type[_Options], values: Mapping[str, Any], source: str) -> _Options:
+def read(kind: type[Options], values: Mapping[str, Any], source: str) -> Options:
     """Return a method's options.
 
     Args:
