@@ -44,10 +44,14 @@ def different_fields(a: PeftConfig, b: PeftConfig, computed: bool = False) -> li
 def conflicts(saved: PeftConfig, wanted: PeftConfig, computed: bool = False) -> list[str]:
     """Return the fields, as `different_fields` does, in which an adapter that exists is not what is wanted.
 
-    Fields that the wanted configuration holds only `by_default` are none: there the adapter stays what it is.
+    Fields that the wanted configuration holds only `by_default` are none: there the adapter stays what it is. What a
+    field `implies` is not said again.
     """
-    by_default = getattr(wanted, "by_default", frozenset())
-    return [text for text in different_fields(saved, wanted, computed) if text.partition(":")[0] not in by_default]
+    left_out = set(getattr(wanted, "by_default", ()))
+    different = {text.partition(":")[0]: text for text in different_fields(saved, wanted, computed)}
+    for field, others in getattr(wanted, "implies", {}).items():
+        left_out |= set(others) if field in different else set()
+    return [text for field, text in different.items() if field not in left_out]
 
 
 def check_numbers(config: PeftConfig) -> None:

@@ -25,7 +25,7 @@ Scaling = float | Literal["learned", "channel"]
 Reads = Literal["stream", "output"]  # of an adapter behind a part
 ReadsBeside = Literal["stream", "input"]  # of an adapter beside a part
 
-PLACEMENT = ("placement", "inputs", "outputs", "norms")  # the fields that follow from `reads`
+PLACEMENT = ("reads", "placement", "inputs", "outputs", "norms")  # the fields of a configuration that say where
 
 
 class Bottleneck(AdapterCallback):
@@ -87,7 +87,7 @@ class Bottleneck(AdapterCallback):
         parallel = self.options.get("placement") == "parallel"
         if self.reads != "stream":
             inputs = {part.last: part.first for part in ends if parallel and part.first != part.last}
-            return {"inputs": inputs or None}
+            return {"inputs": inputs or None, "reads": self.reads}
         from lightning_peft.tuners.bottleneck.stream import stream_sites
 
         try:
@@ -96,10 +96,12 @@ class Bottleneck(AdapterCallback):
             raise ValueError(f'{error}: give reads="{"input" if parallel else "output"}".') from None
         if parallel:
             inputs = {last: site.before for last, site in sites.items() if site.before != last}
-            return {"inputs": inputs or None}
+            # without a norm before them, as in post-LN models, parts are given the stream itself
+            own = all(site.before == part.first for part, site in zip(ends, sites.values(), strict=True))
+            return {"inputs": inputs or None, "reads": "input" if own else "stream"}
         norms = {last: site.norm for last, site in sites.items() if site.norm and self.before_norm}
         behind = {last: site.block for last, site in sites.items() if last not in norms}
-        return {"placement": "stream", "outputs": behind or None, "norms": norms or None}
+        return {"placement": "stream", "outputs": behind or None, "norms": norms or None, "reads": "stream"}
 
     def trainable_parameters(self, backbone: nn.Module) -> int:
         return sum(self._added(*shape) for shape in counts.parts(backbone, self.attention))

@@ -68,7 +68,7 @@ def stream_sites(backbone: nn.Module, targets: Collection[str]) -> dict[str, Str
         with _without_adapters(backbone), _watched(backbone, unknown) as calls:
             _run(backbone, unknown, calls)
         known |= {block.mlp.last: _site(backbone, block, calls) for block in unknown if block.mlp}
-    return {block.mlp.last: known[block.mlp.last] for block in chosen if block.mlp}
+    return {target: known[target] for target in targets if target in known}
 
 
 @dataclass
@@ -132,15 +132,13 @@ def _run(backbone: nn.Module, chosen: Sequence[Block], calls: Calls) -> None:
         if not inside and hasattr(module, "main_input_name") and hasattr(module, "config"):
             models.append(name)
             for probe in _probes(module):
-                calls.clear()  # of inputs that the model did not take
                 try:
                     # what a model makes on the way, such as positions, must lie where its weights do
                     with torch.device(_like(module).device), torch.no_grad(), evaluating(module):
-                        with torch.random.fork_rng(devices=[]):
-                            module(**probe)
+                        module(**probe)
                     break
                 except Exception:  # whatever a model says of an input that is not for it
-                    calls.clear()
+                    _forget(calls, f"{name}." if name else "")
     generator = torch.Generator().manual_seed(0)
     with evaluating(backbone), torch.enable_grad():
         for block in chosen:
@@ -155,8 +153,12 @@ def _run(backbone: nn.Module, chosen: Sequence[Block], calls: Calls) -> None:
                     block.module(x.to(_like(block.module)).requires_grad_(), *mask)
                     break
                 except Exception:  # whatever a block says of an input that is not for it
-                    for name in [name for name in calls if name.startswith(f"{block.name}.")]:
-                        del calls[name]
+                    _forget(calls, f"{block.name}.")
+
+
+def _forget(calls: Calls, start: str) -> None:
+    for name in [name for name in calls if name.startswith(start)]:
+        del calls[name]
 
 
 def _probes(model: Any) -> Iterator[dict[str, Any]]:
