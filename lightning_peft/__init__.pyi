@@ -1,3 +1,5 @@
+from .adapterhub.importing import Imported as Imported
+from .adapterhub.importing import import_adapterhub as import_adapterhub
 from .backbone.targets import Layers as Layers
 from .callbacks.edits.caa import edit_caa as edit_caa
 from .callbacks.edits.iti import edit_iti as edit_iti

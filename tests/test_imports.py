@@ -18,7 +18,7 @@ FLOORS = [
     {"backbone", "positions"},
     {"stack"},
     {"effects", "packing", "tuners"},
-    {"editing"},
+    {"adapterhub", "editing"},
     {"fitting"},
     {"callbacks", "checkpoint", "data", "models"},
     {"tasks"},

@@ -85,7 +85,8 @@ RULES = (
         "from nothing",
         lambda e: (
             "ablate" in _options(e)
-            and e["test"] in ("test_disable_adapters", "test_disable_adapters_with_merging", "test_only_params_are_updated")
+            and e["test"]
+            in ("test_disable_adapters", "test_disable_adapters_with_merging", "test_only_params_are_updated")
         ),
     ),
     Rule(

@@ -40,6 +40,11 @@ COMMANDS = {
     "export": Command(
         "export", "a checkpoint's adapters as a plain peft folder", "lightning-peft export last.ckpt out"
     ),
+    "import": Command(
+        "import_",
+        "an adapter that AdapterHub saved, as a peft folder",
+        "lightning-peft import sst-2 out --base bert-base-uncased",
+    ),
     "merge": Command(
         "merge",
         "adapters written into their base, as a plain transformers folder",

@@ -403,3 +403,30 @@ def test_without_targets_every_attention_has_a_prefix(kind: str) -> None:
     expected = [projections(span).query for span in attentions(tiny(kind))]
     assert model.peft_config["default"].target_modules == expected
     assert len(layers(model)) == len(expected)
+
+
+def test_where_positions_are_counted_a_prefix_moves_the_tokens_by_its_length() -> None:
+    model: Any = tiny("t5")
+    attention = model.encoder.block[1].layer[0].SelfAttention
+    config = PrefixConfig(target_modules=[r"SelfAttention.q"], length=3, init="paper", count_positions=True)
+    stack_of(model).add(config)
+    layer: Any = attention.q
+    bias = model.encoder.block[0].layer[0].SelfAttention.compute_bias(4, 4)
+    counted = layer.position_bias("default", bias, 3)
+    torch.testing.assert_close(counted, model.encoder.block[0].layer[0].SelfAttention.compute_bias(4, 7))
+    plain: Any = tiny("t5")
+    stack_of(plain).add(PrefixConfig(target_modules=["SelfAttention.q"], length=3, init="paper"))
+    kept = plain.encoder.block[1].layer[0].SelfAttention.q.position_bias("default", bias, 3)
+    assert torch.equal(kept[..., 3:], bias)
+    assert not kept[..., :3].any()
+
+
+def test_a_model_without_relative_positions_has_none_to_count() -> None:
+    given = torch.randint(1, 60, (2, 5))
+    values = []
+    for count in (False, True):
+        model: Any = tiny("llama")
+        torch.manual_seed(0)
+        stack_of(model).add(PrefixConfig(target_modules=["q_proj"], length=3, init="paper", count_positions=count))
+        values.append(model(given).logits)
+    assert torch.equal(*values)

@@ -32,6 +32,8 @@ class AttentionPrefix(AdapterCallback):
             training starts at the base model; `"paper"`: it acts in full from the start, from random values.
         gate: multiply the prefix's keys and values by `sigmoid(w x + b)` of each query token, as UniPELT does.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
+        count_positions: let the prefix take positions in T5's biases of relative positions, as in AdapterHub; see
+            `PrefixConfig`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -56,6 +58,7 @@ class AttentionPrefix(AdapterCallback):
         init: Literal["identity", "paper"] = "identity",
         gate: bool = False,
         layers: Layers | list[int] | None = None,
+        count_positions: bool = False,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if length < 1:
@@ -64,12 +67,19 @@ class AttentionPrefix(AdapterCallback):
             self.exempt = {**self.exempt, "identity": "a random prefix takes attention away from the tokens"}
         super().__init__(**options)
         self.length, self.init, self.gate, self.layers = length, init, gate, layers
+        self.count_positions = count_positions
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from lightning_peft.tuners.prefix import PrefixConfig
 
         targets = [projections(span).query for span in attentions(backbone, self.layers)]
-        return PrefixConfig(target_modules=targets, length=self.length, init=self.init, gate=self.gate)
+        return PrefixConfig(
+            target_modules=targets,
+            length=self.length,
+            init=self.init,
+            gate=self.gate,
+            count_positions=self.count_positions,
+        )
 
     def trainable_parameters(self, backbone: nn.Module) -> int:
         gate = [inputs + 1 if self.gate else 0 for _, inputs in counts.prefixes(backbone)]

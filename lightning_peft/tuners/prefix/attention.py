@@ -133,7 +133,7 @@ def _prefixed(
     if kwargs.get("scaling") is None:
         kwargs["scaling"] = query.shape[-1] ** -0.5
     if (bias := kwargs.get("position_bias")) is not None:
-        kwargs["position_bias"] = torch.cat([bias.new_zeros(*bias.shape[:-1], length), bias], -1)
+        kwargs["position_bias"] = layer.position_bias(name, bias, length)
     is_causal = kwargs.pop("is_causal", None)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = _former(module.config) == "sdpa" and is_causal

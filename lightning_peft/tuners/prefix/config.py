@@ -36,6 +36,9 @@ class PrefixConfig(WithCard, PeftConfig):
             `sigmoid(w x + b)`, a number for each query token from the attention's input x, with `w` normal, 0.02, at
             the start. The paper takes the mean over the tokens, which sees padding and the future; this does not.
         alpha: the strength: `base + alpha * (…)`.
+        count_positions: where the attention has biases of relative positions, as T5's, let the prefix take the first
+            positions among the keys, as AdapterHub does: the tokens' keys are then `length` further off than they
+            are. By default the tokens keep their biases and the prefix has none.
         exclude_modules: names left out of `target_modules`.
         modules_to_save: other modules to train and save whole, as in every peft method.
         layers_to_transform: the numbers of the blocks in which `target_modules`, given by suffixes, are adapted.
@@ -48,6 +51,7 @@ class PrefixConfig(WithCard, PeftConfig):
     std: float = field(default=0.02)
     gate: bool = field(default=False)
     alpha: float = field(default=1.0)
+    count_positions: bool = field(default=False)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)

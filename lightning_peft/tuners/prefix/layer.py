@@ -24,7 +24,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("prefix_key", "prefix_value", "prefix_mix", "prefix_gate")
-    other_param_names = ("scaling",)
+    other_param_names = ("scaling", "_biased")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, attention: nn.Module) -> None:
         super().__init__()
@@ -35,12 +35,31 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         self.prefix_gate = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
+        # attentions that give biases of relative positions, in tuples as the one below
+        self._biased: dict[str, tuple[nn.Module]] = {}
         self._gates: PerThread[dict[str, Tensor]] = PerThread()
         self._attention = (attention,)  # in a tuple, out of sight of nn.Module: it is no child
         self._active_adapter = adapter_name
 
-    def update_layer(self, adapter_name: str, config: PrefixConfig, key_width: int, value_width: int) -> None:
-        """Give the attention one more prefix; keys and values have these widths over all their heads."""
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: PrefixConfig,
+        key_width: int,
+        value_width: int,
+        biased: nn.Module | None = None,
+    ) -> None:
+        """Give the attention one more prefix.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration.
+            key_width: of the keys of all heads.
+            value_width: likewise.
+            biased: the attention whose biases of relative positions count the prefix too; None: they do not.
+        """
+        if biased is not None:
+            self._biased[adapter_name] = (biased,)
         self.prefix_key[adapter_name] = nn.Parameter(torch.empty(config.length, key_width).normal_(std=config.std))
         self.prefix_value[adapter_name] = nn.Parameter(torch.empty(config.length, value_width).normal_(std=config.std))
         if config.init == "identity":
@@ -89,6 +108,15 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             if gate is None:
                 raise RuntimeError(f"The gate of prefix {adapter_name!r} was not computed: its projection did not run.")
         return expanded[0], expanded[1], gate
+
+    def position_bias(self, adapter_name: str, bias: Tensor, length: int) -> Tensor:
+        """Return biases `[1, heads, T, length + S]` of positions, given those of the tokens alone."""
+        if adapter_name not in self._biased:
+            return torch.cat([bias.new_zeros(*bias.shape[:-1], length), bias], -1)
+        source: Any = self._biased[adapter_name][0]
+        queries, keys = bias.shape[-2:]
+        counted: Tensor = source.compute_bias(queries, length + keys, bias.device, past_seen_tokens=keys - queries)
+        return counted.to(bias.dtype)
 
     def strength(self, adapter_name: str) -> Tensor | float | None:
         """Return the factor of the prefix's change of the output; None for 1."""

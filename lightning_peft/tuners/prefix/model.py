@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ from lightning_peft.tuners.prefix.config import PrefixConfig
 from lightning_peft.tuners.prefix.layer import PrefixLayer
 from lightning_peft.tuners.targets import default_blocks
 from lightning_peft.tuners.tuner import Tuner
+
+_NUMBERS = re.compile(r"\d+")
 
 
 class PrefixModel(Tuner[PrefixConfig, PrefixLayer]):
@@ -45,8 +48,16 @@ class PrefixModel(Tuner[PrefixConfig, PrefixLayer]):
         check_attention(key.rpartition(".")[0], parent)
         widths = self._widths(key, parent)
         layer = target if isinstance(target, PrefixLayer) else PrefixLayer(target, adapter_name, parent)
-        layer.update_layer(adapter_name, config, *widths)
+        biased = self._biased(key.rpartition(".")[0]) if config.count_positions else None
+        layer.update_layer(adapter_name, config, *widths, biased=biased)
         setattr(parent, name, layer)
+
+    def _biased(self, attention: str) -> nn.Module | None:
+        """Return the attention of the same name in another block that has the biases of all; None where none has."""
+        same = [
+            module for name, module in base_modules(self.model) if _NUMBERS.sub("", name) == _NUMBERS.sub("", attention)
+        ]
+        return next((module for module in same if getattr(module, "has_relative_attention_bias", False)), None)
 
     def _widths(self, target: str, attention: nn.Module) -> tuple[int, int]:
         """Return the widths of all keys and of all values in the attention whose queries `target` gives."""

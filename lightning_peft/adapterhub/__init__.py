@@ -1,0 +1,1 @@
+"""Adapters that the library AdapterHub `adapters` saved, translated into this package's folders."""
