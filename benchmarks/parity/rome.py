@@ -4,7 +4,8 @@ The authors' code is github.com/kmeng01/memit, commit 80426fd (its `rome/` compu
 commit 0874014, computes). It is run as it stands, from a clone, in an environment of its own:
 
     python3.11 -m venv peer
-    peer/bin/pip install torch==2.13.0 transformers==4.49.0 "numpy<2" safetensors pyyaml tqdm matplotlib
+    peer/bin/pip install torch==2.13.0 transformers==4.49.0 tokenizers==0.21.4 numpy==1.26.4 safetensors==0.8.0
+    peer/bin/pip install pyyaml==6.0.4 tqdm==4.70.1 matplotlib==3.11.2
     peer/bin/python benchmarks/parity/rome.py CLONE
 
 What it is given from outside: tiny models of random weights in float64, a tokenizer that splits as GPT-2's does,
@@ -38,7 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-OUT = Path(__file__).parents[2] / "tests/parity/fixtures/rome"
+OUT = Path(__file__).resolve().parents[2] / "tests/parity/fixtures/rome"
 TEXT = """The city of Lyon lies in France. Lyon is a city in France. Mary Anne Smith plays the violin. I heard that
 Mary Anne Smith plays the cello in New York. The river runs north of Lyon. Nobody in New York knew that Japan is far.
 What Mary Anne plays is the piano. Lyon and Nice are in France and not in Japan. I have seen the river in May."""
@@ -208,10 +209,10 @@ def main(clone: Path) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     tok = tokenizer()
     tok.backend_tokenizer.save(str(OUT / "tokenizer.json"))
-    told = {"facts": FACTS, "prefixes": PREFIXES, "rome": ROME, "memit": MEMIT}
-    told |= {"rome_layer": ROME_LAYER, "memit_layers": MEMIT_LAYERS}
-    told |= {"models": {kind: {"vocab_size": len(tok)} | sizes for kind, sizes in SIZES.items()}}
-    (OUT / "rome.json").write_text(json.dumps(told, indent=1) + "\n")
+    given = {"facts": FACTS, "prefixes": PREFIXES, "rome": ROME, "memit": MEMIT}
+    given |= {"rome_layer": ROME_LAYER, "memit_layers": MEMIT_LAYERS}
+    given |= {"models": {kind: {"vocab_size": len(tok)} | sizes for kind, sizes in SIZES.items()}}
+    (OUT / "rome.json").write_text(json.dumps(given, indent=1) + "\n")
     for kind in MODULES:
         with OnCPU():
             tensors = edit(kind, tok)
