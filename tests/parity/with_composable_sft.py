@@ -25,8 +25,8 @@ FOLDER = Path(__file__).parent / "fixtures/composable_sft"
 RECORD = json.loads((FOLDER / "cases.json").read_text())
 PEER = f"composable-sft {RECORD['commit'][:7]}, LotteryTicketSparseFineTuner"
 NOTE = (
-    "float64; kept entries and changes, also clipped and with L1, the peer's L1 cut from the graph (as published it has "
-    "no gradient); the peer also sets heads back and restarts the learning rate in each phase, not shown"
+    "float64; kept entries and changes, also clipped and with L1, the peer's L1 cut from the graph (as published "
+    "it has no gradient); the peer also sets heads back and restarts the learning rate in each phase, not shown"
 )
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 RENAMED = {  # ViT's parameters, between the peer's release of transformers and this one
