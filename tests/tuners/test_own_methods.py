@@ -65,7 +65,7 @@ def heads(kind: str, **options: Any) -> HeadOffsetsConfig:
 
 
 def layers(kind: str, **options: Any) -> LayerOffsetsConfig:
-    width = int(rough(kind).config.hidden_size)  # type: ignore[union-attr, arg-type]
+    width = int(rough(kind).config.hidden_size)
     options = {"positions": "all", "target_modules": BLOCKS[kind], "task_type": TASKS[kind]} | options
     return LayerOffsetsConfig(width=width, **options)
 
@@ -180,6 +180,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.sampled(3)
 @members
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, "float32") for kind in KINDS), ("gpt2", "bfloat16")])
 def test_peft_transformers_and_this_package_load_a_saved_folder_bit_for_bit(
@@ -210,6 +211,7 @@ def test_peft_transformers_and_this_package_load_a_saved_folder_bit_for_bit(
     assert torch.equal(run(ours, kind), expected)
 
 
+@pytest.mark.sampled(3)
 @members
 @kinds
 def test_what_transformers_saves_is_loaded_by_all(kind: str, member: str, tmp_path: Path) -> None:
@@ -262,6 +264,7 @@ def test_a_folder_of_a_later_release_is_read_without_what_is_not_known(member: s
 # -- several adapters -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @members
 @some_kinds
 def test_after_its_only_adapter_is_deleted_a_model_is_as_before(kind: str, member: str) -> None:
@@ -286,6 +289,7 @@ def test_after_its_only_adapter_is_deleted_a_model_is_as_before(kind: str, membe
             plain = base(kind)
 
 
+@pytest.mark.sampled(2)
 @members
 @some_kinds
 def test_deleting_an_adapter_leaves_another_active_and_the_inactive_ones_alone(kind: str, member: str) -> None:
@@ -383,6 +387,7 @@ def trained_dtypes(model: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
 
 
+@pytest.mark.sampled(3)
 @members
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_precision_is_the_bases_where_peft_is_told_not_to_raise_it(
@@ -403,6 +408,7 @@ def test_the_precision_is_the_bases_where_peft_is_told_not_to_raise_it(
 # -- merging --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("member", MERGEABLE)
 @kinds
 def test_a_merged_model_is_saved_with_the_edit_or_not_merged(kind: str, member: str, tmp_path: Path) -> None:
@@ -477,6 +483,7 @@ def copies(model: PeftModel) -> Iterator[PeftModel]:
     yield pickle.loads(pickle.dumps(model))
 
 
+@pytest.mark.sampled(2)
 @members
 @some_kinds
 def test_a_copy_and_a_pickle_are_models_of_their_own(kind: str, member: str) -> None:
