@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
 from placed import END, FOLDER, KINDS, METHODS, NAMES
 from released import Language, backbone, base, outputs
 from safetensors.torch import load_file
@@ -18,6 +21,7 @@ from lightning_peft import callbacks as c
 from lightning_peft import export_checkpoint, load_adapter
 from lightning_peft.fitting.checkpoints import load_from_checkpoint
 from lightning_peft.stack.adapter_files.folder import AdapterError
+from lightning_peft.truthfulqa.question_records import QuestionRecords
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 EXPECTED = load_file(FOLDER / "outputs.safetensors")
@@ -120,3 +124,28 @@ def test_new_configurations_say_what_is_read() -> None:
     made = [make().make_configs(base(kind)) for make in METHODS.values() for kind in KINDS]
     bottlenecks = [config for configs in made for config in configs.values() if hasattr(config, "placement")]
     assert len(bottlenecks) == 16 and all(config.to_dict()["reads"] for config in bottlenecks)
+
+
+@pytest.mark.parametrize(
+    "name", ["Pfeiffer", "AdapterPlus", "ParallelAdapter", "ScaledParallelAdapter", "MAM", "UniPELT"]
+)
+def test_cells_of_its_rows_count_only_for_rows_that_compute_the_same(name: str) -> None:
+    former = {"reads": "input" if "arallel" in name or name == "MAM" else "output"}
+    former |= {"scaling": 1.0} if name == "ParallelAdapter" else {"alpha": 2.0} if name == "UniPELT" else {}
+    new, same = row(name), row(name, **former)
+    written = {**same["init_args"]}
+    del written["reads"]  # as the release wrote its rows
+    assert depends_on({**same, "init_args": written}) == depends_on(same) != depends_on(new)
+
+
+def row(name: str, **arguments: Any) -> dict[str, Any]:
+    """The settings of a callback, as a plan has them."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    given = {"class_path": f"lightning_peft.callbacks.{name}", "init_args": arguments}
+    return parser.parse_object({"callback": given}).callback.as_dict()
+
+
+def depends_on(settings: dict[str, Any]) -> Any:
+    task: Any = SimpleNamespace(model="m", dtype="float32", settings=dict, depends_on=list)
+    return QuestionRecords(task).depends_on([settings], 0, 0)

@@ -67,7 +67,7 @@ class Bottleneck(AdapterCallback):
             self.exempt = {**self.exempt, "resume": "what is dropped is drawn anew: checkpoints hold no random state"}
         self.options, self.attention = settings, attention
         self.target_modules, self.layers = target_modules, layers
-        self.reads, self.by_default = reads, frozenset(by_default)
+        self.reads, self._by_default = reads, frozenset(by_default)
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from lightning_peft.tuners.bottleneck import BottleneckConfig
@@ -79,7 +79,7 @@ class Bottleneck(AdapterCallback):
             ends = part_ends(backbone, self.attention, self.layers)
             settings = {**self.options, **self._placed(backbone, ends)}
             config = BottleneckConfig(target_modules=[part.last for part in ends], **settings)
-        config.by_default = self.by_default
+        config.by_default = self._by_default
         return config
 
     def _placed(self, backbone: nn.Module, ends: Sequence[Span]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class GatedLowRank(Bottleneck):
         all_projections = [projections(span) for span in attentions(backbone, self.layers)]
         targets = [name for p in all_projections for name in (p.query, p.value) if name]
         config = BottleneckConfig(target_modules=targets, **self.options)
-        config.by_default = self.by_default
+        config.by_default = self._by_default
         return config
 
     def trainable_parameters(self, backbone: nn.Module) -> int:
