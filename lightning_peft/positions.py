@@ -158,10 +158,10 @@ class Positions:
         return (self._compiled.get() if torch.compiler.is_compiling() else _CONTEXTS.get().get(self)) or _NO_CONTEXT
 
     @contextmanager
-    def giving(self, **values: Tensor | bool | None) -> Iterator[None]:
+    def giving(self, plain: bool = False, **values: Tensor | None) -> Iterator[None]:
         """Note these values for the calls that the thread or task makes inside; `_CallContext` has their names."""
         outer = self._context
-        self._set_context(replace(outer, **values))
+        self._set_context(replace(outer, plain=plain or outer.plain, **values))
         try:
             yield
         finally:
