@@ -273,7 +273,7 @@ class _Citizen:
         from transformers import Trainer, TrainingArguments
 
         model = self._backbone()
-        model.add_adapter(copy.deepcopy(self.config))
+        model.load_adapter(str(self.folder), is_trainable=True)
         before = {name: value.detach().clone() for name, value in model.named_parameters()}
         trained = {name for name, value in model.named_parameters() if value.requires_grad}
         arguments = TrainingArguments(
