@@ -125,7 +125,7 @@ def bake(
             save_tokenizer(tokenizer, folder)
         were = tuple(dict.fromkeys(positions.values()))
         notes = _notes(were, flags, measured, verification)
-        write_written_card(folder, written_parts(adapter), model.config._name_or_path, type(model).__name__, notes)
+        write_written_card(folder, written_parts(adapter), saved.config._name_or_path, type(model).__name__, notes)
     return Baked(type(model).__name__, tuple(sorted(changed)), flags, tuple(zeros), were, measured, verification)
 
 
