@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import LoraConfig, PeftConfig
+
 import lightning_peft  # noqa: F401 - registers the types
 from lightning_peft.tuners.bottleneck import BottleneckConfig
 from lightning_peft.tuners.head_offsets import HeadOffsetsConfig
@@ -11,7 +13,6 @@ from lightning_peft.tuners.layer_offsets import LayerOffsetsConfig
 from lightning_peft.tuners.prefix import PrefixConfig
 from lightning_peft.tuners.ssb import SSBConfig
 from lightning_peft.tuners.weight_deltas import WeightDeltasConfig
-from peft import LoraConfig, PeftConfig
 
 Row = tuple[Any, ...]
 

@@ -24,8 +24,8 @@ if importlib.util.find_spec("diffusers") is None:  # used by tests of Stable Dif
     sys.modules["diffusers"] = ModuleType("diffusers")
     sys.modules["diffusers"].StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
 
-from our_types import COMPLETED, name_of, rows  # noqa: E402
-from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
+from our_types import COMPLETED, name_of, rows
+from peft.tuners.tuners_utils import BaseTuner
 
 _LISTS = (
     "TEST_CASES",

@@ -29,8 +29,14 @@ def table(entries: Sequence[Entry]) -> str:
             skipped[_general(entry["error"])] += 1
         counts[entry["file"], entry["type"]][outcome] += 1
     columns = ("passed", "failed", "does not apply", "skipped")
-    lines = [_ROW.format("peft's file", "type", "passed", "failed", "does not apply", "peft skips"), "|---|---|---|---|---|---|"]
-    lines += [_ROW.format(f"`{file}`", kind, *(counted[c] for c in columns)) for (file, kind), counted in sorted(counts.items())]
+    lines = [
+        _ROW.format("peft's file", "type", "passed", "failed", "does not apply", "peft skips"),
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        _ROW.format(f"`{file}`", kind, *(counted[c] for c in columns))
+        for (file, kind), counted in sorted(counts.items())
+    ]
     lines += ["", "Does not apply:", ""]
     lines += [f"- {reason} ({_numbers(counted)})." for reason, counted in sorted(reasons.items())] or ["- nothing."]
     lines += ["", "Failed:", ""]

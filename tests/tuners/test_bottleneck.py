@@ -442,5 +442,7 @@ def test_weights_that_would_not_be_finite_are_refused_in_the_words_of_peft() -> 
     model = get_peft_model(Part(), BottleneckConfig(**SEQUENTIAL, **LINEAR))
     for layer in layers(model):
         layer.bottleneck["default"].up.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"^NaNs detected in the merged weights\. The adapter default seems to be brok"):
+    with pytest.raises(
+        ValueError, match=r"^NaNs detected in the merged weights\. The adapter default seems to be brok"
+    ):
         model.merge_and_unload(safe_merge=True)

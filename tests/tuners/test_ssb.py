@@ -236,9 +236,7 @@ def test_vectors_that_are_not_finite_are_not_merged() -> None:
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
-def test_without_targets_and_for_all_linear_the_layers_of_the_blocks_are_scaled(
-    kind: str, targets: str | None
-) -> None:
+def test_without_targets_and_for_all_linear_the_layers_of_the_blocks_are_scaled(kind: str, targets: str | None) -> None:
     model = get_peft_model(tiny(kind), SSBConfig(target_modules=targets))
     scaled = {name for name, module in model.get_base_model().named_modules() if isinstance(module, SSBLayer)}
     assert scaled == set(linear_layers(tiny(kind)))

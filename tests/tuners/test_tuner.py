@@ -53,7 +53,9 @@ def test_rows_with_different_adapters_are_refused_in_one_sentence() -> None:
     adapted.add_adapter("other", SSBConfig(target_modules=["1"]))
     x = torch.randn(2, 2)
     adapted.base_model.model[0] = nn.Identity()
-    with pytest.raises(ValueError, match=r"^SSBModel computes a whole batch with the active adapters and cannot take") as error:
+    with pytest.raises(
+        ValueError, match=r"^SSBModel computes a whole batch with the active adapters and cannot take"
+    ) as error:
         adapted(x, adapter_names=["default", "other"])
     assert one_sentence(str(error.value))
     with adapted.disable_adapter():  # as in peft, where there is nothing to choose

@@ -15,6 +15,7 @@ from lightning_peft.tuners.bottleneck.layer import BottleneckLayer
 from lightning_peft.tuners.targets import default_blocks
 from lightning_peft.tuners.tuner import Tuner
 
+
 class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
     """Wrap matrices in `BottleneckLayer`; see `BottleneckConfig`.
 
