@@ -32,7 +32,7 @@ from lightning_peft.fitting.train_modes import set_modes, stop_input_gradients
 from lightning_peft.positions import Positions, note_batch
 from lightning_peft.replaced import Handle
 from lightning_peft.stack.adapter import Adapter
-from lightning_peft.stack.configs import different_fields
+from lightning_peft.stack.configs import conflicts
 from lightning_peft.stack.injection.head_training import saved_heads, with_heads
 from lightning_peft.stack.stack import AdapterStack, find_stacks, stack_of
 
@@ -336,7 +336,7 @@ class AdapterCallback(Callback):
         if name not in stack:
             return stack.add(config, name, self.computed)
         part = stack[name]
-        differences = different_fields(part.config, config, self.computed)
+        differences = conflicts(part.config, config, self.computed)
         if differences:
             raise ValueError(
                 f"The backbone already has an adapter {name!r} with other settings: {'; '.join(differences)}."

@@ -24,7 +24,7 @@ from lightning_peft.fitting.hyperparameters import check_arguments, leave_out_mo
 from lightning_peft.fitting.pickles import unread
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
 from lightning_peft.stack.adapter_files.saving import add_read, read_config
-from lightning_peft.stack.configs import different_fields
+from lightning_peft.stack.configs import conflicts, different_fields
 from lightning_peft.stack.injection.head_training import saved_heads, without_heads
 from lightning_peft.stack.stack import AdapterStack, check_same_keys, find_stacks, stack_of
 
@@ -266,7 +266,7 @@ def _rebuild(stack: AdapterStack, parts: list[dict[str, Any]], source: str) -> N
         present, expected = part.config, saved[part.name]
         if not saved_heads([expected]):  # as before heads were trained with the adapter: it is continued as it was made
             present, expected = (without_heads(config, saved_heads([present])) for config in (present, expected))
-        if differences := different_fields(expected, present, part.computed):
+        if differences := conflicts(expected, present, part.computed):
             raise AdapterError(f"{source} and adapter {part.name!r} have other settings: {'; '.join(differences)}.")
     same = [p.name for p in stack.parts] == list(saved) and all(
         not different_fields(saved[p.name], p.config) for p in stack.parts

@@ -41,6 +41,19 @@ def different_fields(a: PeftConfig, b: PeftConfig, computed: bool = False) -> li
     return [f"{k}: {left.get(k)!r} != {right.get(k)!r}" for k in keys if left.get(k) != right.get(k)]
 
 
+def conflicts(saved: PeftConfig, wanted: PeftConfig, computed: bool = False) -> list[str]:
+    """Return the fields, as `different_fields` does, in which an adapter that exists is not what is wanted.
+
+    Fields that the wanted configuration holds only `by_default` are none: there the adapter stays what it is. What a
+    field `implies` is not said again.
+    """
+    left_out = set(getattr(wanted, "by_default", ()))
+    different = {text.partition(":")[0]: text for text in different_fields(saved, wanted, computed)}
+    for field, others in getattr(wanted, "implies", {}).items():
+        left_out |= set(others) if field in different else set()
+    return [text for field, text in different.items() if field not in left_out]
+
+
 def check_numbers(config: PeftConfig) -> None:
     """Raise `ValueError` naming a setting that is NaN or infinite."""
     for field, value in config_to_json(config).items():

@@ -23,7 +23,8 @@ class Architecture:
         make_module: builds the LightningModule, always with the same weights.
         batches: what it is trained on and looked at with.
         has: what a method may need: `"transformers"`, `"attention"`, `"tokens"`, `"position_ids"` (it takes them),
-            `"decoder"` (it generates), `"mlp"` (a matrix gives the output of its feed-forward parts).
+            `"decoder"` (it generates), `"mlp"` (a matrix gives the output of its feed-forward parts), `"stream"` (its
+            blocks are called, and give the residual stream).
     """
 
     name: str
@@ -82,7 +83,7 @@ def _batches(kind: str) -> tuple[dict[str, Tensor], ...]:
     return tuple(batches)
 
 
-_TEXT = frozenset({"transformers", "attention", "tokens", "mlp"})
+_TEXT = frozenset({"transformers", "attention", "tokens", "mlp", "stream"})
 _DECODER = _TEXT | {"position_ids", "decoder"}
 _HAVE = {
     "gpt2": _DECODER,
@@ -93,9 +94,9 @@ _HAVE = {
     "qwen3_moe": _DECODER - {"mlp"},
     "bert": _TEXT | {"position_ids"},
     "t5": _TEXT | {"decoder"},
-    "vit": frozenset({"transformers", "attention", "mlp"}),
+    "vit": frozenset({"transformers", "attention", "mlp", "stream"}),
     "hand_written": frozenset({"tokens", "position_ids", "mlp"}),
-    "convolutional": frozenset({"mlp"}),
+    "convolutional": frozenset({"mlp", "stream"}),
 }
 ARCHITECTURES = {
     kind: Architecture(kind, functools.partial(TinyModule, kind), _batches(kind), has) for kind, has in _HAVE.items()

@@ -27,8 +27,14 @@ from lightning_peft.truthfulqa.texts import check_texts, shape_of, text_caveats
 if TYPE_CHECKING:
     from lightning_peft.truthfulqa.task import TruthfulQA
 
-# arguments that callbacks had not in release 68ae323, and their defaults: at these, its finished cells still count
-_LATER: dict[str, Any] = {"target_parameters": None, "sigma_texts": None, "tokenizer": None}
+# arguments that callbacks had not in release 68ae323, and values at which they compute what they computed then: there
+# its finished cells still count; not at `reads=None`, which is now another place
+_LATER: dict[str, tuple[Any, ...]] = {
+    "target_parameters": (None,),
+    "sigma_texts": (None,),
+    "tokenizer": (None,),
+    "reads": ("output", "input"),
+}
 _BATCH_SIZE = 16  # that a row of that release had written
 
 
@@ -225,7 +231,7 @@ def _as_in_the_first_release(settings: Any) -> Any:
         return [_as_in_the_first_release(value) for value in settings]
     if not isinstance(settings, Mapping):
         return settings
-    values = {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
+    values = {name: value for name, value in settings.items() if value not in _LATER.get(name, ())}
     if "batch_size" in values and "few_shot" in values and values["batch_size"] is None:
         values["batch_size"] = _BATCH_SIZE
     module, _, name = str(values.get("class_path")).rpartition(".")

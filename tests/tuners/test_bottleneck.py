@@ -285,6 +285,125 @@ def test_an_output_without_its_input_is_one_sentence() -> None:
         part.last(torch.zeros(3, 10))
 
 
+# -- the residual stream --------------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """A part beside a residual, then a norm; the block gives a tuple, as many do."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+            self.norm = nn.LayerNorm(6)
+            with torch.no_grad():
+                self.norm.weight.add_(0.3), self.norm.bias.add_(torch.linspace(-1, 1, 6))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, str]:
+            return self.norm(x + self.part(x)), "more"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self.Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, more = self.block(x)
+        assert more == "more"
+        return h
+
+
+STREAM: dict[str, Any] = {"target_modules": ["last"], "size": 4, "placement": "stream", "outputs": {"last": "first"}}
+BEHIND: dict[str, Any] = {**STREAM, "outputs": {"block.part.last": "block"}}
+NORM: dict[str, Any] = {**STREAM, "outputs": None, "norms": {"block.part.last": "block.norm"}}
+
+
+def branch_of(model: Any, name: str = "a") -> Any:
+    return model.block.part.last.bottleneck[name]
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_on_the_stream_it_reads_and_adds_to_what_the_block_gives(gate: bool) -> None:
+    model, h = shaken(Blocks(), BottleneckConfig(**BEHIND, alpha=3.0, gate=gate)), Blocks()(X)
+    torch.testing.assert_close(model(X), h + 3.0 * branch_of(model)(h))
+    assert not torch.allclose(model(X), h)
+
+
+def test_before_a_norm_it_reads_what_the_norm_gives_and_adds_to_what_it_takes() -> None:
+    model, base = shaken(Blocks(), BottleneckConfig(**NORM, alpha=3.0)), Blocks()
+    total, norm = X + base.block.part(X), base.block.norm
+    torch.testing.assert_close(model(X), norm(total + 3.0 * branch_of(model)(norm(total))))
+    assert not torch.allclose(model(X), base(X))
+
+
+@pytest.mark.parametrize("options", [BEHIND, NORM], ids=["behind", "norm"])
+def test_adapters_on_one_stream_read_what_those_before_them_made(options: dict[str, Any]) -> None:
+    model = shaken(shaken(Blocks(), BottleneckConfig(**options)), BottleneckConfig(**options), "b")
+    a, b, base = branch_of(model), branch_of(model, "b"), Blocks()
+    total, norm = X + base.block.part(X), base.block.norm
+    if options is NORM:
+        total = total + a(norm(total))
+        expected = norm(total + b(norm(total)))
+    else:
+        h = norm(total) + a(norm(total))
+        expected = h + b(h)
+    torch.testing.assert_close(model(X), expected)
+    stack_of(model).remove("a")
+    alone = model(X)
+    torch.testing.assert_close(alone, shaken_again(options, b)(X))
+
+
+def shaken_again(options: dict[str, Any], branch: nn.Module) -> nn.Module:
+    """Blocks with one adapter that has the weights of another."""
+    model = shaken(Blocks(), BottleneckConfig(**options))
+    branch_of(model).load_state_dict(branch.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("options", [BEHIND, NORM], ids=["behind", "norm"])
+def test_a_stream_adapter_is_dialled_copied_checkpointed_and_leaves_no_hook(options: dict[str, Any]) -> None:
+    model, base = shaken(Blocks(), BottleneckConfig(**options)), Blocks()(X)
+    full = model(X)
+    stack_of(model).scale(0.0)
+    assert torch.equal(model(X), base)
+    stack_of(model).scale(1.0)
+    with stack_of(model).disabled():
+        assert torch.equal(model(X), base)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        branch_of(other).up.weight.zero_(), branch_of(other).up.bias.zero_()
+    assert torch.equal(model(X), full) and torch.equal(other(X), base)
+    gradients = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        model.zero_grad()
+        run(X.clone().requires_grad_()).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
+    with pytest.raises(ValueError, match="cannot be written into the weights"):
+        stack_of(model).merge()
+    stack_of(model).remove("a")
+    assert torch.equal(model(X), base) and not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("options", [BEHIND, NORM], ids=["behind", "norm"])
+def test_plain_peft_switches_deletes_and_unloads_a_stream_adapter(options: dict[str, Any], tmp_path: Path) -> None:
+    base = Blocks()(X)
+    model: Any = get_peft_model(Blocks(), BottleneckConfig(**options))  # type: ignore[arg-type]
+    with torch.no_grad():
+        branch_of(model.base_model.model, "default").up.weight[0].add_(0.2)
+    full = model(X)
+    with model.disable_adapter():
+        assert torch.equal(model(X), base)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Blocks(), tmp_path)  # type: ignore[arg-type]
+    assert torch.equal(loaded(X), full) and not torch.allclose(full, base)
+    loaded.add_adapter("b", BottleneckConfig(**options))
+    loaded.delete_adapter("default")
+    loaded.set_adapter("b")
+    assert torch.equal(loaded(X), base)
+    unloaded = model.unload()
+    assert torch.equal(unloaded(X), base) and not any(module._forward_hooks for module in unloaded.modules())
+
+
 # -- merging --------------------------------------------------------------------------------------------------------
 
 
@@ -319,8 +438,9 @@ def test_a_linear_adapter_merges_and_comes_out_bit_for_bit(
         {**SEQUENTIAL, "activation": "linear"},
         {**SEQUENTIAL, **LINEAR, "gate": True},
         {**PARALLEL, **LINEAR},
+        {**STREAM, **LINEAR, "outputs": {"last": "last"}},
     ],
-    ids=["relu", "biases", "gate", "another's input"],
+    ids=["relu", "biases", "gate", "another's input", "stream"],
 )
 def test_what_is_no_matrix_is_not_merged(options: dict[str, Any]) -> None:
     part = shaken(Part(), BottleneckConfig(**options))
@@ -398,8 +518,10 @@ class Torch(nn.Module):
         ),
         (Part, {"size": 2}, r"^Part has no block with a feed-forward part: name the target_modules\.$"),
         (Part, {**PARALLEL, "inputs": {"last": "frist"}}, r"^The model has no module 'frist', which the parallel"),
+        (Part, {**STREAM, "outputs": {"last": "bock"}}, r"^The model has no module 'bock', which the stream adapter"),
+        (Part, {**STREAM, "outputs": {"first": "last"}}, r"^outputs and norms name no module for last: name one"),
     ],
-    ids=["convolution", "torch's attention", "no target", "unknown input"],
+    ids=["convolution", "torch's attention", "no target", "unknown input", "unknown output", "no output"],
 )
 def test_what_cannot_be_adapted_is_one_sentence(model: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
@@ -414,9 +536,24 @@ def test_what_cannot_be_adapted_is_one_sentence(model: Any, options: dict[str, A
         ({"size": 0}, r"^The bottleneck's size must be positive, got 0\.$"),
         ({"reduction": -1}, r"^The bottleneck's reduction must be positive, got -1\.$"),
         ({"size": 1, "activation": "relo"}, r"^activation must be one of relu, .*, got 'relo'\.$"),
-        ({"size": 1, "placement": "beside"}, r"^placement must be one of sequential, parallel, got 'beside'\.$"),
+        (
+            {"size": 1, "placement": "beside"},
+            r"^placement must be one of sequential, parallel, stream, got 'beside'\.$",
+        ),
         ({"size": 1, "drop_path": 1.0}, r"^drop_path must be in \[0, 1\), got 1\.0\.$"),
         ({"size": 1, "inputs": {"a": "b"}}, r"^Only a parallel adapter has inputs of its own, and this one is seq"),
+        (
+            {"size": 1, "placement": "stream"},
+            r"^outputs or norms and the placement 'stream' go together, got outputs=None",
+        ),
+        (
+            {"size": 1, "outputs": {"a": "b"}},
+            r"^outputs or norms and the placement 'stream' go together, got outputs=\{",
+        ),
+        (
+            {"size": 1, "reads": "input"},
+            r"^With the placement 'sequential' an adapter reads output, got reads='input'\.$",
+        ),
         ({"size": 1, "kronecker": -2}, r"^kronecker must not be negative, got -2\.$"),
         ({"size": 2, "kronecker": 2, "init": "bert"}, r"^Kronecker factors begin as lora, mam or glorot, not as bert"),
     ],

@@ -8,7 +8,7 @@ from typing import Unpack
 from torch import nn
 
 from lightning_peft.backbone.targets import Layers
-from lightning_peft.callbacks.tuning.bottleneck import Activation, Bottleneck, Init, Scaling
+from lightning_peft.callbacks.tuning.bottleneck import Activation, Bottleneck, Init, Reads, Scaling, reading
 from lightning_peft.fitting.adapter_callback import AdapterOptions
 from lightning_peft.fitting.law_example import LawExample
 
@@ -80,10 +80,47 @@ class Compacter(Bottleneck):
 
 
 class CompacterPlusPlus(Compacter):
-    """Compacter after feed-forward parts only: Pfeiffer's adapters of Kronecker products. Arguments as `Compacter`.
+    """Compacter after feed-forward parts only, `y + s * up(f(down(y)))`, y the part's output.
 
-    Mahabadi et al. 2021, arXiv:2106.04647. Trainable parameters: `n**3` once, and `3 * (d + m)` for each block.
+    Mahabadi et al. 2021, arXiv:2106.04647, as in the authors' code for T5. Trainable parameters: `n**3` once, and
+    `3 * (d + m)` for each block.
+
+    Args:
+        n: see `Compacter`.
+        reduction: see `Compacter`.
+        size: see `Compacter`.
+        activation: see `Compacter`.
+        scaling: see `Houlsby`.
+        init: see `Compacter`.
+        dropout: see `Houlsby`.
+        target_modules: see `Pfeiffer`.
+        layers: see `Houlsby`.
+        reads: `"output"`, or `"stream"`: Pfeiffer's place, which AdapterHub gives it.
+        **options: see `AdapterOptions`.
+
+    Raises:
+        ValueError: as `Compacter` and `Pfeiffer`.
     """
 
     attention_too = False
-    law_examples: Mapping[str, LawExample] = {"CompacterPlusPlus": LawExample({"n": 4, "size": 4}, ("mlp",))}
+    law_examples: Mapping[str, LawExample] = {
+        "CompacterPlusPlus": LawExample({"n": 4, "size": 4}, ("mlp",)),
+        'CompacterPlusPlus(reads="stream")': LawExample({"n": 4, "size": 4, "reads": "stream"}, ("mlp", "stream")),
+    }
+
+    def __init__(
+        self,
+        n: int = 4,
+        reduction: int = 32,
+        size: int | None = None,
+        activation: Activation = "gelu",
+        scaling: Scaling = 1.0,
+        init: Init = "lora",
+        dropout: float = 0.0,
+        target_modules: list[str] | str | None = None,
+        layers: Layers | list[int] | None = None,
+        reads: Reads = "output",
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        super().__init__(n, reduction, size, activation, scaling, init, dropout, target_modules, layers, **options)
+        self.reads = reading(reads, target_modules)["reads"]

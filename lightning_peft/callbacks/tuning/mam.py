@@ -7,7 +7,7 @@ from typing import Literal, Unpack
 
 from lightning_peft.backbone.targets import Layers
 from lightning_peft.callbacks.tuning.attention_prefix import AttentionPrefix
-from lightning_peft.callbacks.tuning.bottleneck import ScaledParallelAdapter, Scaling
+from lightning_peft.callbacks.tuning.bottleneck import ReadsBeside, ScaledParallelAdapter, Scaling
 from lightning_peft.callbacks.tuning.composite import Composite
 from lightning_peft.fitting.adapter_callback import AdapterOptions
 from lightning_peft.fitting.law_example import LawExample
@@ -25,6 +25,7 @@ class MAM(Composite):
         init: of the prefix, see `AttentionPrefix`.
         dropout: on the parallel adapter's output, in training.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
+        reads: of the bottleneck, see `ParallelAdapter`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -37,7 +38,7 @@ class MAM(Composite):
 
     exempt: Mapping[str, str] = AttentionPrefix.exempt
     law_examples: Mapping[str, LawExample] = {
-        "MAM": LawExample({"prefix_length": 3, "size": 4}, ("attention", "transformers", "mlp"))
+        "MAM": LawExample({"prefix_length": 3, "size": 4}, ("attention", "transformers", "mlp", "stream"))
     }
 
     def __init__(
@@ -48,10 +49,11 @@ class MAM(Composite):
         init: Literal["identity", "paper"] = "identity",
         dropout: float = 0.0,
         layers: Layers | list[int] | None = None,
+        reads: ReadsBeside | None = None,
         **options: Unpack[AdapterOptions],
     ) -> None:
         prefix = AttentionPrefix(prefix_length, init, layers=layers)
-        parallel = ScaledParallelAdapter(size, scaling, dropout=dropout, layers=layers)
+        parallel = ScaledParallelAdapter(size, scaling, dropout=dropout, layers=layers, reads=reads)
         super().__init__(
             {"parallel": parallel, "prefix": prefix},
             **options,

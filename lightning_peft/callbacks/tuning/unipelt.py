@@ -12,7 +12,7 @@ from lightning_peft.backbone.parts import attentions
 from lightning_peft.backbone.projections import projections
 from lightning_peft.backbone.targets import Layers
 from lightning_peft.callbacks.tuning.attention_prefix import AttentionPrefix
-from lightning_peft.callbacks.tuning.bottleneck import Bottleneck
+from lightning_peft.callbacks.tuning.bottleneck import Bottleneck, Reads, reading
 from lightning_peft.callbacks.tuning.composite import Composite
 from lightning_peft.fitting.adapter_callback import AdapterOptions
 from lightning_peft.fitting.law_example import LawExample
@@ -28,7 +28,7 @@ class GatedLowRank(Bottleneck):
 
     Args:
         r: the rank.
-        alpha: the scaling is `alpha / r`.
+        alpha: the product is also multiplied by `alpha / r`; None: the gate stands in place of that.
         dropout: on the product, in training.
         layers: see `LoRA`.
     """
@@ -40,7 +40,7 @@ class GatedLowRank(Bottleneck):
     def __init__(
         self,
         r: int = 8,
-        alpha: float = 2,
+        alpha: float | None = None,
         dropout: float = 0.0,
         layers: Layers | list[int] | None = None,
         **options: Unpack[AdapterOptions],
@@ -48,14 +48,17 @@ class GatedLowRank(Bottleneck):
         if r < 1:
             raise ValueError(f"The rank r must be at least 1, got {r}.")
         settings = {"size": r, "activation": "linear", "biases": False, "placement": "parallel", "gate": True}
-        super().__init__({**settings, "scaling": alpha / r, "dropout": dropout}, False, None, layers, **options)
+        settings |= {"scaling": 1.0 if alpha is None else alpha / r, "dropout": dropout}
+        super().__init__(settings, False, None, layers, by_default=("alpha",) if alpha is None else (), **options)
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         from lightning_peft.tuners.bottleneck import BottleneckConfig
 
         all_projections = [projections(span) for span in attentions(backbone, self.layers)]
         targets = [name for p in all_projections for name in (p.query, p.value) if name]
-        return BottleneckConfig(target_modules=targets, **self.options)
+        config = BottleneckConfig(target_modules=targets, **self.options)
+        config.by_default = self._by_default
+        return config
 
     def trainable_parameters(self, backbone: nn.Module) -> int:
         return sum(self.options["size"] * (i + o) + i + 1 for i, o in counts.query_and_value(backbone))
@@ -74,13 +77,16 @@ class UniPELT(Composite):
 
     Args:
         r: LoRA's rank.
-        alpha: LoRA's scaling is `alpha / r`.
+        alpha: LoRA's product is multiplied by `alpha / r` as well as by its gate. None: the gate stands in place of
+            that, as in the authors' code and AdapterHub; an adapter that goes on from a checkpoint or a folder keeps
+            its own.
         prefix_length: number of keys and values of the prefix.
         reduction: the model's width divided by the bottleneck's.
         size: width of the bottleneck, in place of `reduction`.
         init: of the prefix, see `AttentionPrefix`.
         dropout: on the outputs of LoRA and adapter, in training.
         layers: which blocks: numbers (0-based), or a rule such as `Layers(last=4)`; default all.
+        reads: of the adapter, see `Pfeiffer`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -93,24 +99,25 @@ class UniPELT(Composite):
 
     exempt: Mapping[str, str] = AttentionPrefix.exempt
     law_examples: Mapping[str, LawExample] = {
-        "UniPELT": LawExample({"r": 2, "prefix_length": 3, "size": 4}, ("attention", "transformers", "mlp"))
+        "UniPELT": LawExample({"r": 2, "prefix_length": 3, "size": 4}, ("attention", "transformers", "mlp", "stream"))
     }
 
     def __init__(
         self,
         r: int = 8,
-        alpha: float = 2,
+        alpha: float | None = None,
         prefix_length: int = 10,
         reduction: int = 16,
         size: int | None = None,
         init: Literal["identity", "paper"] = "identity",
         dropout: float = 0.0,
         layers: Layers | list[int] | None = None,
+        reads: Reads | None = None,
         **options: Unpack[AdapterOptions],
     ) -> None:
         prefix = AttentionPrefix(prefix_length, init, gate=True, layers=layers)
         settings = {"reduction": reduction, "size": size, "activation": "relu", "dropout": dropout, "gate": True}
-        adapter = Bottleneck(settings, False, None, layers)
+        adapter = Bottleneck(settings, False, None, layers, **reading(reads))
         methods = {"low_rank": GatedLowRank(r, alpha, dropout, layers), "adapter": adapter, "prefix": prefix}
         super().__init__(methods, **options)
         self.exempt = prefix.exempt

@@ -22,7 +22,7 @@ def find_probe(model: Any, seed: int = 0) -> Probe | None:
     Tokens are drawn from its vocabulary, those with a role left out; pictures, spectra and waves have the shape that
     its configuration names. None where it takes none of these.
     """
-    for probe in _candidates(model, torch.Generator().manual_seed(seed)):
+    for probe in candidates(model, torch.Generator().manual_seed(seed)):
         try:
             if outputs(model, probe):
                 return probe
@@ -48,7 +48,8 @@ def outputs(model: Any, probe: Probe) -> list[Tensor]:
     return [v.float().cpu() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def _candidates(model: Any, generator: torch.Generator) -> Iterator[Probe]:
+def candidates(model: Any, generator: torch.Generator) -> Iterator[Probe]:
+    """Yield inputs that the model may take, those that it runs more of first."""
     accepted = inspect.signature(type(model).forward).parameters
     inputs = {key: value for key, value in _inputs(model, generator) if key in accepted}
     yield inputs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from peft.config import PeftConfig
 
@@ -10,6 +12,7 @@ from lightning_peft.stack.registration import add_peft_type
 from lightning_peft.tuners.targets import order_targets
 
 PLACEMENTS = ("sequential", "parallel", "stream")
+READS = {"sequential": ("output",), "parallel": ("input", "stream"), "stream": ("stream",)}
 SCALINGS = ("fixed", "learned", "channel")
 ACTIVATIONS = ("relu", "gelu", "swish", "tanh", "sigmoid", "linear")
 INITS = ("lora", "mam", "bert", "houlsby", "glorot")
@@ -33,6 +36,9 @@ class BottleneckConfig(PeftConfig):
         inputs: parallel only, for targets by full name the module whose input is z; others take their own.
         outputs: on the stream only, for targets by full name the module that gives h.
         norms: on the stream only, for the other targets by full name the norm N.
+        reads: what z is, in a word: `"output"` of the target, `"input"` of the part, or the residual `"stream"`. The
+            names above say where that is. None, as in configurations of earlier releases: `"input"` where the
+            placement is parallel, `"stream"` where it is that, else `"output"`.
         size: width of the bottleneck; or
         reduction: the output's width divided by that of the bottleneck (at least 1; with `kronecker` rounded up to a
             multiple of it). Without either, 16.
@@ -54,11 +60,14 @@ class BottleneckConfig(PeftConfig):
         layers_pattern: the name of the list of blocks, where it is not the first in a module's name.
     """
 
+    implies: ClassVar[Mapping[str, tuple[str, ...]]] = {"reads": ("placement", "inputs", "outputs", "norms")}
+
     target_modules: list[str] | str | None = field(default=None)
     placement: str = field(default="sequential")
     inputs: dict[str, str] | None = field(default=None)
     outputs: dict[str, str] | None = field(default=None)
     norms: dict[str, str] | None = field(default=None)
+    reads: str | None = field(default=None)
     size: int | None = field(default=None)
     reduction: int | None = field(default=None)
     activation: str = field(default="relu")
@@ -106,6 +115,12 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(
                 f"outputs or norms and the placement 'stream' go together, got outputs={self.outputs}, norms="
                 f"{self.norms} and the placement {self.placement!r}."
+            )
+        self.reads = READS[self.placement][0] if self.reads is None else self.reads
+        if self.reads not in READS[self.placement]:
+            raise ValueError(
+                f"With the placement {self.placement!r} an adapter reads {' or '.join(READS[self.placement])}, "
+                f"got reads={self.reads!r}."
             )
         if self.kronecker < 0:
             raise ValueError(f"kronecker must not be negative, got {self.kronecker}.")

@@ -59,7 +59,8 @@ class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
             raise ValueError(f"outputs and norms name no module for {key}: name one, or leave it out of the targets.")
         owners = (layer for layer in self._layers() if adapter_name in layer.bottleneck_rule)
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name)
-        module = None if site in (None, key) else named[site]
+        own = site is None or (site == key and config.placement == "parallel")
+        module = None if own else named[site or key]
         layer.update_layer(adapter_name, config, module, next(owners, None), norm=key in (config.norms or {}))
         setattr(parent, name, layer)
 

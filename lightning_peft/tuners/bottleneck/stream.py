@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +16,12 @@ from torch import Tensor, nn
 from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.backbone.modules import base_modules, is_matrix
 from lightning_peft.backbone.structure import Block, blocks, matrix_shape
-from lightning_peft.stack.adapter_files.example_inputs import find_probe, outputs
+from lightning_peft.stack.adapter_files.example_inputs import candidates
 
 _SHAPES = ((2, 3), (2,), (1, 2, 2))  # rows, and positions, of hidden states that blocks take
+
+# where a model has its sites is asked again when its adapters are in place, and it may be sharded by then
+_SEEN: WeakKeyDictionary[nn.Module, dict[str, StreamSite]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,14 @@ def stream_sites(backbone: nn.Module, targets: Collection[str]) -> dict[str, Str
         >>> stream_sites(model, ["model.layers.0.mlp.down_proj"])["model.layers.0.mlp.down_proj"]
         StreamSite(before='model.layers.0.post_attention_layernorm', block='model.layers.0', norm=None)
     """
+    known = _SEEN.setdefault(backbone, {})
     chosen = [block for block in blocks(backbone) if block.mlp and block.mlp.last in targets]
-    with _watched(backbone, chosen) as calls:
-        _run(backbone, chosen, calls)
-    return {block.mlp.last: _site(backbone, block, calls) for block in chosen if block.mlp}
+    unknown = [block for block in chosen if block.mlp and block.mlp.last not in known]
+    if unknown:
+        with _without_adapters(backbone), _watched(backbone, unknown) as calls:
+            _run(backbone, unknown, calls)
+        known |= {block.mlp.last: _site(backbone, block, calls) for block in unknown if block.mlp}
+    return {target: known[target] for target in targets if target in known}
 
 
 @dataclass
@@ -86,7 +96,7 @@ def _watched(backbone: nn.Module, chosen: Sequence[Block]) -> Iterator[Calls]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             first = output[0] if isinstance(output, tuple | list) and output else output
             if name not in calls and args and isinstance(args[0], Tensor) and isinstance(first, Tensor):
-                calls[name] = _Call(args[0].detach().clone(), first.detach().clone())
+                calls[name] = _Call(_kept(args[0]), _kept(first))
 
         return hook
 
@@ -99,6 +109,21 @@ def _watched(backbone: nn.Module, chosen: Sequence[Block]) -> Iterator[Calls]:
             handle.remove()
 
 
+@contextmanager
+def _without_adapters(backbone: nn.Module) -> Iterator[None]:
+    """Let no adapter act for a while; those that are merged stay."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer) and not (m.disable_adapters or m.merged)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def _run(backbone: nn.Module, chosen: Sequence[Block], calls: Calls) -> None:
     """Call the model, or, where nothing is known of its input, its blocks."""
     models: list[str] = []
@@ -106,25 +131,48 @@ def _run(backbone: nn.Module, chosen: Sequence[Block], calls: Calls) -> None:
         inside = any(model == "" or name.startswith(f"{model}.") for model in models)
         if not inside and hasattr(module, "main_input_name") and hasattr(module, "config"):
             models.append(name)
-            if (probe := find_probe(module)) is not None:
-                calls.clear()  # of inputs that the model did not take
-                outputs(module, probe)
+            for probe in _probes(module):
+                try:
+                    # what a model makes on the way, such as positions, must lie where its weights do
+                    with torch.device(_like(module).device), torch.no_grad(), evaluating(module):
+                        module(**probe)
+                    break
+                except Exception:  # whatever a model says of an input that is not for it
+                    _forget(calls, f"{name}." if name else "")
     generator = torch.Generator().manual_seed(0)
     with evaluating(backbone), torch.enable_grad():
         for block in chosen:
             if block.name in calls or type(block.module).forward is nn.Module.forward:
                 continue
             assert block.mlp is not None
-            last = dict(base_modules(backbone))[block.mlp.last]
-            for shape in _SHAPES:
-                x = torch.randn(*shape, matrix_shape(last)[1], generator=generator)
+            width = matrix_shape(dict(base_modules(backbone))[block.mlp.last])[1]
+            for shape, mask in itertools.product(_SHAPES, ((), (None,))):
+                x = torch.randn(*shape, width, generator=generator)
                 try:
                     # with a gradient, PyTorch's own layers take no fused path around their parts
-                    block.module(x.to(_like(block.module)).requires_grad_())
+                    block.module(x.to(_like(block.module)).requires_grad_(), *mask)
                     break
                 except Exception:  # whatever a block says of an input that is not for it
-                    for name in [name for name in calls if name.startswith(f"{block.name}.")]:
-                        del calls[name]
+                    _forget(calls, f"{block.name}.")
+
+
+def _forget(calls: Calls, start: str) -> None:
+    for name in [name for name in calls if name.startswith(start)]:
+        del calls[name]
+
+
+def _probes(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield inputs that a model of transformers may take, on its device and in its precision."""
+    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+    like = _like(model)
+    try:
+        for probe in candidates(model, torch.Generator().manual_seed(0)):
+            tensors = {key: x.to(like if x.is_floating_point() else like.device) for key, x in probe.items()}
+            yield {**tensors, **no_cache}
+            if like.is_meta:  # without a cache a model looks at the positions, which have no values there
+                yield tensors
+    except Exception:  # of a configuration that names no inputs
+        return
 
 
 def _like(block: nn.Module) -> Tensor:
@@ -150,6 +198,15 @@ def _site(backbone: nn.Module, block: Block, calls: Calls) -> StreamSite:
     return StreamSite(before[-1] if before else first, block.name, None)
 
 
+def _kept(x: Tensor) -> Tensor:
+    """Return the tensor's values as they are now; without values (on the meta device) the tensor."""
+    return x.detach() if x.is_meta else x.detach().clone()
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors hold the same numbers, in whatever shape of rows and positions."""
-    return a.shape[-1] == b.shape[-1] and a.numel() == b.numel() and bool(torch.equal(a.flatten(), b.flatten()))
+    if a.shape[-1:] != b.shape[-1:] or a.numel() != b.numel():
+        return False
+    if a.is_meta:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return bool(torch.equal(a.flatten(), b.flatten()))

@@ -133,7 +133,23 @@ def test_unipelt_has_lora_on_queries_and_values_or_on_the_matrix_for_all() -> No
     llama, gpt2 = (UniPELT().make_configs(tiny(kind))["unipelt-low_rank"] for kind in ("llama", "gpt2"))
     assert {name.rsplit(".", 1)[-1] for name in llama.target_modules} == {"q_proj", "v_proj"}  # type: ignore[attr-defined]
     assert {name.rsplit(".", 1)[-1] for name in gpt2.target_modules} == {"c_attn"}  # type: ignore[attr-defined]
-    assert (llama.size, llama.alpha, llama.gate) == (8, 0.25, True)  # type: ignore[attr-defined]
+    assert (llama.size, llama.alpha, llama.gate) == (8, 1.0, True)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("alpha", "strength"), [(None, 1.0), (2, 0.5)])
+def test_the_gate_stands_in_place_of_loras_scaling_unless_an_alpha_is_given(alpha: Any, strength: float) -> None:
+    module = Language("llama")
+    UniPELT(r=4, alpha=alpha, name="u").apply(module)
+    for name in ("u-adapter", "u-prefix"):
+        adapters(module).enable(False, name)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
+    layer: Any = module.model.get_submodule("model.layers.0.self_attn.v_proj")
+    branch = layer.bottleneck["u-low_rank"]
+    with torch.no_grad():
+        branch.up.weight.normal_()
+    gate = torch.sigmoid(x @ branch.gate.weight.T + branch.gate.bias)
+    added = gate * (x @ branch.down.weight.T @ branch.up.weight.T)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + strength * added)
 
 
 def test_a_gated_low_rank_part_with_an_open_gate_is_lora(tokens: Tensor) -> None:
@@ -186,7 +202,7 @@ def test_the_recipe_builds_the_callback(name: str, names: tuple[str, ...]) -> No
 @pytest.mark.parametrize("make", [AttentionPrefix, MAM, UniPELT])
 def test_a_model_without_attention_of_transformers_is_one_sentence(make: Any, kind: str) -> None:
     module = Around(rough(kind))
-    with pytest.raises(ValueError, match="has no block with an attention in it") as error:
+    with pytest.raises(ValueError, match=r"has no block with an attention in it|shows no residual stream") as error:
         make(backbone="model").apply(module)
     assert one_sentence(str(error.value))
 
