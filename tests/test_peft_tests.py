@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +9,9 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "peft_tests"))
-
-from our_types import COMPLETED, TYPES, name_of, rows
-from rules import RULES, reason_of
-from table import table
+from benchmarks.peft_tests.our_types import COMPLETED, TYPES, name_of, rows
+from benchmarks.peft_tests.rules import RULES, reason_of
+from benchmarks.peft_tests.table import table
 
 
 def entry(test: str, kind: str, outcome: str = "failed", model: str | None = None, **options: Any) -> dict[str, Any]:
