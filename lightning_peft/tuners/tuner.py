@@ -82,8 +82,9 @@ class Tuner(BaseTuner, Generic[C, L]):
             first, model = f"{names[added[0][0]]}.{added[0][1]}", type(self.model).__name__
             raise ValueError(
                 f"Merging adds {len(added)} parameters that a plain {model} has no place for, the first is {first}, so "
-                "that the merged model would lose them when it is saved and loaded: save the adapter and write it with "
-                "lightning_peft.bake into a model that has them, or call merge_adapter() to use it in memory."
+                "that the merged model would lose them when saved and loaded: save the adapter and write it with "
+                "lightning_peft.bake into a model that has them, or call merge_adapter() and unload() for one in "
+                "memory."
             )
 
     @contextmanager

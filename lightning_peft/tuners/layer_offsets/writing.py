@@ -28,7 +28,7 @@ def innermost(module: nn.Module) -> nn.Module:
 def check_write(matrix: nn.Module, operation: str, name: str) -> None:
     """Raise `ValueError` unless an edit of the output of the module called `name` can be written into this matrix."""
     if operation == "add":
-        if not (is_linear(matrix) or type(matrix) is nn.Embedding):
+        if not (is_linear(matrix) or type(matrix) is nn.Embedding or _ends_in_bias(matrix)):
             raise ValueError(
                 f"An offset of {name} cannot be merged: no bias in the {type(matrix).__name__} adds the same to its "
                 "output, as that of its last matrix does where nothing follows but the residual sum."
@@ -42,11 +42,16 @@ def check_write(matrix: nn.Module, operation: str, name: str) -> None:
         )
 
 
+def _ends_in_bias(module: nn.Module) -> bool:
+    """Return whether a module that is no matrix adds a bias last of all, as PyTorch's own normalisation does."""
+    return type(module) is nn.LayerNorm and module.bias is not None
+
+
 def written(matrix: nn.Module, vector: Tensor, operation: str, alpha: float) -> dict[str, Tensor]:
     """Return the parameters of a matrix or an embedding with an edit of its output in them, in their own precision.
 
     Args:
-        matrix: a linear layer, `Conv1D` or embedding.
+        matrix: a linear layer, `Conv1D` or embedding; of an offset also a normalisation with a bias.
         vector: `[outputs]`.
         operation: `"add"`: `b + alpha * v`; `"ablate"`: `W - alpha * d dᵀ W` and `b - alpha * d dᵀ b`.
         alpha: the strength.
