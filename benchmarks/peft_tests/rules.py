@@ -77,7 +77,7 @@ RULES = (
         lambda e: (
             _is(e, "LAYER_OFFSETS", "HEAD_OFFSETS")
             and _merges(e)
-            and (_model(e, *_WITHOUT_OUTPUT_BIAS) or (_is(e, "LAYER_OFFSETS") and _model(e, "LayerNorm", "Bart")))
+            and (_model(e, *_WITHOUT_OUTPUT_BIAS) or (_is(e, "LAYER_OFFSETS") and _model(e, "Bart")))
         ),
     ),
     Rule(
