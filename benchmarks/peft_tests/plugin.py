@@ -8,6 +8,8 @@ the tests that ask for it are filled at random as they are made.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -18,14 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path.cwd()))
-if importlib.util.find_spec("diffusers") is None:  # used by tests of Stable Diffusion only
-    sys.modules["diffusers"] = ModuleType("diffusers")
-    sys.modules["diffusers"].StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
-
-from our_types import COMPLETED, name_of, rows
 from peft.tuners.tuners_utils import BaseTuner
+
+from benchmarks.peft_tests.our_types import COMPLETED, name_of, rows
 
 _LISTS = (
     "TEST_CASES",
@@ -39,6 +36,10 @@ _starts_at_random = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if importlib.util.find_spec("diffusers") is None:  # used by tests of Stable Diffusion only
+        pipeline = type("StableDiffusionPipeline", (), {})
+        sys.modules["diffusers"] = ModuleType("diffusers")
+        vars(sys.modules["diffusers"])["StableDiffusionPipeline"] = pipeline
     helpers = importlib.import_module("tests.testing_utils")
     theirs = helpers.set_init_weights_false
     helpers.hub_online_once = lambda model_id: nullcontext()
@@ -87,7 +88,8 @@ def _our_rows(module: ModuleType, names: str, values: Any) -> list[Any] | None:
     if values is getattr(module, "ALL_PEFT_CONFIG_CLASSES", None):
         return list(COMPLETED)
     if values is getattr(module, "LAYER_INDEXING_CONFIG_CLASSES", None):
-        return None
+        needed = {"layers_to_transform", "layers_pattern"}
+        return [row for row in rows("ALL_CONFIG_CLASSES", "") if needed <= set(inspect.signature(row[0]).parameters)]
     if names == "config_cls" and len(values) > 5:  # a list of their types, written where it is used
         return list(COMPLETED)
     return None

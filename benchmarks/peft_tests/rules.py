@@ -63,8 +63,8 @@ RULES = (
         lambda e: _is(e, "ATTENTION_PREFIX") and _merges(e),
     ),
     Rule(
-        "a prefix stands before the keys of an attention that asks transformers' AttentionInterface what to run; GPT-J's "
-        "computes its softmax itself",
+        "a prefix stands before the keys of an attention that asks transformers' AttentionInterface what to run; "
+        "GPT-J's computes its softmax itself",
         lambda e: _is(e, "ATTENTION_PREFIX") and _model(e, "GPTJ"),
     ),
     Rule(
@@ -72,12 +72,12 @@ RULES = (
         lambda e: _is(e, "LAYER_OFFSETS", "HEAD_OFFSETS") and _merges(e) and "positions" not in _options(e),
     ),
     Rule(
-        "merging: nothing in this model has a bias that adds the same (the block ends in a norm, or its last matrix has "
-        "none), so that a saved model would lose the edit; `lightning_peft.bake` writes it where that is possible",
+        "merging: nothing in this model has a bias that adds the same (the block ends in a norm, or its last matrix "
+        "has none), so that a saved model would lose the edit; `lightning_peft.bake` writes it where that is possible",
         lambda e: (
             _is(e, "LAYER_OFFSETS", "HEAD_OFFSETS")
             and _merges(e)
-            and (_model(e, *_WITHOUT_OUTPUT_BIAS) or (_is(e, "LAYER_OFFSETS") and _model(e, "LayerNorm", "Bart")))
+            and (_model(e, *_WITHOUT_OUTPUT_BIAS) or (_is(e, "LAYER_OFFSETS") and _model(e, "Bart")))
         ),
     ),
     Rule(
@@ -90,8 +90,8 @@ RULES = (
         ),
     ),
     Rule(
-        "`adapter_names`: peft has batches of several adapters for a few methods of its own (LoRA, RoAd, VeRA, …); here "
-        "they are refused in one sentence",
+        "`adapter_names`: peft has batches of several adapters for a few methods of its own (LoRA, RoAd, VeRA, …); "
+        "here they are refused in one sentence",
         lambda e: "mixed_adapter_batches" in e["test"] and not _is(e, "LORA"),
     ),
     Rule(

@@ -21,10 +21,10 @@ FILES = {
     "encoder_decoder": "test_encoder_decoder_models.py",
     "config": "test_config.py",
 }
-_HERE = Path(__file__).parent
-sys.path.insert(0, str(_HERE))
+_ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(_ROOT))
 
-from table import table  # noqa: E402
+from benchmarks.peft_tests.table import table  # noqa: E402
 
 
 def main() -> None:
@@ -58,16 +58,16 @@ def run(peft: Path, files: list[str], types: str, results: Path, options: list[s
         (folder / "tests" / "__init__.py").touch()
         (folder / "pytest.ini").write_text("[pytest]\n")
         environment = _environment(folder, types, results)
-        write = "import tiny_models; tiny_models.write(tiny_models.Path())"
+        write = "from benchmarks.peft_tests import tiny_models; tiny_models.write(tiny_models.Path())"
         subprocess.run([sys.executable, "-c", write], cwd=folder, env=environment, check=True)
         quiet = ["-q", "--no-summary", "--show-capture=no", "-W", "ignore", "-p", "no:cacheprovider", "-n", "0"]
-        command = [sys.executable, "-m", "pytest", "-p", "plugin", *quiet, *options]
+        command = [sys.executable, "-m", "pytest", "-p", "benchmarks.peft_tests.plugin", *quiet, *options]
         command += [f"tests/{file}" for file in files]
         subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr, check=False)
 
 
 def _environment(folder: Path, types: str, results: Path) -> dict[str, str]:
-    path = [str(folder), str(_HERE), str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    path = [str(folder), str(_ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from rules import Entry, reason_of
+from benchmarks.peft_tests.rules import Entry, reason_of
 
 _ROW = "| {} | {} | {} | {} | {} | {} |"
 

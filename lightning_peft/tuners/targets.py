@@ -51,7 +51,8 @@ def default_blocks(config: Targeting) -> list[int] | None:
     """
     if config.layers_pattern is not None:
         raise ValueError(
-            f"layers_pattern={config.layers_pattern!r} goes with target_modules: give the names that stand in those blocks."
+            f"layers_pattern={config.layers_pattern!r} goes with target_modules: give the names that stand in those "
+            "blocks."
         )
     layers = config.layers_to_transform
     return [layers] if isinstance(layers, int) else layers

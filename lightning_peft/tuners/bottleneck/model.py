@@ -35,8 +35,9 @@ class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
 
     def _check_config(self, config: BottleneckConfig) -> None:
         if config.target_modules is None:
-            parts = part_ends(self.model, attention=False, layers=default_blocks(config))
-            config.target_modules = list(config.sites()) or [part.last for part in parts]
+            config.target_modules = list(config.sites()) or [
+                part.last for part in part_ends(self.model, attention=False, layers=default_blocks(config))
+            ]
         names = {name for name, _ in base_modules(self.model)}
         for name in (name for pair in config.sites().items() for name in pair):
             if name not in names:

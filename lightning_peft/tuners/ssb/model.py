@@ -35,8 +35,8 @@ class SSBModel(Tuner[SSBConfig, SSBLayer]):
             config.target_modules = names if layers is None else choose_targets(self.model, names, layers)
         if not config.target_modules:
             raise ValueError(
-                f"{type(self.model).__name__} has no linear layers that SSB could scale, or target_modules is empty: name "
-                "them, or give a regular expression."
+                f"{type(self.model).__name__} has no linear layers that SSB could scale, or target_modules is empty: "
+                "name them, or give a regular expression."
             )
 
     def _adapt(
