@@ -16,12 +16,16 @@ output predicts the first answer token. It comes from the first of these that is
 4. `generate` on the tracked model (real prompt length minus one, fixed once per call);
 5. a call without a cached past: plain text, where every position is an answer position.
 
-A call with a past and none of these is an error: where its answer began cannot be known.
+The fifth is right for cross-entropy and KL on texts, and `plain_text(model)` says that it is meant. For the scorer of
+somebody else, which puts prompt and answer into one call, it is most often wrong; so without `plain_text` a
+`PlainTextWarning` says, once a process, that every token is edited. A call with a past and none of these is an error:
+where its answer began cannot be known.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -60,17 +64,44 @@ class PositionsError(RuntimeError):
     """The positions an edit applies to cannot be known for this call."""
 
 
+class PlainTextWarning(UserWarning):
+    """An edit limited to answers acts on every token of a call, since nothing says where the answer begins."""
+
+
+_warned = False  # in this process
+
+
+# a compiler runs it while it compiles, and leaves no trace of it in what it makes
+@torch.compiler.assume_constant_result
+def _warn_of_plain_text(policy: str, model: str) -> None:
+    global _warned
+    if _warned:
+        return
+    warnings.warn(
+        f"An edit limited to {policy!r} positions acts on every token of a call of {model}, since nothing says where "
+        "the answer begins: give prompt_end in the batch or labels in the call, or make the call within "
+        "lightning_peft.answering(model, start=last_prompt_position); where every token is meant, within "
+        'lightning_peft.plain_text(model), or let the edit act at positions="all". lm-evaluation-harness tells where '
+        "answers begin with its model type lightning-peft (lightning-peft lm-eval). This is said once a process.",
+        PlainTextWarning,
+        stacklevel=2,
+    )
+    _warned = True
+
+
 @dataclass(frozen=True, eq=False)
 class _CallContext:
     """Facts about calls, known before they are made: `answering`'s start and mask, the batch's and `generate`'s start.
 
-    `prompt` is empty for a `generate` without a prompt of tokens.
+    `prompt` is empty for a `generate` without a prompt of tokens. `plain` is True where a text with no other sign of an
+    answer is plain text.
     """
 
     start: Tensor | None = None
     mask: Tensor | None = None
     batch: Tensor | None = None
     prompt: Tensor | None = None
+    plain: bool | None = None
 
     @property
     def lacks_prompt(self) -> bool:
@@ -127,7 +158,7 @@ class Positions:
         return (self._compiled.get() if torch.compiler.is_compiling() else _CONTEXTS.get().get(self)) or _NO_CONTEXT
 
     @contextmanager
-    def giving(self, **values: Tensor | None) -> Iterator[None]:
+    def giving(self, **values: Tensor | bool | None) -> Iterator[None]:
         """Note these values for the calls that the thread or task makes inside; `_CallContext` has their names."""
         outer = self._context
         self._set_context(replace(outer, **values))
@@ -220,6 +251,8 @@ class Positions:
                     "The call continues a cached past but nothing says where the answer began; use `generate`, or "
                     "`with lightning_peft.positions.answering(model, start=...)`."
                 )
+            if not call.context.plain:
+                _warn_of_plain_text(policy, type(self.model).__name__)
             # plain text is an answer from its first token on, and has no prompt
             start = call.position_ids.new_full(call.position_ids.shape[:1], 0 if tokens.phase == "answer" else -1)
         return tokens.mask(call.position_ids, start) & call.real
@@ -414,13 +447,14 @@ def calling(module: nn.Module, **tokens: Any) -> Iterator[None]:
         **tokens: `input_ids [B, T]`, `attention_mask`, `position_ids`, as `forward` would get them.
     """
     affected = tracked(module)
-    for positions in affected:
-        positions.before_forward(positions.model, (), tokens)
-    try:
-        yield
-    finally:
+    with plain_text(module):  # what is read inside a model is no score of an answer
         for positions in affected:
-            positions._running.set(None)
+            positions.before_forward(positions.model, (), tokens)
+        try:
+            yield
+        finally:
+            for positions in affected:
+                positions._running.set(None)
 
 
 @contextmanager
@@ -440,6 +474,21 @@ def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | Non
     with ExitStack() as stack:
         for positions in tracked(module):
             stack.enter_context(positions.giving(start=start, mask=mask))
+        yield
+
+
+@contextmanager
+def plain_text(module: nn.Module) -> Iterator[None]:
+    """Say that calls inside are of plain text, unless labels or anything else says where an answer begins.
+
+    Every position is then one of an answer, as without this, and no `PlainTextWarning` is given.
+
+    Args:
+        module: a module that is or contains the tracked backbone; without one this does nothing.
+    """
+    with ExitStack() as stack:
+        for positions in tracked(module):
+            stack.enter_context(positions.giving(plain=True))
         yield
 
 

@@ -72,3 +72,19 @@ def test_the_cost_of_an_edit_is_measured_on_the_model_and_in_its_folder(
     assert costs[0] == 0 and costs[2] == pytest.approx(made["change"].mean) and costs == sorted(costs)
     assert made["mass"].shape == (6,) and bool(made["mass"].isfinite().all() and made["mass"].any())
     assert len(made["answers"]) == 3 and all(made["answers"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loop_with_fabric_is_resumed_and_its_adapter_loaded(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = run("fabric.md", tiny_folder("llama"))
+    whole, optimizer = made["begin"](made["fabric"])
+    assert made["train"](made["fabric"], whole, optimizer, made["batches"]) == made["last_loss"]
+    expected, resumed = whole.state_dict(), made["resumed"].state_dict()
+    assert all(expected[name].equal(resumed[name]) for name in expected)
+    ids = made["encoded"][0]
+    assert made["resumed"].eval()(ids).logits.allclose(made["fresh"].eval()(ids).logits, atol=0.05)  # bfloat16
+    assert (tmp_path / "adapter" / "README.md").exists()
+    assert (tmp_path / "half.ckpt").stat().st_size < (tiny_folder("llama") / "model.safetensors").stat().st_size

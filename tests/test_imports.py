@@ -24,7 +24,7 @@ FLOORS = [
     {"tasks"},
     {"truthfulqa"},
     {"planning"},
-    {"compare", "testing"},
+    {"compare", "harness", "testing"},
     {"sweep"},
     {"attribution"},
     {"cli"},

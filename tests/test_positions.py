@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from lightning_peft import save_adapter, steering
+from lightning_peft import bake, positions, save_adapter, steering
 from lightning_peft.editing import head_offsets_config, head_sites, layer_offsets_config, layer_sites
-from lightning_peft.positions import PositionsError, answering, track
+from lightning_peft.editing.reading import Way, read_texts
+from lightning_peft.effects import cross_entropy, kl
+from lightning_peft.positions import PlainTextWarning, PositionsError, answering, plain_text, track
 from lightning_peft.stack.stack import AdapterStack, stack_of
 
 
@@ -157,6 +160,81 @@ def test_plain_text_is_edited_everywhere(tokens: Tensor) -> None:
     everywhere, _ = edited("llama", "all")
     with torch.no_grad():
         torch.testing.assert_close(answer(input_ids=tokens).logits, everywhere(input_ids=tokens).logits)
+
+
+@pytest.fixture
+def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process in which no edit has acted on plain text yet."""
+    monkeypatch.setattr(positions, "_warned", False)
+
+
+def plain_text_warnings(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(warning.message) for warning in caught if issubclass(warning.category, PlainTextWarning)]
+
+
+@pytest.mark.usefixtures("unwarned")
+def test_a_call_that_does_not_say_where_its_answer_begins_is_warned_of_once(tokens: Tensor) -> None:
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for kind in ("llama", "gpt2", "llama"):
+            edited(kind)[0](input_ids=tokens)
+    [sentence] = plain_text_warnings(caught)
+    assert "'answer' positions acts on every token of a call of LlamaForCausalLM" in sentence
+    for way in (
+        "prompt_end",
+        "labels",
+        "answering(model",
+        "plain_text(model)",
+        'positions="all"',
+        "lightning-peft lm-eval",
+    ):
+        assert way in sentence
+
+
+@pytest.mark.usefixtures("unwarned")
+def test_compiled_calls_are_warned_of_too(tokens: Tensor) -> None:
+    model, _ = edited("llama")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        with plain_text(model):
+            quiet = compiled(tokens).logits
+        assert plain_text_warnings(caught) == []
+        assert torch.equal(compiled(tokens).logits, quiet) and torch.equal(compiled(tokens).logits, quiet)
+    assert len(plain_text_warnings(caught)) == 1
+
+
+@pytest.mark.usefixtures("unwarned")
+def test_whoever_says_it_is_not_warned(tokens: Tensor, tmp_path: Path) -> None:
+    answer, stack = edited("llama")
+    everywhere, _ = edited("llama", "all")
+    labels = tokens.masked_fill(torch.arange(9) < 5, -100)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", PlainTextWarning)
+        everywhere(input_ids=tokens)
+        answer(input_ids=tokens, labels=labels)
+        with answering(answer, start=torch.tensor([4])):
+            answer(input_ids=tokens)
+        with plain_text(answer):
+            everywhere_by_word = answer(input_ids=tokens).logits
+        with stack.disabled():
+            answer(input_ids=tokens)
+        cross_entropy(answer, None, tokens)
+        kl(answer, "edit", tokens)
+        list(read_texts(answer, layer_sites(answer), tokens.tolist(), [[8]] * 3, Way()))
+        bake(tiny("llama"), save_adapter(answer, tmp_path / "edit"), tmp_path / "baked")
+        answer.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2)
+    assert torch.equal(everywhere_by_word, everywhere(input_ids=tokens).logits)
+
+
+def test_plain_text_is_no_more_than_what_stands_in_for_other_signs(tokens: Tensor) -> None:
+    model, _ = edited("llama")
+    labels = tokens.masked_fill(torch.arange(9) < 5, -100)
+    with torch.no_grad():
+        by_labels = model(input_ids=tokens, labels=labels).logits
+        with plain_text(model):
+            assert torch.equal(model(input_ids=tokens, labels=labels).logits, by_labels)
+    assert not any(vars(track(model)._context).values())
 
 
 def test_a_cached_past_without_a_start_is_an_error(tokens: Tensor) -> None:

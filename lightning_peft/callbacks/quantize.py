@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
 
 from lightning_peft.backbone.quantization import Quantization, QuantType, mark, quantize
 from lightning_peft.fitting.adapter_callback import AdapterCallback
@@ -82,9 +83,9 @@ class Quantize(Callback):
             )
         return self.quantize(module, name)
 
-    def quantize(self, module: L.LightningModule, backbone: str) -> list[str]:
+    def quantize(self, module: nn.Module, backbone: str) -> list[str]:
         """Quantise one submodule of a module, or see that it is quantised as asked."""
-        trainer = module._trainer
+        trainer = module._trainer if isinstance(module, L.LightningModule) else None
         device = None if trainer is None else trainer.strategy.root_device
         self.quantized = quantize(module.get_submodule(backbone), self.how, self.skip_modules, device)
         mark(module)  # the adapted backbone may be around the quantised one

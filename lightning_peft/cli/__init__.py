@@ -64,6 +64,11 @@ COMMANDS = {
     "decompress": Command(
         "decompress", "a compressed adapter as a plain peft folder again", "lightning-peft decompress small plain"
     ),
+    "lm-eval": Command(
+        "lm_eval",
+        "a saved folder in lm-evaluation-harness, with its tasks",
+        "lightning-peft lm-eval edit --base models/base --tasks arc_easy",
+    ),
     "judge": Command(
         "judge",
         "how far a judge of answers can be trusted",

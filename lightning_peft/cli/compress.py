@@ -30,7 +30,10 @@ def main(args: list[str]) -> list[Compression]:
         help="strength in standard deviations, or auto: the best on validation data, by --config",
     )
     options.add_argument(
-        "--std", choices=("all", "kept"), default="all", help="standard deviation over which parameters"
+        "--std",
+        choices=("all", "kept"),
+        default="all",
+        help="standard deviation of all changes (the paper's and its code's), or with those that are not kept as zeros",
     )
     options.add_argument(
         "--scope", choices=("adapter", "tensor"), default="adapter", help="threshold and scale over what"

@@ -17,6 +17,7 @@ from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.backbone.window import check_lengths, context_window, lengths_of
 from lightning_peft.effects.predictions import Predictions
 from lightning_peft.effects.slices import TextSlice, text_batches
+from lightning_peft.positions import plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,11 +95,12 @@ def batch_effects(backbone: nn.Module, batch: Mapping[str, Tensor], off: Off | N
     limit = None if window is None else window.tokens
     ids, mask = batch["input_ids"][:, :limit], batch["attention_mask"][:, :limit]
     rows, columns = (mask[:, :-1] * mask[:, 1:]).nonzero(as_tuple=True)
-    adapted = Predictions(backbone, ids, mask)
-    base = adapted
-    if off is not None:
-        with off():
-            base = Predictions(backbone, ids, mask)
+    with plain_text(backbone):
+        adapted = Predictions(backbone, ids, mask)
+        base = adapted
+        if off is not None:
+            with off():
+                base = Predictions(backbone, ids, mask)
     sums = torch.zeros(len(ids), 4, dtype=torch.float64)
     for start in range(0, len(rows), _CHUNK):
         at = rows[start : start + _CHUNK], columns[start : start + _CHUNK]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 import lightning as L
+from lightning.fabric.wrappers import is_wrapped
 from lightning.pytorch.callbacks import Callback, ModelSummary, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from lightning_peft.fitting.alive import PATIENCE, Reached
 from lightning_peft.fitting.batch_keys import check_keys, check_learnable
 from lightning_peft.fitting.checkpoint_hooks import hook_checkpoints
 from lightning_peft.fitting.complete import check_complete
+from lightning_peft.fitting.fabric import keep_modes
 from lightning_peft.fitting.find_backbone import building_hooks, find_backbone, forget, when_built
 from lightning_peft.fitting.finite import FiniteLoss, check_finite_tensors, finite_arguments
 from lightning_peft.fitting.frozen import check_frozen
@@ -176,8 +178,19 @@ class AdapterCallback(Callback):
         """The names of this callback's adapters."""
         return (self.name,)
 
-    def apply(self, module: L.LightningModule) -> list[Adapter]:
-        """Freeze and inject now, without a Trainer: for launchers that fork or spawn, and for use by hand."""
+    def apply(self, module: nn.Module) -> list[Adapter]:
+        """Freeze and inject now, without a Trainer: for launchers that fork or spawn, and for loops of one's own.
+
+        Args:
+            module: a LightningModule; or any other module, which is the backbone itself unless `backbone` names a part
+                of it, or one transformers model is in it. `train()` of such a backbone then leaves its frozen parts in
+                evaluation mode. With Lightning Fabric, before `fabric.setup`.
+
+        Raises:
+            ValueError: there is no such backbone, or it is not built yet, or Fabric has wrapped the module already.
+        """
+        if not isinstance(module, L.LightningModule):
+            return self._apply_plainly(module)
         name = find_backbone(module, self.backbone, final=not building_hooks(module))
         if name is None:
             raise ValueError(
@@ -185,6 +198,18 @@ class AdapterCallback(Callback):
                 "the argument backbone."
             )
         return self._inject(module, name)
+
+    def _apply_plainly(self, module: nn.Module) -> list[Adapter]:
+        if is_wrapped(module):
+            raise ValueError(
+                f"Fabric has set up this {type(module.module).__name__} already, and its optimizer knows no adapter: "
+                f"call {type(self).__name__}.apply(module) first, then make the optimizer, then fabric.setup."
+            )
+        name = find_backbone(module, self.backbone, final=self.backbone is not None)
+        parts = self._inject(module, name or "")
+        assert self.stack is not None
+        keep_modes(self.stack, self.backbone_dropout)
+        return parts
 
     # -- Lightning's hooks, in the order in which they run -----------------------------------------------------------
 
@@ -312,7 +337,7 @@ class AdapterCallback(Callback):
 
     # -- what they do ------------------------------------------------------------------------------------------------
 
-    def _inject(self, module: L.LightningModule, backbone_name: str) -> list[Adapter]:
+    def _inject(self, module: nn.Module, backbone_name: str) -> list[Adapter]:
         """Freeze and inject, once; a later call finds the adapters in place."""
         backbone = uncompiled(module.get_submodule(backbone_name))
         # the hook that ran in between may have wrapped the backbone, in a way of the user's own
@@ -323,7 +348,8 @@ class AdapterCallback(Callback):
             strategies.check_whole(module, stack.backbone, type(self).__name__)
         with strategies.same_on_every_rank(module, stack):
             parts = [self._place(stack, name, config) for name, config in self._configs(stack).items()]
-        hook_checkpoints(module, stack, self.check_finite)
+        if isinstance(module, L.LightningModule):
+            hook_checkpoints(module, stack, self.check_finite)
         return parts
 
     def _configs(self, stack: AdapterStack) -> dict[str, PeftConfig]:

@@ -94,14 +94,14 @@ def check_fsdp(trainer: L.Trainer, strategy: FSDPStrategy, module: nn.Module) ->
 
 
 @contextmanager
-def same_on_every_rank(module: L.LightningModule, stack: AdapterStack) -> Iterator[None]:
+def same_on_every_rank(module: nn.Module, stack: AdapterStack) -> Iterator[None]:
     """Make every process begin with rank 0's adapters, whether or not the user seeds.
 
     DDP copies rank 0's module at wrapping, FSDP2 does not: each process would contribute a part of its own adapter.
     The random numbers inside are rank 0's (some methods change the base by a random decomposition), and adapters that
     were made before the processes knew of each other are copied.
     """
-    trainer = module._trainer
+    trainer = module._trainer if isinstance(module, L.LightningModule) else None
     if trainer is None or trainer.state.status != TrainerStatus.RUNNING or trainer.world_size == 1:
         yield
         return

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lightning_peft.moved.names import keep_old_names
 
 if TYPE_CHECKING:
@@ -52,6 +54,14 @@ def conflicts(saved: PeftConfig, wanted: PeftConfig, computed: bool = False) -> 
     for field, others in getattr(wanted, "implies", {}).items():
         left_out |= set(others) if field in different else set()
     return [text for field, text in different.items() if field not in left_out]
+
+
+def auto_mapping(backbone: nn.Module) -> dict[str, str] | None:
+    """Return what peft notes of a base whose task is not known, for `AutoPeftModel`: its class, if transformers'."""
+    cls = type(backbone)
+    if not cls.__module__.startswith("transformers."):
+        return None
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def check_numbers(config: PeftConfig) -> None:

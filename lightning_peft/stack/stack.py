@@ -31,7 +31,7 @@ from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
 from lightning_peft.stack.checks import check_name, check_strangers, check_targets
 from lightning_peft.stack.computed import ComputedAdapter
-from lightning_peft.stack.configs import check_numbers, config_to_json
+from lightning_peft.stack.configs import auto_mapping, check_numbers, config_to_json
 from lightning_peft.stack.injection.head_training import saved_heads
 from lightning_peft.stack.injection.initialisation import check_repeatable, check_undoable
 from lightning_peft.stack.injection.registry import injection_for
@@ -380,9 +380,10 @@ class AdapterStack:
             write(state[name], tensors[key])
 
     def describe(self) -> dict[str, Any]:
-        """Describe the base's fingerprint and every part, JSON-able: enough to build the stack again."""
+        """Describe the base's fingerprint and class and every part, JSON-able: enough to build the stack again."""
         return {
             "fingerprint": without(self.base, saved_heads(part.config for part in self.parts)),
+            "auto_mapping": auto_mapping(self.backbone),
             "parts": [
                 {
                     "name": part.name,

@@ -15,6 +15,7 @@ from lightning_peft.editing.row_offsets import RowOffsets, displacements
 from lightning_peft.packing import logprobs
 from lightning_peft.packing.choices import ChoiceScorer
 from lightning_peft.packing.fallback import objection
+from lightning_peft.positions import plain_text
 
 _TOLERANCE = 1e-3  # of the largest logit: rows together and alone must agree to this
 
@@ -86,7 +87,7 @@ class Grid:
         divergences = torch.zeros(len(self.points), dtype=torch.float64)
         together = max(1, logprobs.LOGITS // base.numel())  # rows of a call
         for call in (c[i : i + together] for c in self._together for i in range(0, len(c), together)):
-            with self._edit(call):
+            with self._edit(call), plain_text(self.backbone):
                 logits = self.backbone(input_ids=tokens, use_cache=False).logits[:, :-1]
             for point, row in zip(call, logits, strict=True):
                 edited = row.float().log_softmax(-1)
@@ -118,7 +119,7 @@ class Grid:
         pair = [0, len(self.points) - 1]
 
         def logits(points: list[int]) -> Tensor:
-            with self._edit(points):
+            with self._edit(points), plain_text(self.backbone):
                 return self.backbone(input_ids=tokens, use_cache=False).logits
 
         expected = torch.cat([logits([i]) for i in pair])

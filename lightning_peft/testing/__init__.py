@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from lightning_peft.testing.check import Outcome, check_adaptation
-from lightning_peft.testing.laws import LAWS, LawBroken
+from lightning_peft.testing.comparing import LawBroken
+from lightning_peft.testing.laws import LAWS
 
 __all__ = ["LAWS", "LawBroken", "Outcome", "check_adaptation"]

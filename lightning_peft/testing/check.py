@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_peft.backbone.modules import state_tensors
 from lightning_peft.fitting.adapter_callback import AdapterCallback
 from lightning_peft.testing.cell import Cell, call
-from lightning_peft.testing.laws import LAWS, DoesNotApply, LawBroken
+from lightning_peft.testing.comparing import DoesNotApply, LawBroken
+from lightning_peft.testing.laws import LAWS
 
 
 @dataclass(frozen=True)

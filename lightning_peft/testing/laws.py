@@ -1,4 +1,4 @@
-"""The laws, one function each, and the errors of a law that is broken and of one that does not apply."""
+"""The laws, one function each."""
 
 from __future__ import annotations
 
@@ -21,16 +21,10 @@ from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 from lightning_peft.stack.stack import adapters
 from lightning_peft.stack.steering import steering
 from lightning_peft.testing.cell import Cell, adapter_tensors, rows, take, trainable
+from lightning_peft.testing.citizen import citizen
+from lightning_peft.testing.comparing import DoesNotApply, LawBroken, are_close, check_different, check_equal
 from lightning_peft.testing.lockstep import in_lockstep
 from lightning_peft.testing.traces import first_difference, handles_on, traces
-
-
-class LawBroken(AssertionError):
-    """The error of an adaptation that does not obey a law."""
-
-
-class DoesNotApply(Exception):
-    """The error of a law that says nothing about this module; the message says why."""
 
 
 def identity(cell: Cell) -> None:
@@ -38,7 +32,7 @@ def identity(cell: Cell) -> None:
     module, _, callback = cell.adapted(noise=0.0)
     base = cell.base()
     for batch in cell.batches:
-        _equal(cell.look(module, batch, callback), cell.look(base, batch), 1e-6, "untrained and base outputs")
+        check_equal(cell.look(module, batch, callback), cell.look(base, batch), 1e-6, "untrained and base outputs")
 
 
 def frozen(cell: Cell) -> None:
@@ -68,8 +62,8 @@ def off(cell: Cell) -> None:
     for batch in cell.batches:
         expected = cell.look(base, batch)
         with stack.disabled():
-            _equal(cell.look(module, batch, callback), expected, 0.0, "disabled and base outputs")
-        _differ(cell.look(module, batch, callback), expected, "enabled and base outputs")
+            check_equal(cell.look(module, batch, callback), expected, 0.0, "disabled and base outputs")
+        check_different(cell.look(module, batch, callback), expected, "enabled and base outputs")
 
 
 def merge(cell: Cell) -> None:
@@ -81,15 +75,17 @@ def merge(cell: Cell) -> None:
             stack.merge()
         except ValueError:
             for batch, expected in zip(cell.batches, unmerged, strict=True):
-                _equal(cell.look(module, batch, callback), expected, 0.0, "outputs before and after a refused merge")
+                check_equal(
+                    cell.look(module, batch, callback), expected, 0.0, "outputs before and after a refused merge"
+                )
             raise DoesNotApply(f"{reason}; refused with a clear error") from None
         raise LawBroken("the method declares that it cannot be merged, and merging it raised nothing.")
     stack.merge()
     for batch, expected in zip(cell.batches, unmerged, strict=True):
-        _equal(cell.look(module, batch, callback), expected, 1e-5, "merged and unmerged outputs")
+        check_equal(cell.look(module, batch, callback), expected, 1e-5, "merged and unmerged outputs")
     stack.unmerge()
     for batch, expected in zip(cell.batches, unmerged, strict=True):
-        _equal(cell.look(module, batch, callback), expected, 1e-5, "outputs before merging and after unmerging")
+        check_equal(cell.look(module, batch, callback), expected, 1e-5, "outputs before merging and after unmerging")
 
 
 def round_trip(cell: Cell) -> None:
@@ -101,7 +97,7 @@ def round_trip(cell: Cell) -> None:
         load_adapter(again.get_submodule(_name_of(module, stack.backbone)), folder)
     for batch in cell.batches:
         loaded = cell.look(again.eval(), batch, _speaking(callback, again))
-        _equal(loaded, cell.look(module, batch, callback), 0.0, "loaded and saved outputs")
+        check_equal(loaded, cell.look(module, batch, callback), 0.0, "loaded and saved outputs")
     trained = cell.train(1).lightning_module
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(trained, folder)
@@ -122,7 +118,7 @@ def complete(cell: Cell) -> None:
         for where, loaded in (("checkpoint", _restored(cell, checkpoint)), ("folder", _reloaded(cell, module, saved))):
             for batch in cell.batches:
                 now, before = cell.look(loaded.eval(), batch), cell.look(module, batch)
-                _equal(now, before, 0.0, f"outputs before saving and after loading the {where}")
+                check_equal(now, before, 0.0, f"outputs before saving and after loading the {where}")
     # each tensor that training has moved is marked by a number of its own, which must then be found
     inside = {id(parameter) for parameter in adapters(module).backbone.parameters()}
     moved = [n for n, p in trainable(module).items() if n not in untrained or not torch.equal(p, untrained[n])]
@@ -171,13 +167,15 @@ def padding(cell: Cell) -> None:
     for batch in cell.batches:
         order = torch.arange(rows(batch)).flip(0)
         whole = cell.look(module, batch, callback)
-        _equal(cell.look(module, take(batch, order), callback), whole[order], 1e-5, "rows in another order")
+        check_equal(cell.look(module, take(batch, order), callback), whole[order], 1e-5, "rows in another order")
         for variant in _padded(batch):
             together = cell.look(module, variant, callback)
             for row, alone, real in _alone(variant):
                 result = cell.look(module, alone, callback)[0]
                 token_wise = together.dim() > 2 and together.shape[1] == len(real)
-                _equal(together[row][real] if token_wise else together[row], result, 1e-5, "a row padded and alone")
+                check_equal(
+                    together[row][real] if token_wise else together[row], result, 1e-5, "a row padded and alone"
+                )
 
 
 def causality(cell: Cell) -> None:
@@ -192,11 +190,11 @@ def causality(cell: Cell) -> None:
     changed[:, cut:] = changed[:, cut:].roll(1, 0).roll(1, 1)
     variant = batch | {"input_ids": changed}
     was, now = cell.look(base, batch), cell.look(base, variant)
-    if was.dim() < 3 or was.shape[1] != changed.shape[1] or not _close(now[:, :cut], was[:, :cut], 1e-6):
+    if was.dim() < 3 or was.shape[1] != changed.shape[1] or not are_close(now[:, :cut], was[:, :cut], 1e-6):
         raise DoesNotApply("the base model is not causal")
     was, now = cell.look(module, batch, callback), cell.look(module, variant, callback)
-    _equal(now[:, :cut], was[:, :cut], 1e-6, "outputs before the changed tokens")
-    _differ(now[:, cut:], was[:, cut:], "outputs at the changed tokens")
+    check_equal(now[:, :cut], was[:, :cut], 1e-6, "outputs before the changed tokens")
+    check_different(now[:, cut:], was[:, cut:], "outputs at the changed tokens")
 
 
 def cache(cell: Cell) -> None:
@@ -262,7 +260,7 @@ def restored(cell: Cell) -> None:
         if difference := first_difference(before, traces(module)):
             raise LawBroken(f"{moment} {difference}.")
         for batch, expected in zip(cell.batches, outputs, strict=True):
-            _equal(cell.look(module, batch), expected, 0.0, f"{moment} the outputs and those from before")
+            check_equal(cell.look(module, batch), expected, 0.0, f"{moment} the outputs and those from before")
 
     flags = [parameter.requires_grad for parameter in module.parameters()]
     callback.apply(module)
@@ -335,28 +333,10 @@ LAWS: dict[str, Callable[[Cell], None]] = {
     "threads": threads,
     "alive": alive,
     "restored": restored,
+    "citizen": citizen,
     "count": count,
     "resume": resume,
 }
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * float(b.abs().max())
-
-
-def _equal(a: Tensor, b: Tensor, tolerance: float, compared: str) -> None:
-    if a.shape != b.shape:
-        raise LawBroken(f"{compared} have shapes {tuple(a.shape)} and {tuple(b.shape)}.")
-    if not (torch.equal(a, b) if tolerance == 0 else _close(a, b, tolerance)):
-        distance = float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
-        raise LawBroken(
-            f"{compared} differ by {distance:.1e} of the largest value; {tolerance or 'bit-equality'} is asked."
-        )
-
-
-def _differ(a: Tensor, b: Tensor, compared: str) -> None:
-    if _close(a, b, 1e-4):
-        raise LawBroken(f"{compared} are the same, so the law would hold of nothing.")
 
 
 def _has_tokens(batch: Any) -> bool:

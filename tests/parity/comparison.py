@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -46,3 +48,8 @@ class Comparison:
 
     def __str__(self) -> str:
         return f"{self.method} {self.peer} {self.architecture}"
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest absolute difference, divided by the peer's largest absolute value."""
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())

@@ -25,6 +25,8 @@ def subset() -> list[tuple[str, str]]:
 
 
 CELLS = subset()
+# it loads a model twenty times, and its calls differ between methods more than between architectures
+ONCE = {cell: ["citizen"] for cell in CELLS if cell[0] in [method for method, _ in CELLS[: CELLS.index(cell)]]}
 
 
 def test_the_subset_touches_every_method_and_every_architecture() -> None:
@@ -33,8 +35,9 @@ def test_the_subset_touches_every_method_and_every_architecture() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_laws_hold(architecture: str, capsys: pytest.CaptureFixture[str]) -> None:
-    results = run([(method, name) for method, name in CELLS if name == architecture])
+def test_the_laws_hold(architecture: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
+    left_out = {} if request.config.getoption("--thorough") else ONCE
+    results = run([(method, name) for method, name in CELLS if name == architecture], left_out)
     with capsys.disabled():
         print(f"\n{architecture}: {', '.join(method for method, _ in results)}")
         print(*(f"  {line}" for line in reasons(results)), sep="\n")

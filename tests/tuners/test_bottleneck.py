@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from tuning import QUIET, one_sentence
 
 from lightning_peft import load_adapter, save_adapter
+from lightning_peft.backbone.parts import part_ends
+from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.stack.stack import stack_of
 from lightning_peft.tuners.bottleneck import BottleneckConfig, BottleneckLayer
 from lightning_peft.tuners.bottleneck.branch import Bottleneck
@@ -514,7 +516,7 @@ class Torch(nn.Module):
             {"target_modules": ["out_proj"], "size": 2},
             r"^attention\.out_proj is never called, since nn\.Multihead",
         ),
-        (Part, {"size": 2}, r"^BottleneckConfig needs target_modules: the matrices whose outputs it adds to\.$"),
+        (Part, {"size": 2}, r"^Part has no block with a feed-forward part: name the target_modules\.$"),
         (Part, {**PARALLEL, "inputs": {"last": "frist"}}, r"^The model has no module 'frist', which the parallel"),
         (Part, {**STREAM, "outputs": {"last": "bock"}}, r"^The model has no module 'bock', which the stream adapter"),
         (Part, {**STREAM, "outputs": {"first": "last"}}, r"^outputs and norms name no module for last: name one"),
@@ -530,7 +532,6 @@ def test_what_cannot_be_adapted_is_one_sentence(model: Any, options: dict[str, A
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"^Give size or reduction, got size=None and reduction=None\.$"),
         ({"size": 1, "reduction": 1}, r"^Give size or reduction, got size=1 and reduction=1\.$"),
         ({"size": 0}, r"^The bottleneck's size must be positive, got 0\.$"),
         ({"reduction": -1}, r"^The bottleneck's reduction must be positive, got -1\.$"),
@@ -561,3 +562,24 @@ def test_wrong_settings_are_refused_at_once(options: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message) as error:
         BottleneckConfig(target_modules=["last"], **options)
     assert one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bert"])
+def test_without_targets_and_size_every_feed_forward_part_has_one_of_a_sixteenth_of_its_width(kind: str) -> None:
+    model = get_peft_model(tiny(kind), BottleneckConfig())
+    ends = [span.last for span in part_ends(tiny(kind), attention=False)]
+    assert model.peft_config["default"].target_modules == ends
+    for layer in layers(model):
+        inputs, outputs = matrix_shape(layer.base_layer)
+        assert (layer.in_features, layer.out_features) == (inputs, outputs)
+        assert layer.bottleneck["default"].down.out_features == max(1, outputs // 16)
+
+
+def test_weights_that_would_not_be_finite_are_refused_in_the_words_of_peft() -> None:
+    model = get_peft_model(Part(), BottleneckConfig(**SEQUENTIAL, **LINEAR))
+    for layer in layers(model):
+        layer.bottleneck["default"].up.weight.data.fill_(torch.nan)
+    with pytest.raises(
+        ValueError, match=r"^NaNs detected in the merged weights\. The adapter default seems to be brok"
+    ):
+        model.merge_and_unload(safe_merge=True)

@@ -370,7 +370,7 @@ def unknown_width() -> nn.Module:
         (unknown_width, ["c_attn"], r"c_attn gives 96 features, not queries, keys and values of 5 and 5 heads"),
         (lambda: tiny("llama"), ["v_proj"], r"^A prefix goes to the matrix that gives the queries: .*\.q_proj instead"),
         (lambda: tiny("llama"), ["down_proj"], r"mlp \(LlamaMLP\) does not ask transformers' AttentionInterface"),
-        (lambda: tiny("llama"), None, r"^PrefixConfig needs target_modules: of each attention the matrix that gives"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), None, r"^Sequential has no block with an attention in it\.$"),
     ],
     ids=["own attention", "flash", "upcast", "unknown width", "values", "no attention", "no target"],
 )
@@ -395,6 +395,14 @@ def test_wrong_settings_are_refused_at_once(options: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message) as error:
         PrefixConfig(target_modules=["q_proj"], **options)
     assert one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bert"])
+def test_without_targets_every_attention_has_a_prefix(kind: str) -> None:
+    model = get_peft_model(tiny(kind), PrefixConfig(length=2))
+    expected = [projections(span).query for span in attentions(tiny(kind))]
+    assert model.peft_config["default"].target_modules == expected
+    assert len(layers(model)) == len(expected)
 
 
 def test_where_positions_are_counted_a_prefix_moves_the_tokens_by_its_length() -> None:

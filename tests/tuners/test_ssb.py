@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tuning import Classifier, Language, one_sentence, same, texts, weights
 
 from lightning_peft import adapters
+from lightning_peft.backbone.linear_layers import linear_layers
 from lightning_peft.backbone.modules import base_modules, is_linear
 from lightning_peft.backbone.quantization import is_quantized, quantize
 from lightning_peft.backbone.structure import matrix_shape
@@ -23,7 +24,7 @@ from lightning_peft.callbacks import PEFT, SSB, SSL, LoRA
 from lightning_peft.stack.stack import stack_of
 from lightning_peft.testing import check_adaptation
 from lightning_peft.testing.architectures import ARCHITECTURES
-from lightning_peft.tuners.ssb import SSBConfig
+from lightning_peft.tuners.ssb import SSBConfig, SSBLayer
 
 BASES = ("linear", "without bias", "conv1d", "nf4", "int8")
 
@@ -224,12 +225,51 @@ def test_vectors_that_are_not_finite_are_not_merged() -> None:
     model = base()
     stack = with_vectors(model)
     model[0].ssb_out["ssb"].data[0] = torch.nan
-    with pytest.raises(ValueError, match=r"^Adapter 'ssb' would put NaN or infinity into the weights\.$"):
+    # peft's words, which callers know
+    with pytest.raises(ValueError, match=r"^NaNs detected in the merged weights\. The adapter ssb seems to be broken"):
         stack.merge()
     assert not model[0].merged
 
 
 # -- as a method of peft and as a callback --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+def test_without_targets_and_for_all_linear_the_layers_of_the_blocks_are_scaled(kind: str, targets: str | None) -> None:
+    model = get_peft_model(tiny(kind), SSBConfig(target_modules=targets))
+    scaled = {name for name, module in model.get_base_model().named_modules() if isinstance(module, SSBLayer)}
+    assert scaled == set(linear_layers(tiny(kind)))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ("q_proj", "v_proj"), {"v_proj", "q_proj"}])
+def test_targets_are_given_in_any_form_and_saved_in_one(targets: Any, tmp_path: Any) -> None:
+    config = SSBConfig(target_modules=targets, layers_to_transform=[1])
+    model = get_peft_model(tiny("llama"), config)
+    scaled = [name for name, module in model.get_base_model().named_modules() if isinstance(module, SSBLayer)]
+    assert scaled == [f"model.layers.1.self_attn.{name}" for name in ("q_proj", "v_proj")]
+    model.save_pretrained(tmp_path)
+    assert SSBConfig.from_pretrained(tmp_path).target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_vectors_have_the_precision_that_peft_asks_for(dtype: torch.dtype, autocast: bool) -> None:
+    config = SSBConfig(target_modules=["0"])
+    model = get_peft_model(base().to(dtype), config, autocast_adapter_dtype=autocast)
+    expected = torch.float32 if autocast else dtype
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
+
+
+def test_it_is_made_without_values_until_they_are_read(tmp_path: Any) -> None:
+    model = get_peft_model(base(), SSBConfig(target_modules=["0"]))
+    model.base_model.model[0].ssb_out["default"].data.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True)
+    loaded.load_adapter(tmp_path, "other", low_cpu_mem_usage=True)
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+    x = torch.randn(3, 6)
+    assert torch.equal(loaded(x), model(x))
 
 
 def test_peft_saves_and_loads_it(tmp_path: Any) -> None:
@@ -312,7 +352,7 @@ def test_the_laws_hold(kind: str, callback: type[SSB]) -> None:
     ("options", "message"),
     [
         ({"target_modules": ["conv"]}, r"^conv is a Conv1d, but SSB scales linear layers\.$"),
-        ({"target_modules": None}, r"^SSBConfig needs target_modules: "),
+        ({"target_modules": []}, r"^\w+ has no linear layers that SSB could scale, or target_modules is empty: name"),
         ({"target_modules": ["input"], "sides": "left"}, r"^sides must be one of both, input, output, got 'left'\.$"),
     ],
 )

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from peft import get_peft_model
 from torch import nn
+from tuning import one_sentence
 
 from lightning_peft.tuners.ssb import SSBConfig
 from lightning_peft.tuners.ssb.layer import SSBLayer
@@ -43,3 +46,17 @@ def test_a_tuner_is_given_the_target_where_it_stands_and_finds_its_layers_again(
     tuner = Wrapping(model(), SSBConfig(target_modules=["inner"]), "default")
     (layer,) = tuner._layers()
     assert layer is tuner.model.get_submodule("0.inner") and isinstance(layer.base_layer, nn.Linear)
+
+
+def test_rows_with_different_adapters_are_refused_in_one_sentence() -> None:
+    adapted = get_peft_model(model(), SSBConfig(target_modules=["1"]))
+    adapted.add_adapter("other", SSBConfig(target_modules=["1"]))
+    x = torch.randn(2, 2)
+    adapted.base_model.model[0] = nn.Identity()
+    with pytest.raises(
+        ValueError, match=r"^SSBModel computes a whole batch with the active adapters and cannot take"
+    ) as error:
+        adapted(x, adapter_names=["default", "other"])
+    assert one_sentence(str(error.value))
+    with adapted.disable_adapter():  # as in peft, where there is nothing to choose
+        adapted(x, adapter_names=["default", "other"])

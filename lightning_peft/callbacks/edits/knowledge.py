@@ -55,20 +55,20 @@ class KnowledgeEditing(Edit):
         layers: list[int] | None,
         search: Search,
         shrinkage: float,
-        prefixes: int,
+        prefixes: int | list[str],
         seed: int,
+        reference: bool,
         **options: Unpack[EditOptions],
     ) -> None:
         if not 0.0 <= shrinkage <= 1.0:
             raise ValueError(f"shrinkage must be between 0 and 1, got {shrinkage}.")
-        if prefixes < 0:
-            raise ValueError(f"prefixes must be at least 0, got {prefixes}.")
+        _check_prefixes(prefixes)
         super().__init__(**options)
         self.facts = list(facts) if isinstance(facts, list) else read_facts(facts, numbers)
         if not self.facts:
             raise ValueError("There is no fact to rewrite: give at least one.")
         self.layers, self.search, self.shrinkage = layers, search, shrinkage
-        self.prefixes, self.seed = prefixes, seed
+        self.prefixes, self.seed, self.reference = prefixes, seed, reference
         self.edit_: KnowledgeEdit | None = None
         self.trace_: Tensor | None = None
         self._tokenizer: Any = None
@@ -130,8 +130,7 @@ class KnowledgeEditing(Edit):
         moments.gather()
 
         def make() -> KnowledgeEdit:
-            prefixes = random_prefixes(self._texts, self.prefixes, _PREFIX_WORDS, self.seed)
-            return self._edit(stack.backbone, moments, prefixes)
+            return self._edit(stack.backbone, moments, self._contexts())
 
         self.edit_ = edit = from_rank_zero(trainer, make)
         adapter = edit.adapter(stack.backbone)
@@ -139,11 +138,25 @@ class KnowledgeEditing(Edit):
         numbers = float(sum(tensor.numel() for tensor in adapter.tensors.values()))
         trainer.lightning_module.log("edited_parameters", numbers, rank_zero_only=True)
 
+    def _contexts(self) -> list[str]:
+        """Return what stands before the prompt: nothing first, then the given texts or excerpts of those seen."""
+        if isinstance(self.prefixes, int):
+            return random_prefixes(self._texts, self.prefixes, _PREFIX_WORDS, self.seed)
+        return ["", *self.prefixes]
+
     def end(self) -> None:
         self._moments, self._texts = None, []
         if self._capture is not None:
             self._capture.__exit__(None, None, None)
             self._capture = None
+
+
+def _check_prefixes(prefixes: int | list[str]) -> None:
+    if isinstance(prefixes, int):
+        if prefixes < 0:
+            raise ValueError(f"prefixes must be at least 0, got {prefixes}.")
+    elif wrong := [prefix for prefix in prefixes if not isinstance(prefix, str) or not prefix.strip()]:
+        raise ValueError(f"prefixes must be a number or texts, got {wrong[0]!r}: the bare prompt is used without it.")
 
 
 class ROME(KnowledgeEditing):
@@ -160,8 +173,10 @@ class ROME(KnowledgeEditing):
         v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor: how a value is searched for, see
             `lightning_peft.editing.facts.Search`; the authors' names and defaults.
         shrinkage: of the covariance towards a multiple of the identity, in [0, 1].
-        prefixes: how many excerpts of the text keys and values are averaged over, beside none.
+        prefixes: how many excerpts of the text keys and values are averaged over, beside none; or the texts to put
+            before the prompt, each as a sentence of its own.
         seed: of the excerpts and of the trace's noise.
+        reference: compute the edit as the authors' code does, where that differs (see docs/methods/rome.md).
 
     Attributes:
         edit_: the computed `KnowledgeEdit` after `fit`.
@@ -185,20 +200,22 @@ class ROME(KnowledgeEditing):
         clamp_norm_factor: float = 4.0,
         kl_factor: float = 0.0625,
         shrinkage: float = 0.01,
-        prefixes: int = 5,
+        prefixes: int | list[str] = 5,
         seed: int = 0,
+        reference: bool = False,
         **options: Unpack[EditOptions],
     ) -> None:
         search = Search(v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor)
         layers = None if layer is None else [layer]
-        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, **options)
+        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, reference, **options)
 
     @property
     def _count(self) -> int:
         return 1
 
     def _edit(self, model: nn.Module, moments: KeyMoments, prefixes: list[str]) -> KnowledgeEdit:
-        return compute_rome(model, self._tokenizer, self.facts, moments, prefixes, self.search, self.shrinkage)
+        settings = (prefixes, self.search, self.shrinkage, self.reference)
+        return compute_rome(model, self._tokenizer, self.facts, moments, *settings)
 
 
 class MEMIT(KnowledgeEditing):
@@ -208,7 +225,7 @@ class MEMIT(KnowledgeEditing):
     share; the LoRA adapter has the rank of the number of facts on each layer.
 
     Args:
-        facts, numbers, shrinkage, prefixes, seed: as `ROME`.
+        facts, numbers, shrinkage, prefixes, seed, reference: as `ROME`.
         layers: which blocks, from 0, ascending; default five that end where the causal trace is largest.
         mom2_update_weight: λ, how much what is held already counts; default the keys' width.
         v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor: as `ROME`; the bound is here in norms of
@@ -235,14 +252,15 @@ class MEMIT(KnowledgeEditing):
         clamp_norm_factor: float = 0.75,
         kl_factor: float = 0.0625,
         shrinkage: float = 0.01,
-        prefixes: int = 5,
+        prefixes: int | list[str] = 5,
         seed: int = 0,
+        reference: bool = False,
         **options: Unpack[EditOptions],
     ) -> None:
         if layers is not None and layers != sorted(set(layers)):
             raise ValueError(f"The layers must be given in ascending order, each once, but they are {layers}.")
         search = Search(v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor)
-        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, **options)
+        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, reference, **options)
         if mom2_update_weight is not None and mom2_update_weight <= 0:
             raise ValueError(f"mom2_update_weight must be above 0, got {mom2_update_weight}.")
         self.mom2_update_weight = mom2_update_weight
@@ -252,5 +270,6 @@ class MEMIT(KnowledgeEditing):
         return 5
 
     def _edit(self, model: nn.Module, moments: KeyMoments, prefixes: list[str]) -> KnowledgeEdit:
-        weight = self.mom2_update_weight
-        return compute_memit(model, self._tokenizer, self.facts, moments, prefixes, self.search, self.shrinkage, weight)
+        settings = (prefixes, self.search, self.shrinkage, self.mom2_update_weight)
+        given = (model, self._tokenizer, self.facts, moments, *settings)
+        return compute_memit(*given, reference=self.reference)

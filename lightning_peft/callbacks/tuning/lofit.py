@@ -1,4 +1,4 @@
-"""LoFiT: heads chosen by learnt scales, then offsets of those heads, as one callback."""
+"""LoFiT: heads chosen by learnt vectors of scales, then offsets of those heads, as one callback."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 class LoFiT(MultiPhase):
     """Localised fine-tuning (Yin et al. 2024, arXiv:2406.01563): learn which heads matter, then train their offsets.
 
-    First every head has a scale `A_h [head_dim]`, `z_h + A_h * z_h`, trained with the penalty `l1 * sum(|A|)`. The
-    `share` of heads with the largest `|A_h|_2` is kept; the scales are thrown away, the optimizers forget their state,
-    and in the same parameters an offset for each kept head is trained, `z_h + v_h`. Both start at zero (the authors'
-    at normal noise of 0.001), so that the untrained model is the base. A saved folder holds the offsets of the kept
-    heads, the same adapter as `HeadOffsets` and `ITI` make; before that the scales of all.
+    First every head has a vector of scales, one for each of its features, `A_h [head_dim]`: `z_h + A_h * z_h`, by
+    entry, trained with the penalty `l1 * sum(|A|)`. The `share` of heads with the largest `|A_h|_2` is kept; the
+    scales are thrown away, the optimizers forget their state, and in the same parameters an offset for each kept head
+    is trained, `v_h [head_dim]`: `z_h + v_h`. These are the authors' `attn_A` and `attn_v`. Both start at zero (the
+    authors' at normal noise of 0.001), so that the untrained model is the base. A saved folder holds the offsets of
+    the kept heads, the same adapter as `HeadOffsets` and `ITI` make; before that the scales of all.
 
     Args:
         share: of the heads to keep, in (0, 1]; the paper's 3% to 10%. At least one is kept.

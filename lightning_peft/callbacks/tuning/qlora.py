@@ -113,6 +113,6 @@ class QLoRA(LoRA):
         if self.paged_optimizer is not None:
             page_optimizers(trainer, self.paged_optimizer)
 
-    def _inject(self, module: L.LightningModule, backbone_name: str) -> list[Adapter]:
+    def _inject(self, module: nn.Module, backbone_name: str) -> list[Adapter]:
         self.quantization.quantize(module, backbone_name)
         return super()._inject(module, backbone_name)

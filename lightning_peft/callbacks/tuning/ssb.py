@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 from torch import nn
 
 from lightning_peft.backbone import counts
-from lightning_peft.backbone.defaults import every_matrix, takes_adapters
-from lightning_peft.backbone.fused import never_called
-from lightning_peft.backbone.modules import base_modules, is_linear
-from lightning_peft.backbone.structure import blocks
+from lightning_peft.backbone.linear_layers import linear_layers
 from lightning_peft.backbone.targets import Layers, Within, choose_targets
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 
@@ -60,12 +57,3 @@ class SSB(AdapterCallback):
     def trainable_parameters(self, backbone: nn.Module) -> int:
         sides = (self.sides != "output", self.sides != "input")
         return sum(sides[0] * inputs + sides[1] * outputs for inputs, outputs in counts.linear(backbone))
-
-
-def linear_layers(backbone: nn.Module) -> list[str]:
-    """Return the full names of the linear layers of the backbone's blocks, or of all of it where it has no blocks."""
-    named = dict(base_modules(backbone))
-    inside = [name for block in blocks(backbone) for span in block.spans() for name in span.matrices]
-    unreached = never_called(backbone)
-    layers = [n for n in inside or every_matrix(backbone) if is_linear(named[n]) and takes_adapters(named[n])]
-    return [name for name in layers if name not in unreached]

@@ -13,6 +13,7 @@ from lightning_peft.backbone.structure import blocks
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import KeyMoments
 from lightning_peft.editing.facts.prompt_tokens import Tokenizer
+from lightning_peft.editing.facts.reference import reference_memit
 from lightning_peft.editing.facts.rome import check_facts, told
 from lightning_peft.editing.facts.update import Factors, KnowledgeEdit, acting, least_squares
 from lightning_peft.editing.facts.values import Search, Value, find_values, hooked, read_at_subject
@@ -28,6 +29,7 @@ def compute_memit(
     shrinkage: float = 0.01,
     mom2_update_weight: float | None = None,
     values: Sequence[Value] | None = None,
+    reference: bool = False,
 ) -> KnowledgeEdit:
     """Rewrite many facts at once over several layers (MEMIT; Meng et al. 2023, arXiv:2210.07229, algorithm 1).
 
@@ -44,10 +46,11 @@ def compute_memit(
             the keys: since a typical key has `kᵀC⁻¹k` of that size, half of a lone fact's value is then written. The
             authors' 15,000 for GPT-J, whose keys are 16,384 wide, is about that.
         values: from `find_values` at the last of the layers, one a fact, where they are known.
+        reference: compute it as the authors' code does, in its order (docs/methods/memit.md lists what differs).
 
     Raises:
-        ValueError: as `compute_rome`; layers out of order; λ not above 0; or a model that does not add its feed-forward
-            part's output to the residual stream as it is.
+        ValueError: as `compute_rome`; layers out of order; λ not above 0; values with `reference`; or a model that does
+            not add its feed-forward part's output to the residual stream as it is.
     """
     check_facts(tokenizer, facts)
     sites, search = moments.sites, search or Search(clamp_norm_factor=0.75)
@@ -57,9 +60,23 @@ def compute_memit(
     weight = float(sites[0].head_dim) if mom2_update_weight is None else mom2_update_weight
     if weight <= 0:
         raise ValueError(f"mom2_update_weight must be above 0, got {weight}.")
+    if reference and values is not None:
+        raise ValueError("The authors search for values otherwise than find_values: leave values out with reference.")
     covariances = [moments.matrix(i, shrinkage) for i in range(len(sites))]
     stream = blocks(model)[layers[-1]].name
     _check_added(model, tokenizer, facts[0], sites[-1].name, stream)
+    settings = {
+        "layers": layers,
+        "shrinkage": shrinkage,
+        "tokens": moments.count,
+        "mom2_update_weight": weight,
+        "search": asdict(search),
+    }
+    record = {"method": "memit", "reference": reference, **settings}
+    if reference:
+        given = (model, tokenizer, facts, sites, covariances, stream, prefixes, search, weight)
+        updates, states_searched = reference_memit(*given)
+        return KnowledgeEdit(updates, {**record, "facts": told(facts, states_searched)})
     if values is None:
         values = find_values(model, tokenizer, facts, sites[-1], prefixes, search, reference=stream)
     before = read_at_subject(model, tokenizer, facts, stream, ("",))[1]
@@ -71,14 +88,7 @@ def compute_memit(
             _, states = read_at_subject(model, tokenizer, facts, stream, ("",))
         missing = (targets - states) / (len(sites) - i)
         factors[site.name] = least_squares(missing, keys, covariances[i], weight)
-    settings = {
-        "layers": layers,
-        "shrinkage": shrinkage,
-        "tokens": moments.count,
-        "mom2_update_weight": weight,
-        "search": asdict(search),
-    }
-    return KnowledgeEdit(factors, {"method": "memit", **settings, "facts": told(facts, values)})
+    return KnowledgeEdit(factors, {**record, "facts": told(facts, values)})
 
 
 def _check_added(model: nn.Module, tokenizer: Tokenizer, fact: Fact, name: str, stream: str) -> None:

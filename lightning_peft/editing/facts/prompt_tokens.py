@@ -129,6 +129,11 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt) -> tuple[list[int], int, int, 
 
 def next_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
     """Return the logits after each of the last `keep` columns, `[B, keep, vocabulary]`, in float32."""
+    return last_logits(model, input_ids, attention_mask, keep).float()
+
+
+def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    """Return the logits after each of the last `keep` columns, `[B, keep, vocabulary]`, in the model's precision."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     accepted = inspect.signature(type(model).forward).parameters
     optional = {
@@ -139,7 +144,7 @@ def next_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, kee
     logits = getattr(model(**inputs, **{n: v for n, v in optional.items() if n in accepted}), "logits", None)
     if logits is None or logits.dim() != 3:
         raise ValueError(f"{type(model).__name__} does not predict tokens: give a causal language model.")
-    return logits[:, -keep:].float()
+    return logits[:, -keep:]
 
 
 def object_log_probs(model: nn.Module, rows: Rows, share: bool = True) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.facts.fact import Fact
 from lightning_peft.editing.facts.keys import KeyMoments
 from lightning_peft.editing.facts.prompt_tokens import Tokenizer, encode, with_object
+from lightning_peft.editing.facts.reference import Target, reference_rome
 from lightning_peft.editing.facts.update import Factors, KnowledgeEdit, acting, rank_one, stacked
 from lightning_peft.editing.facts.values import Search, Value, find_values
 
@@ -24,6 +25,7 @@ def compute_rome(
     prefixes: Sequence[str] = ("",),
     search: Search | None = None,
     shrinkage: float = 0.01,
+    reference: bool = False,
 ) -> KnowledgeEdit:
     """Rewrite facts in one layer by an update of rank 1 each (ROME; Meng et al. 2022, arXiv:2202.05262).
 
@@ -38,12 +40,16 @@ def compute_rome(
         moments: from `key_moments`, of exactly one layer: the layer to edit.
         prefixes: from `random_prefixes`: contexts over which key and value are averaged.
         search: how the value is searched for.
-        shrinkage: of the covariance, see `KeyMoments.matrix`.
+        shrinkage: of the covariance, see `KeyMoments.matrix`; the authors' code has none.
+        reference: compute it as the authors' code does, in its order (docs/methods/rome.md lists what differs).
 
     Raises:
         ValueError: no facts, more layers than one, a singular covariance; or as `find_values`.
     """
     site, search, moment = _prepare(tokenizer, facts, moments, search, shrinkage)
+    if reference:
+        update, targets = reference_rome(model, tokenizer, facts, site, moment, prefixes, search)
+        return KnowledgeEdit({site.name: update}, _record(moments, shrinkage, search, facts, targets, reference))
     updates: list[Factors] = []
     values: list[Value] = []
     for fact in facts:
@@ -95,10 +101,21 @@ def _prepare(
 
 
 def _record(
-    moments: KeyMoments, shrinkage: float, search: Search, facts: Sequence[Fact], values: Sequence[Value]
+    moments: KeyMoments,
+    shrinkage: float,
+    search: Search,
+    facts: Sequence[Fact],
+    values: Sequence[Value | Target],
+    reference: bool = False,
 ) -> dict[str, Any]:
     settings = {"layers": [moments.sites[0].layer], "shrinkage": shrinkage, "tokens": moments.count}
-    return {"method": "rome", **settings, "search": asdict(search), "facts": told(facts, values)}
+    return {
+        "method": "rome",
+        "reference": reference,
+        **settings,
+        "search": asdict(search),
+        "facts": told(facts, values),
+    }
 
 
 def check_facts(tokenizer: Tokenizer, facts: Sequence[Fact]) -> None:
@@ -108,7 +125,7 @@ def check_facts(tokenizer: Tokenizer, facts: Sequence[Fact]) -> None:
     encode(tokenizer, [prompt for fact in facts for prompt in with_object(fact, fact.new)])
 
 
-def told(facts: Sequence[Fact], values: Sequence[Value]) -> list[dict[str, Any]]:
+def told(facts: Sequence[Fact], values: Sequence[Value | Target]) -> list[dict[str, Any]]:
     """Return each fact and how the search for its value ended, for the record."""
     return [
         {"prompt": fact.prompt, "subject": fact.subject, "new": fact.new, "log_prob": v.log_prob, "steps": v.steps}

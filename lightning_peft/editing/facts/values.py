@@ -120,10 +120,10 @@ def _find(
         prompts += [*with_object(fact, fact.new, prefixes), Prompt("{} is a", fact.subject)]
     rows = encode(tokenizer, prompts, next(model.parameters()).device)
     keep, group = rows.keep, len(prefixes) + 1  # a fact's rows: one a prefix, and the essence
-    keys, outputs = _at_subject(model, rows, site.name)
+    keys, outputs = at_subject(model, rows, site.name)
     if reference != site.name:
-        _, outputs = _at_subject(model, rows, reference)
-    key, bound = (x.unflatten(0, (-1, group))[:, :-1].mean(1) for x in (keys, outputs))
+        _, outputs = at_subject(model, rows, reference)
+    key, bound = (x.float().unflatten(0, (-1, group))[:, :-1].mean(1) for x in (keys, outputs))
     norm = bound.norm(dim=-1)
     delta = norm.new_zeros(len(facts), matrix_shape(model.get_submodule(site.name))[1], requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=search.v_lr)
@@ -190,22 +190,22 @@ def read_at_subject(
             batch = facts[begin : begin + batch_size]
             prompts = [prompt for fact in batch for prompt in with_object(fact, "", prefixes)]
             rows = encode(tokenizer, prompts, next(model.parameters()).device)
-            key, output = (x.unflatten(0, (len(batch), -1)).mean(1).cpu() for x in _at_subject(model, rows, module))
-            means.append((key, output))
+            key, output = (x.float().unflatten(0, (len(batch), -1)) for x in at_subject(model, rows, module))
+            means.append((key.mean(1).cpu(), output.mean(1).cpu()))
     inputs, outputs = zip(*means, strict=True)
     return torch.cat(inputs), torch.cat(outputs)
 
 
 @torch.no_grad()
-def _at_subject(model: nn.Module, rows: Rows, module: str) -> tuple[Tensor, Tensor]:
-    """Return a module's input and output at the subject's last token of each row, in float32; no further is run."""
+def at_subject(model: nn.Module, rows: Rows, module: str) -> tuple[Tensor, Tensor]:
+    """Return a module's input and output at the subject's last token of each row, `[B, width]`; no further is run."""
     states: list[Tensor] = []
 
     def look(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         output = output[0] if isinstance(output, tuple | list) else output
         place = rows.subject.to(output.device)
         each = torch.arange(len(place), device=output.device)
-        states.extend(x.reshape(*rows.input_ids.shape, -1)[each, place].float() for x in (args[0], output))
+        states.extend(x.reshape(*rows.input_ids.shape, -1)[each, place] for x in (args[0], output))
         raise _Reached
 
     with hooked(model, {module: look}), suppress(_Reached):

@@ -20,6 +20,7 @@ from lightning_peft.stack.adapter_files.bases import check_new, save_tokenizer
 from lightning_peft.stack.adapter_files.bias_flags import Flag, find_flags, turned_on
 from lightning_peft.stack.adapter_files.divergence import Divergence, divergence
 from lightning_peft.stack.adapter_files.example_inputs import find_probe, outputs
+from lightning_peft.stack.adapter_files.model_card import write_written_card, written_parts
 from lightning_peft.stack.adapter_files.verifying import HALF, Reference, Verification, digest, reference
 from lightning_peft.stack.adapter_files.verifying import verify as verify_folder
 from lightning_peft.stack.stack import find_stacks, stack_of
@@ -122,8 +123,20 @@ def bake(
         verification = verify_folder(folder, type(model), saved.dtype, expected) if expected is not None else None
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
-    were = tuple(dict.fromkeys(positions.values()))
+        were = tuple(dict.fromkeys(positions.values()))
+        notes = _notes(were, flags, measured, verification)
+        write_written_card(folder, written_parts(adapter), model.config._name_or_path, type(model).__name__, notes)
     return Baked(type(model).__name__, tuple(sorted(changed)), flags, tuple(zeros), were, measured, verification)
+
+
+def _notes(
+    positions: tuple[str, ...], flags: tuple[Flag, ...], moved: Divergence | None, verification: Verification | None
+) -> list[str]:
+    """Return what the model's card says of how it was baked."""
+    where = f"The edit acts at every token; as it was saved, at {', '.join(positions) or 'all'} positions"
+    notes = [f"{where}{f': {moved}' if moved is not None else ''}."]
+    notes += [f"Turned on for it: {', '.join(map(str, flags))}."] if flags else []
+    return [*notes, f"{verification}." if verification else "Not verified."]
 
 
 @contextmanager

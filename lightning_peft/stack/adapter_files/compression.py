@@ -3,11 +3,17 @@
 Yadav et al. 2023, arXiv:2311.13171: of the task vector `τ` (what training changed) the largest k% by magnitude are
 kept, and `τ' = α σ sign(τ)` there, 0 elsewhere, with σ the standard deviation of τ.
 
+The authors' code (prateeky2806/ComPEFT) takes σ over all of τ, for LoRA as for IA³ and full fine-tuning:
+`deviation="all"`. It also has a function that takes σ after the rest was zeroed, `replace_noise_and_constant` in
+`src/merge_utils.py`, which nothing there calls: `deviation="kept"`. Values here equal theirs, with σ the sample
+standard deviation (ddof 1). Where they differ: they keep `int(k N) + 1` entries and all that tie with the smallest,
+here `round(k N)` and of equals the first; they compress a head in `modules_to_save` like the rest.
+
 What training changed is known where the start is: LoRA's B starts at 0, IA³'s vectors at 1, head offsets at 0.
 LoRA's A starts at random and its start is not in a saved folder. Given the folder of the untrained adapter
 (`initial`), τ is exact for every tensor, and that folder is needed again to read the result; else A itself is taken
-for its change, as the authors' code does. A is then much larger than what training changed, and at a small density
-nothing of B may be kept; `scope="tensor"` gives each tensor its own threshold and scale.
+for its change, as the authors' code always does. A is then much larger than what training changed, and at a small
+density nothing of B may be kept; `scope="tensor"` gives each tensor its own threshold and scale.
 
 Tensors that are not the method's own (heads in `modules_to_save`, biases of the base) are kept as they are.
 """
@@ -24,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_peft.stack.adapter_files.folder import (
@@ -112,8 +119,8 @@ def compress_adapter(
         output: where to write.
         density: share of the entries to keep, in (0, 1]; the paper tries 0.05 to 0.5.
         alpha: the strength of the signs in standard deviations; the paper tries 0.5 to 10.
-        deviation: σ over `"all"` entries of τ (the paper's text), or over τ with the rest zeroed, `"kept"`
-            (the authors' code).
+        deviation: σ over `"all"` entries of τ (the paper's, and what the authors' code does for every method), or over
+            τ with the rest zeroed, `"kept"` (a function of theirs that nothing there calls).
         initial: the same adapter before training, saved by `save_adapter`. It is recorded and read again with the
             result, from where it was relative to it.
         scope: threshold and σ over the whole `"adapter"` (the paper's), or over each `"tensor"`.
@@ -209,6 +216,13 @@ def restore(packed: Mapping[str, Tensor], folder: Path, scale: float = 1.0) -> d
     return tensors | {key.removeprefix(_DENSE): value for key, value in packed.items() if key.startswith(_DENSE)}
 
 
+def count(file: Path) -> int:
+    """Return how many numbers the adapter in a compressed file has."""
+    packed = load_file(file)
+    sizes = [torch.Size(shape).numel() for _, shape, *_ in _read_index(packed[_INDEX])["tensors"]]
+    return sum(sizes) + sum(value.numel() for key, value in packed.items() if key.startswith(_DENSE))
+
+
 def _compress(
     config: PeftConfig,
     tensors: Mapping[str, Tensor],
@@ -261,8 +275,8 @@ def _compress(
 def _code(change: Tensor, density: float, alpha: float, deviation: Deviation) -> tuple[Tensor, float]:
     """Return signs `[N]` and their scale `α σ`, of one vector of changes."""
     signs = keep_largest(change, density)
-    sigma = change.std(correction=0) if deviation == "all" else (change * signs.abs()).std(correction=0)
-    return signs, alpha * float(sigma)
+    spread = change if deviation == "all" else change * signs.abs()
+    return signs, alpha * float(spread.std(correction=min(1, spread.numel() - 1)))
 
 
 def _own_keys(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:

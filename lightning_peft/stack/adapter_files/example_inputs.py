@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.evaluating import evaluating
+from lightning_peft.positions import plain_text
 
 _ROWS, _LENGTH = 2, 12
 
@@ -41,7 +42,7 @@ def outputs(model: Any, probe: Probe) -> list[Tensor]:
     }
     if "use_cache" in inspect.signature(type(model).forward).parameters:
         inputs["use_cache"] = False
-    with evaluating(model), torch.random.fork_rng(devices=[]):
+    with evaluating(model), plain_text(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         output = model(**inputs)
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_peft.stack.adapter_files.names import COMPRESSED, CONFIG, NOTES, ORDER, WEIGHTS
+from lightning_peft.stack.adapter_files.model_card import write_adapter_card, write_stack_card
+from lightning_peft.stack.adapter_files.names import COMPRESSED, CONFIG, NOTES, ORDER, README, WEIGHTS
+from lightning_peft.stack.adapter_files.readme import may_write
 from lightning_peft.stack.adapter_files.replacing import finish, replacing
 from lightning_peft.stack.adapter_files.typed_values import AdapterError, Config, Notes, Order, check_plain, read_json
 
@@ -41,6 +43,8 @@ def write_folders(
 ) -> None:
     """Write one adapter as a peft folder, or several as a subfolder each with their order in `stack.json`.
 
+    Each folder gets a model card, unless it has a README of the user's own.
+
     Whenever this is cut off, `adapter_folders` returns the folders from before, or all of these.
 
     Args:
@@ -53,6 +57,7 @@ def write_folders(
 
     places = {name: f"{name}/" if len(adapters) > 1 else "" for name in adapters}
     files = [place + file for place in places.values() for file in (weights, NOTES, CONFIG)]
+    files += [place + README for place in dict.fromkeys([*places.values(), ""]) if may_write(root / place)]
     with replacing(root, [*files, ORDER] if len(adapters) > 1 else files) as staged:
         for name, (config, tensors, notes) in adapters.items():
             folder = staged / places[name]
@@ -62,7 +67,9 @@ def write_folders(
             config = copy.deepcopy(config)
             config.inference_mode = True  # as peft saves it
             config.save_pretrained(str(folder))
+            write_adapter_card(folder, config, root / places[name])
         if len(adapters) > 1:
+            write_stack_card(staged, {name: config for name, (config, _, _) in adapters.items()}, root)
             (staged / ORDER).write_text(json.dumps({"parts": list(adapters)}, indent=2) + "\n")
         if check is not None:
             check(staged)

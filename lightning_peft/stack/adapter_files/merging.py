@@ -22,6 +22,7 @@ from lightning_peft.stack.adapter_files.bases import (
     named_base,
     save_tokenizer,
 )
+from lightning_peft.stack.adapter_files.model_card import write_written_card, written_parts
 from lightning_peft.stack.adapter_files.plain_model import PlainModel, plain_model
 from lightning_peft.stack.adapter_files.saving import load_adapter
 from lightning_peft.stack.adapter_files.verifying import Verification, reference
@@ -77,6 +78,8 @@ def merge_pretrained(
         plain = _write(cls, adapter, base, dtype, folder)
         save_tokenizer(base, folder)
         verification = _verify(cls, plain, adapter, base, folder) if verify else None
+        note = f"{verification}." if verification else "Not verified."
+        write_written_card(folder, written_parts(adapter), base, plain.cls.__name__, [note])
     return Merged(plain.cls.__name__, plain.untied, verification)
 
 

@@ -7,6 +7,7 @@ import re
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
 COMPRESSED = "adapter_model.compressed.safetensors"  # in place of the weights; see compression.py
 ORDER = "stack.json"
+README = "README.md"  # the model card
 _LONGEST = 100  # bytes; file systems allow 255, and names get endings
 
 

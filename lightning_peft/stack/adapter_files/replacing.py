@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_peft.files.atomic import clear, clear_folder, locked, sync
-from lightning_peft.stack.adapter_files.names import COMPRESSED, CONFIG, NOTES, ORDER, WEIGHTS, is_folder_name
+from lightning_peft.stack.adapter_files.names import COMPRESSED, CONFIG, NOTES, ORDER, README, WEIGHTS, is_folder_name
 from lightning_peft.stack.adapter_files.typed_values import AdapterError, check_plain, read_json
 
 STAGED = ".lightning_peft.new"
@@ -117,7 +117,8 @@ def _check_places(root: Path, files: Sequence[str]) -> None:
     """Raise `AdapterError` unless every file is an adapter's, and its place within `root` free or a file's."""
     for file in files:
         *above, name = file.split("/")
-        if not (name in _PART and len(above) < 2 and all(map(is_folder_name, above))) and file != ORDER:
+        known = name in _PART or name == README
+        if not (known and len(above) < 2 and all(map(is_folder_name, above))) and file != ORDER:
             raise AdapterError(f"{root} cannot hold {file!r}, which is no file of an adapter.")
         folder = "".join(above)
         if folder and ((root / folder).is_symlink() or ((root / folder).exists() and not (root / folder).is_dir())):

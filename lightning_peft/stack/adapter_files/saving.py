@@ -24,9 +24,10 @@ _WRONG_TYPES = (AttributeError, KeyError, IndexError, TypeError, OverflowError)
 
 
 def save_adapter(module: nn.Module, folder: str | Path) -> Path:
-    """Write the adapters of `module` as plain peft folders.
+    """Write the adapters of `module` as peft folders.
 
-    One adapter becomes one folder that `PeftModel.from_pretrained` reads. Several become a subfolder each, under
+    One adapter becomes one folder that `PeftModel.from_pretrained` reads, of a type of this package's own after `import
+    lightning_peft`; its README, a model card, says so. Several become a subfolder each, under
     their names, with their order in `stack.json`. Files appear complete or not at all.
 
     Args:
@@ -50,6 +51,8 @@ def write_described(
     for part, tensors in zip(described["parts"], weights, strict=True):
         config = with_scale(config_from_json(part["config"]), part["strength"])
         config.task_type = config.task_type or part.get("task_type")
+        if config.task_type is None:
+            config.auto_mapping = config.auto_mapping or described.get("auto_mapping")
         config.base_model_name_or_path = config.base_model_name_or_path or base
         if hasattr(config, "compacted"):
             config, tensors = config.compacted(tensors)

@@ -97,6 +97,7 @@ class Backbone(TypedDict):
     """The description of a stack, as `AdapterStack.describe` returns it."""
 
     fingerprint: Fingerprint | Nothing
+    auto_mapping: NotRequired[dict[str, str] | None]
     parts: Annotated[
         list[Described],
         Fits(lambda parts: 0 < len(parts) == len({part["name"] for part in parts}), "parts of different names"),

@@ -9,6 +9,8 @@ from typing import ClassVar
 from peft.config import PeftConfig
 
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.config import WithCard
+from lightning_peft.tuners.targets import order_targets
 
 PLACEMENTS = ("sequential", "parallel", "stream")
 READS = {"sequential": ("output",), "parallel": ("input", "stream"), "stream": ("stream",)}
@@ -18,7 +20,7 @@ INITS = ("lora", "mam", "bert", "houlsby", "glorot")
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(WithCard, PeftConfig):
     """A trained `b(z) = alpha * scale * up(f(down(z)))` at a frozen matrix, which gives `y`, or at the residual stream.
 
     Sequential: `y + b(y)` (Houlsby et al. 2019, arXiv:1902.00751). Parallel: `y + b(z)`, where z is the input of the
@@ -29,7 +31,8 @@ class BottleneckConfig(PeftConfig):
 
     Args:
         target_modules: the matrices, by name or suffix, which keep the adapters' parameters and, by what they give,
-            say how wide an adapter is; a string is a regular expression.
+            say how wide an adapter is; a string is a regular expression. Default: the last matrix of every feed-forward
+            part.
         placement: `"sequential"`, `"parallel"` or `"stream"`.
         inputs: parallel only, for targets by full name the module whose input is z; others take their own.
         outputs: on the stream only, for targets by full name the module that gives h.
@@ -39,7 +42,7 @@ class BottleneckConfig(PeftConfig):
             placement is parallel, `"stream"` where it is that, else `"output"`.
         size: width of the bottleneck; or
         reduction: the output's width divided by that of the bottleneck (at least 1; with `kronecker` rounded up to a
-            multiple of it).
+            multiple of it). Without either, 16.
         activation: f: `"relu"`, `"gelu"`, `"swish"`, `"tanh"`, `"sigmoid"` or `"linear"`.
         alpha: the strength, a number.
         scaling: `"fixed"`, or also a trained `scale`, 1 at the start: one (`"learned"`) or one a `"channel"`.
@@ -54,6 +57,8 @@ class BottleneckConfig(PeftConfig):
         kronecker_std: of the `A_i` at the start; the authors' 0.01.
         exclude_modules: names left out of `target_modules`.
         modules_to_save: other modules to train and save whole, as in every peft method.
+        layers_to_transform: the numbers of the blocks in which `target_modules`, given by suffixes, are adapted.
+        layers_pattern: the name of the list of blocks, where it is not the first in a module's name.
     """
 
     implies: ClassVar[Mapping[str, tuple[str, ...]]] = {"reads": ("placement", "inputs", "outputs", "norms")}
@@ -78,10 +83,13 @@ class BottleneckConfig(PeftConfig):
     kronecker_std: float = field(default=0.01)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("BOTTLENECK")
+        order_targets(self)
         # fields that nobody chose: an adapter that was saved with others goes on as it was; not a field itself
         self.by_default: frozenset[str] = frozenset()
         for name, known in (
@@ -92,8 +100,10 @@ class BottleneckConfig(PeftConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-        if (self.size is None) == (self.reduction is None):
+        if self.size is not None and self.reduction is not None:
             raise ValueError(f"Give size or reduction, got size={self.size} and reduction={self.reduction}.")
+        if self.size is None and self.reduction is None:
+            self.reduction = 16
         for name in ("size", "reduction"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"The bottleneck's {name} must be positive, got {value}.")

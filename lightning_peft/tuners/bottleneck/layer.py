@@ -30,6 +30,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = matrix_shape(self.get_base_layer())
         self.bottleneck = nn.ModuleDict()
         self.bottleneck_rule = nn.ParameterDict()  # what a Kronecker adapter shares, in the layer that owns it
         self.scaling: dict[str, float] = {}
@@ -148,7 +149,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
                 change = change @ weight.to(change.dtype)
             weight = (weight + change).to(weight.dtype)
             if safe_merge and not torch.isfinite(weight).all():
-                raise ValueError(f"Adapter {name!r} would put NaN or infinity into the weights.")
+                # peft's words, by which callers know it
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: it would put NaN or "
+                    "infinity into them."
+                )
             if not self.merged_adapters:
                 self._before_merge = (base.weight.data, None if base.bias is None else base.bias.data)
             base.weight.data = weight if isinstance(base, nn.Linear) else weight.T.contiguous()

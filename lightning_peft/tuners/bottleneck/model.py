@@ -9,8 +9,10 @@ from torch import nn
 
 from lightning_peft.backbone.fused import check_called
 from lightning_peft.backbone.modules import base_modules
+from lightning_peft.backbone.parts import part_ends
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 from lightning_peft.tuners.bottleneck.layer import BottleneckLayer
+from lightning_peft.tuners.targets import default_blocks
 from lightning_peft.tuners.tuner import Tuner
 
 
@@ -33,7 +35,8 @@ class BottleneckModel(Tuner[BottleneckConfig, BottleneckLayer]):
 
     def _check_config(self, config: BottleneckConfig) -> None:
         if config.target_modules is None:
-            raise ValueError("BottleneckConfig needs target_modules: the matrices whose outputs it adds to.")
+            parts = part_ends(self.model, attention=False, layers=default_blocks(config))
+            config.target_modules = list(config.sites()) or [part.last for part in parts]
         names = {name for name, _ in base_modules(self.model)}
         for name in (name for pair in config.sites().items() for name in pair):
             if name not in names:

@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.gates import check_gate
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.config import WithCard
+from lightning_peft.tuners.targets import order_targets
 
 # what the vector of a head is, in an adapter that chooses heads by training (LoFiT)
 OFF, OFFSET, SCALE = 0, 1, 2
@@ -20,7 +22,7 @@ _VECTORS, _ROLES = ".head_offsets", ".head_offsets_roles"
 
 
 @dataclass
-class HeadOffsetsConfig(PeftConfig):
+class HeadOffsetsConfig(WithCard, PeftConfig):
     """A vector for each of some attention heads, added to the input of the attention output projection.
 
     With the projection's input `z [B, T, H * head_dim]`, head `h` becomes `z_h + alpha * offset_h` at the positions
@@ -44,6 +46,8 @@ class HeadOffsetsConfig(PeftConfig):
         threshold: of a conditional one.
         exclude_modules: names left out of `target_modules`.
         modules_to_save: other modules to train and save whole, as in every peft method.
+        layers_to_transform: the numbers of the blocks in which `target_modules`, given by suffixes, are adapted.
+        layers_pattern: the name of the list of blocks, where it is not the first in a module's name.
     """
 
     target_modules: list[str] | str | None = field(default=None)
@@ -57,6 +61,8 @@ class HeadOffsetsConfig(PeftConfig):
     threshold: float = field(default=0.5)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +72,12 @@ class HeadOffsetsConfig(PeftConfig):
         if self.parameters not in ("offsets", "gains", "lofit"):
             raise ValueError(f'parameters must be "offsets", "gains" or "lofit", got {self.parameters!r}.')
         if self.heads is not None:
+            if self.layers_to_transform is not None:
+                raise ValueError(
+                    "heads are given by the full names of their modules, so leave out layers_to_transform."
+                )
             self.target_modules = sorted(self.heads)
+        order_targets(self)
 
     def compacted(self, tensors: Mapping[str, Tensor]) -> tuple[HeadOffsetsConfig, dict[str, Tensor]]:
         """Return this adapter as it is written to a folder: once its heads are chosen, the offsets of those alone.

@@ -6,15 +6,16 @@ from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from lightning_peft.positions import Positions
+from lightning_peft.positions import Positions, untrack
 from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.head_offsets.config import OFFSET, SCALE, HeadOffsetsConfig
+from lightning_peft.tuners.tuner import TunerLayer, check_merged
 
 
-class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
+class HeadOffsetsLayer(nn.Module, TunerLayer):
     """Add `alpha * offset` to chosen heads of the input `[B, T, H * head_dim]`, then run the projection.
 
     Only the input is touched, so the projection may be any module: Linear, Conv1D, a quantised or LoRA-wrapped one.
@@ -75,12 +76,7 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
         if config.gate is not None:
             self.head_offsets_probe[adapter_name] = torch.zeros(len(heads), config.head_dim + 1)
         self.head_offsets[adapter_name] = nn.Parameter(torch.zeros(len(heads), width))
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is not None and device.type != "meta":
-            self.head_offsets[adapter_name].data = self.head_offsets[adapter_name].data.to(device)
-            for buffers in (self.head_offsets_directions, self.head_offsets_roles, self.head_offsets_probe):
-                if adapter_name in buffers:
-                    buffers[adapter_name] = buffers[adapter_name].to(device)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def displacement(self, adapter_name: str) -> Tensor:
@@ -155,6 +151,25 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
             if name in self.policies and not hasattr(base, "bias"):
                 raise ValueError(f"Cannot merge head offsets into {type(base).__name__}: it has no place for a bias.")
 
+    def added_by_merge(self, adapter_names: list[str] | None) -> list[tuple[nn.Module, str]]:
+        base: Any = self.get_base_layer()
+        before = self._bias_before_merge if self.merged_adapters else base.bias
+        names = self.active_adapters if adapter_names is None else adapter_names
+        adds = before is None and any(name in self.head_offsets for name in (*names, *self.merged_adapters))
+        return [(base, "bias")] if adds else []
+
+    def follow(self, positions: Positions) -> None:
+        """Read the positions of the model's calls from here."""
+        self._positions = positions
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._changes.pop(adapter_name, None)
+        if not self.configs and "_positions" in self.__dict__:  # the wrapper stays, as peft's do
+            model = self._positions.model
+            del self._positions
+            untrack(model)
+
     def _scales(self, adapter_name: str) -> bool:
         """Return whether an adapter still scales heads to choose among them by training; False without values."""
         roles = self.head_offsets_roles[adapter_name]
@@ -171,8 +186,8 @@ class HeadOffsetsLayer(nn.Module, BaseTunerLayer):
                 displacement = self.displacement(name).to(next(self.base_layer.parameters()).device)
                 displacement = displacement.to(_float_dtype(self.base_layer))[None]
                 change = (self.base_layer(displacement) - self.base_layer(torch.zeros_like(displacement)))[0]
-            if safe_merge and not torch.isfinite(change).all():
-                raise ValueError(f"Adapter {name!r} would put NaN or infinity into the projection's bias.")
+            if safe_merge:
+                check_merged(name, [change])
             if not self.merged_adapters:
                 self._bias_before_merge = None if base.bias is None else base.bias.detach().clone()
             merged = change if base.bias is None else base.bias.detach() + change

@@ -48,6 +48,7 @@ class HeadOffsetsModel(Tuner[HeadOffsetsConfig, HeadOffsetsLayer]):
         if config.heads is not None and key not in config.heads:
             return  # peft matches the ends of names; heads are given by full names
         if isinstance(target, HeadOffsetsLayer):
+            target.follow(track(self.model))
             target.update_layer(adapter_name, config, key)
             return
         setattr(parent, name, HeadOffsetsLayer(target, adapter_name, config, key, track(self.model)))

@@ -10,10 +10,12 @@ from lightning_peft.positions import check_policy
 from lightning_peft.stack.gates import check_gate
 from lightning_peft.stack.registration import add_peft_type
 from lightning_peft.tokens import PHASES
+from lightning_peft.tuners.config import WithCard
+from lightning_peft.tuners.targets import order_targets
 
 
 @dataclass
-class LayerOffsetsConfig(PeftConfig):
+class LayerOffsetsConfig(WithCard, PeftConfig):
     """A vector for each of some modules, which moves their output `x [B, T, width]`, at the positions of the policy.
 
     Added, `x + alpha * v`: computed, this is CAA (Rimsky et al. 2023, arXiv:2312.06681), ActAdd (Turner et al. 2023,
@@ -34,6 +36,8 @@ class LayerOffsetsConfig(PeftConfig):
         threshold: of a conditional one.
         exclude_modules: names left out of `target_modules`.
         modules_to_save: other modules to train and save whole, as in every peft method.
+        layers_to_transform: the numbers of the blocks in which `target_modules`, given by suffixes, are adapted.
+        layers_pattern: the name of the list of blocks, where it is not the first in a module's name.
     """
 
     target_modules: list[str] | str | None = field(default=None)
@@ -47,10 +51,13 @@ class LayerOffsetsConfig(PeftConfig):
     threshold: float = field(default=0.5)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("LAYER_OFFSETS")
+        order_targets(self)
         check_policy(self.positions)
         check_gate(self.gate, self.threshold)
         if self.operation not in ("add", "ablate"):

@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from lightning_peft.positions import Positions
+from lightning_peft.backbone.modules import is_linear
+from lightning_peft.backbone.structure import matrix_shape
+from lightning_peft.positions import Positions, untrack
 from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.writing import check_write, innermost, unit, written
+from lightning_peft.tuners.tuner import TunerLayer, check_merged, remove_child
 
 ATTRIBUTE = "layer_edits"  # the child that a module gets
 
 
-class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
+class LayerOffsetsLayer(nn.Module, TunerLayer):
     """A child of the module whose output it moves, by a forward hook.
 
     The module stays what it is and keeps its name, since blocks are asked for what they hold: a wrapper would rename
@@ -63,7 +66,7 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
 
     def _detach(self) -> None:
         owner = self.owner
-        delattr(owner, ATTRIBUTE)
+        remove_child(owner, ATTRIBUTE)
         for key, hook in list(owner._forward_hooks.items()):
             if getattr(hook, "__self__", None) is self:
                 del owner._forward_hooks[key]
@@ -72,6 +75,24 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
     def owner(self) -> nn.Module:
         """The module whose output is moved."""
         return self._owner[0]
+
+    @property
+    def in_features(self) -> int:
+        """The width of the owner's input, where it is a matrix; else of its output."""
+        owner = innermost(self.owner)
+        return matrix_shape(owner)[0] if is_linear(owner) else self.out_features
+
+    @property
+    def out_features(self) -> int:
+        """The width of the owner's output."""
+        return next(iter(self.layer_offsets.values())).shape[-1]
+
+    def base_form(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Return the device of the owner's first parameter, and the precision of the first that is not quantised."""
+        own = set(self.parameters())
+        others = [parameter for parameter in self.owner.parameters() if parameter not in own]
+        dtypes = (parameter.dtype for parameter in others if parameter.is_floating_point())
+        return (others[0].device if others else None), next(dtypes, None)
 
     def write_to(self, matrix: nn.Module | None) -> None:
         """Set the matrix whose bias is one of the owner's output, where the owner is no matrix itself."""
@@ -84,11 +105,10 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: LayerOffsetsConfig) -> None:
         """Give the layer zero vectors for one more adapter."""
         assert config.width is not None
-        first = next(self.owner.parameters(), None)
-        device = torch.device("cpu") if first is None or first.device.type == "meta" else first.device
-        self.layer_offsets[adapter_name] = nn.Parameter(torch.zeros(config.tokens, config.width, device=device))
+        self.layer_offsets[adapter_name] = nn.Parameter(torch.zeros(config.tokens, config.width))
         if config.gate is not None:
-            self.layer_offsets_probe[adapter_name] = torch.zeros(config.width + 1, device=device)
+            self.layer_offsets_probe[adapter_name] = torch.zeros(config.width + 1)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.scaling[adapter_name], self.configs[adapter_name] = config.alpha, config
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -145,6 +165,16 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
                 check_mergeable(name, config.policies[0], config.gate)
                 check_write(self._matrix(config.operation), config.operation, self.name)
 
+    def added_by_merge(self, adapter_names: list[str] | None) -> list[tuple[nn.Module, str]]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        added = [(matrix, key) for matrix, key, before in self._before_merge if before is None]
+        for name in names:
+            if name in self.configs and name not in self.merged_adapters and self.configs[name].operation == "add":
+                matrix = self._matrix("add")
+                if is_linear(matrix) and getattr(matrix, "bias", None) is None:
+                    added.append((matrix, "bias"))
+        return list(dict.fromkeys(added))
+
     def _matrix(self, operation: str) -> nn.Module:
         """Return the module whose weights give the output."""
         owner = innermost(self.owner)
@@ -153,15 +183,14 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the edit into a bias (added) or into weights and bias (ablated) of the matrix that gives the output."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in names if name in self.configs and name not in self.merged_adapters]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
         self.check_merge(names)
         for name in names:
             operation = self.configs[name].operation
             matrix = self._matrix(operation)
             new = written(matrix, self.layer_offsets[name][0], operation, self.scaling[name])
-            if safe_merge and not all(torch.isfinite(value).all() for value in new.values()):
-                raise ValueError(f"Adapter {name!r} would put NaN or infinity into the weights of {self.name}.")
+            if safe_merge:
+                check_merged(name, new.values())
             for key, value in new.items():
                 self._before_merge.append((matrix, key, getattr(matrix, key)))
                 setattr(matrix, key, nn.Parameter(value, requires_grad=False))
@@ -183,6 +212,7 @@ class LayerOffsetsLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         if not self.configs:
             self._detach()
+            untrack(self._positions.model)
 
     def get_base_layer(self) -> nn.Module:
         """Return a module without anything: no other is wrapped."""

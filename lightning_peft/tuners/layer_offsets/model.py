@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft.backbone.modules import is_linear, standalone_name
 from lightning_peft.backbone.peft_private import set_active
-from lightning_peft.positions import track, untrack
+from lightning_peft.positions import track
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.layer import ATTRIBUTE, LayerOffsetsLayer
 from lightning_peft.tuners.layer_offsets.writing import final_matrices, innermost
@@ -30,7 +30,8 @@ class LayerOffsetsModel(Tuner[LayerOffsetsConfig, LayerOffsetsLayer]):
         32
     """
 
-    prefix: str = "layer_offsets"
+    # with the child's name before it, so that what peft strips off a key is all that follows the module's name
+    prefix: str = f"{ATTRIBUTE}.layer_offsets"
     child = ATTRIBUTE  # what stands between a module's name and its vectors'
     tuner_layer_cls = LayerOffsetsLayer
     changes_weights = False  # that could be quantised: an ablation of those is refused by its layer
@@ -50,7 +51,8 @@ class LayerOffsetsModel(Tuner[LayerOffsetsConfig, LayerOffsetsLayer]):
         if isinstance(targets, list | set) and key not in targets:
             # a module's full name means that module, and not another whose name ends alike
             names = {name for name, _ in self.model.named_modules()}
-            return any(key.endswith(f".{target}") for target in targets if target not in names)
+            if not any(key.endswith(f".{target}") for target in targets if target not in names):
+                return False
         return super()._check_target_module_exists(peft_config, key)
 
     def _adapt(
@@ -95,6 +97,7 @@ class LayerOffsetsModel(Tuner[LayerOffsetsConfig, LayerOffsetsLayer]):
     ) -> None:  # so peft says, whose own returns the model
         if merge:
             self._check_merge_allowed()
+            self._check_declared(adapter_names)
         for layer in self._layers():
             if merge:
                 layer.merge(safe_merge, adapter_names)
@@ -102,9 +105,4 @@ class LayerOffsetsModel(Tuner[LayerOffsetsConfig, LayerOffsetsLayer]):
             for adapter in list(layer.configs):
                 set_active(layer, [])
                 layer.delete_adapter(adapter)
-        untrack(self.model)
-        return super()._unload_and_optionally_merge(merge=False)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        untrack(self.model)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)

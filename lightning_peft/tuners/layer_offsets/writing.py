@@ -103,6 +103,9 @@ def final_matrices(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module
             module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name, matrix: nn.Module = matrix
         ) -> None:
             before = _first(module.forward(*args, **kwargs))
+            if not torch.isfinite(before).all():  # an adapter's NaN has reached it, so that nothing can be tried
+                exact[name] = matrix
+                return
             added = before.abs().max() * unit(torch.linspace(-1, 2, before.shape[-1]).to(before))
             handle = matrix.register_forward_hook(lambda _, __, out: out + added, prepend=True)
             try:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.config import WithCard
+from lightning_peft.tuners.targets import order_targets
 
 INITS = ("identity", "paper")
 
 
 @dataclass
-class PrefixConfig(PeftConfig):
+class PrefixConfig(WithCard, PeftConfig):
     """Prefix tuning inside the attention: every query also sees `length` trained keys and values (one softmax).
 
     Li & Liang 2021, arXiv:2101.00190, without the reparametrisation. The prefix is no token: no position is shifted,
@@ -25,7 +27,8 @@ class PrefixConfig(PeftConfig):
     already takes attention away from the tokens.
 
     Args:
-        target_modules: of each attention to adapt the matrix that gives its queries; it keeps the parameters.
+        target_modules: of each attention to adapt the matrix that gives its queries; it keeps the parameters. Default:
+            all attentions.
         length: number of keys and values.
         init: `"identity"` or `"paper"`.
         std: of the normal prefix at the start.
@@ -38,6 +41,8 @@ class PrefixConfig(PeftConfig):
             are. By default the tokens keep their biases and the prefix has none.
         exclude_modules: names left out of `target_modules`.
         modules_to_save: other modules to train and save whole, as in every peft method.
+        layers_to_transform: the numbers of the blocks in which `target_modules`, given by suffixes, are adapted.
+        layers_pattern: the name of the list of blocks, where it is not the first in a module's name.
     """
 
     target_modules: list[str] | str | None = field(default=None)
@@ -49,10 +54,13 @@ class PrefixConfig(PeftConfig):
     count_positions: bool = field(default=False)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("ATTENTION_PREFIX")
+        order_targets(self)
         if self.length < 1:
             raise ValueError(f"The length of a prefix must be at least 1, got {self.length}.")
         if self.init not in INITS:

@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.backbone.modules import base_modules
+from lightning_peft.backbone.parts import attentions
 from lightning_peft.backbone.projections import projections
 from lightning_peft.backbone.structure import blocks, matrix_shape
 from lightning_peft.tuners.prefix.attention import check_attention, detach
 from lightning_peft.tuners.prefix.config import PrefixConfig
 from lightning_peft.tuners.prefix.layer import PrefixLayer
+from lightning_peft.tuners.targets import default_blocks
 from lightning_peft.tuners.tuner import Tuner
 
 _NUMBERS = re.compile(r"\d+")
@@ -37,7 +39,8 @@ class PrefixModel(Tuner[PrefixConfig, PrefixLayer]):
 
     def _check_config(self, config: PrefixConfig) -> None:
         if config.target_modules is None:
-            raise ValueError("PrefixConfig needs target_modules: of each attention the matrix that gives its queries.")
+            parts = attentions(self.model, default_blocks(config))
+            config.target_modules = [projections(part).query for part in parts]
 
     def _adapt(
         self, config: PrefixConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from lightning_peft.backbone.modules import is_linear
 from lightning_peft.backbone.quantization import check_merge
 from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.tuners.ssb.config import SSBConfig
+from lightning_peft.tuners.tuner import TunerLayer
 
 
-class SSBLayer(nn.Module, BaseTunerLayer):
+class SSBLayer(nn.Module, TunerLayer):
     """Scale a linear layer's input by v and its weight's output by u: `u ⊙ W (v ⊙ x) + b`.
 
     The weight itself is not read, so that it may be quantised, or wrapped by another adapter.
@@ -46,12 +47,10 @@ class SSBLayer(nn.Module, BaseTunerLayer):
             "input": ((self.ssb_in, self.in_features),),
             "output": ((self.ssb_out, self.out_features),),
         }
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for vectors, size in sides[config.sides]:
             vectors[adapter_name] = nn.Parameter(torch.ones(size))
-            if device is not None and device.type != "meta":
-                vectors[adapter_name].data = vectors[adapter_name].data.to(device)
         self.scaling[adapter_name] = config.alpha
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -81,7 +80,11 @@ class SSBLayer(nn.Module, BaseTunerLayer):
                     if vector is not None:
                         weight = weight * (vector[:, None] if by_rows else vector)
             if safe_merge and not torch.isfinite(weight).all():
-                raise ValueError(f"Adapter {name!r} would put NaN or infinity into the weights.")
+                # peft's words, by which callers know it
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: it would put NaN or "
+                    "infinity into them."
+                )
             if self._weight_before_merge is None:
                 self._weight_before_merge = base.weight
             # not in place: another module may share the weight

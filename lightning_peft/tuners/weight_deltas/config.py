@@ -11,12 +11,14 @@ from peft.config import PeftConfig
 from torch import Tensor
 
 from lightning_peft.stack.registration import add_peft_type
+from lightning_peft.tuners.config import WithCard
+from lightning_peft.tuners.targets import ordered
 
 _VALUES, _MASKS, _INDICES, _BITS = (f".weight_deltas.{kind}." for kind in ("values", "masks", "indices", "bits"))
 
 
 @dataclass
-class WeightDeltasConfig(PeftConfig):
+class WeightDeltasConfig(WithCard, PeftConfig):
     """A difference for each of some parameters: with `theta0` frozen, the model computes with `theta0 + alpha * delta`.
 
     `delta` is zero at the start. Its strength is the dial of task vectors (Ilharco et al. 2023, arXiv:2212.04089), and
@@ -51,6 +53,8 @@ class WeightDeltasConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("WEIGHT_DELTAS")
+        if self.target_parameters is not None:
+            self.target_parameters = ordered(self.target_parameters)
         if self.target_modules is not None:
             raise ValueError("WeightDeltasConfig takes target_parameters, the full names of parameters, not modules.")
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from lightning_peft.backbone.modules import is_matrix
+from lightning_peft.tuners.tuner import TunerLayer, check_merged
 from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig, storage, unpack
 from lightning_peft.tuners.weight_deltas.view import attach, detach
 
 
-class WeightDeltasLayer(nn.Module, BaseTunerLayer):
+class WeightDeltasLayer(nn.Module, TunerLayer):
     """A child of the module whose parameters it changes; `effective` gives what they then read as.
 
     Args:
@@ -72,6 +74,31 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
         self.pruned[adapter_name] = config.pruned
         attach(self._owner[0], self, set(names))
 
+    @property
+    def in_features(self) -> int | None:
+        """The width of the owner's input; None where it is no matrix."""
+        return self._shape()[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """The width of the owner's output; None where it is no matrix."""
+        return self._shape()[1]
+
+    def _shape(self) -> tuple[int, int] | tuple[None, None]:
+        from lightning_peft.backbone.structure import matrix_shape
+
+        return matrix_shape(self._owner[0]) if is_matrix(self._owner[0]) else (None, None)
+
+    def base_form(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Return device and precision of the owner's first parameter."""
+        first = next(parameter for parameter in self._owner[0]._parameters.values() if parameter is not None)
+        return first.device, first.dtype
+
+    def cast_to_base(self, adapter_name: str) -> None:
+        """Turn an adapter's deltas to the precision of their parameters, which one module may have in several."""
+        for name, value in self._by_parameter(self.values, adapter_name).items():
+            value.data = value.data.to(self._form(name)[1])
+
     def effective(self, name: str) -> Tensor | None:
         """Return the owner's parameter `name` with the active adapters' deltas added, or as it is without any."""
         if name in self.links:
@@ -86,14 +113,13 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the deltas to the parameters in place; the parameters as they were are kept for `unmerge`."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        for adapter in [a for a in names if a in self.scaling and a not in self.merged_adapters]:
+        for adapter in [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling]:
             sums: dict[str, Tensor] = {}
             for name in self._by_parameter(self.values, adapter):
                 with torch.no_grad():
                     sums[name] = self._sum(name, self._owner[0]._parameters[name], [adapter])
-                if safe_merge and not torch.isfinite(sums[name]).all():
-                    raise ValueError(f"Adapter {adapter!r} would put NaN or infinity into the weights.")
+            if safe_merge:
+                check_merged(adapter, sums.values())
             for name, merged in sums.items():
                 parameter = self._owner[0]._parameters[name]
                 before = None if parameter is None else parameter.detach().clone()
@@ -103,6 +129,12 @@ class WeightDeltasLayer(nn.Module, BaseTunerLayer):
                 else:
                     parameter.data.copy_(merged)
             self.merged_adapters.append(adapter)
+
+    def added_by_merge(self, adapter_names: list[str] | None) -> list[tuple[nn.Module, str]]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        changed = {own for name in (*names, *self.merged_adapters) for own in self._by_parameter(self.values, name)}
+        before = self._owner[0]._parameters | self._before_merge
+        return [(self._owner[0], own) for own in sorted(changed) if before[own] is None]
 
     def unmerge(self) -> None:
         """Put the owner's parameters back, bit for bit."""

@@ -58,7 +58,8 @@ def keep_largest(scores: Sequence[Tensor], among: Sequence[Tensor], count: int) 
         >>> keep_largest([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0])], [torch.ones(2).bool()] * 2, 2)
         [tensor([ True, False]), tensor([ True, False])]
     """
-    candidates = torch.cat([score[allowed].float() for score, allowed in zip(scores, among, strict=True)])
+    precise = max((torch.promote_types(score.dtype, torch.float32) for score in scores), key=lambda d: d.itemsize)
+    candidates = torch.cat([score[allowed].to(precise) for score, allowed in zip(scores, among, strict=True)])
     if not torch.isfinite(candidates).all():
         raise ValueError("No mask can be chosen: a trained weight is NaN or infinite.")
     if not 0 <= count <= len(candidates):

@@ -31,7 +31,9 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
         9
     """
 
-    prefix: str = ATTRIBUTE
+    # transformers puts an adapter's name after the first `prefix[^.]*` in a saved key, which with the dot is
+    # `weight_deltas.values`; peft deletes from the layers whose names do not contain it, which is all of them
+    prefix: str = f"{ATTRIBUTE}."
     tuner_layer_cls = WeightDeltasLayer
     # whatever wraps a module reads its weights with the deltas in them, so these are merged first and unmerged last
     innermost = True
@@ -74,15 +76,6 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
                 layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         return list(chosen)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; peft's own looks only at modules whose names do not contain the prefix."""
-        del self.peft_config[adapter_name]
-        for layer in self._layers():
-            if adapter_name in layer.scaling:
-                layer.unmerge()
-                layer.delete_adapter(adapter_name)
-        self.active_adapter = [name for name in self.active_adapters if name != adapter_name]
-
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -90,6 +83,8 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> None:  # so peft says, whose own returns the model
+        if merge:
+            self._check_declared(adapter_names)
         for layer in self._layers():
             if merge:
                 layer.merge(safe_merge, adapter_names)
@@ -97,7 +92,7 @@ class WeightDeltasModel(Tuner[WeightDeltasConfig, WeightDeltasLayer]):
             for adapter in list(layer.scaling):
                 set_active(layer, [])
                 layer.delete_adapter(adapter)
-        return super()._unload_and_optionally_merge(merge=False)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
 
 def _chosen(model: nn.Module, config: WeightDeltasConfig) -> dict[str, list[Place]]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.tuners.tuner import remove_child
+
 ATTRIBUTE = "weight_deltas"  # the child that holds a module's deltas
 _PLAIN = "_lightning_peft_plain_class"
 
@@ -27,7 +29,7 @@ def attach(owner: nn.Module, layer: nn.Module, names: set[str]) -> None:
 
 def detach(owner: nn.Module) -> None:
     """Give the module back its class and take the child out."""
-    owner._modules.pop(ATTRIBUTE, None)
+    remove_child(owner, ATTRIBUTE)
     if _PLAIN in type(owner).__dict__:
         owner.__class__ = getattr(type(owner), _PLAIN)
 

@@ -16,6 +16,7 @@ from tuning import base_weights, one_sentence, same
 
 from lightning_peft import adapters, load_from_checkpoint
 from lightning_peft.callbacks import ITI, MEMIT, ROME, LoRA
+from lightning_peft.editing.capture import Capture
 from lightning_peft.editing.facts import Fact, KeyMoments, Search, compute_rome, memory_sites
 
 pytestmark = [
@@ -143,6 +144,32 @@ def test_prefixes_come_from_the_batches_text(tiny_tokenizer) -> None:
     assert all(any(prefix in " ".join(text.split()) for text in texts) for prefix in callback.seen)
 
 
+def test_prefixes_may_be_given_as_texts(tiny_tokenizer) -> None:
+    callback = Watched(FACTS, layer=1, **(QUICK | {"prefixes": ["It is not", "Who"]}))
+    fitted(knowing(tiny_tokenizer), callback)
+    assert callback.seen == ["", "It is not", "Who"]
+
+
+@pytest.mark.parametrize("make", [rome, memit])
+def test_computed_as_the_authors_do_it_is_another_edit_and_says_so(make: Any, tiny_tokenizer) -> None:
+    edits = {}
+    for reference in (True, False):
+        callback = make(reference=reference, prefixes=["It is not"])
+        fitted(module := knowing(tiny_tokenizer), callback)
+        assert adapters(module)[callback.name].record["reference"] is reference
+        edits[reference] = callback.edit_
+    model, name = tiny("llama"), next(iter(edits[True].factors))
+    assert not close(edits[True].dense(name), edits[False].dense(name), 1e-2)
+    if make is rome:
+        moments = KeyMoments(memory_sites(model, [1]))
+        with torch.no_grad(), Capture(model, moments.sites, "all") as capture:
+            for batch in DATA.loader():
+                moments.update(capture(batch["input_ids"], batch["attention_mask"]))
+        search = Search(2, clamp_norm_factor=50.0)
+        expected = compute_rome(model, tiny_tokenizer, FACTS, moments, ["", "It is not"], search, 0.1, reference=True)
+        assert close(edits[True].dense(name), expected.dense(name), 1e-3)
+
+
 @pytest.mark.parametrize(
     ("callback", "said"),
     [
@@ -173,7 +200,16 @@ def test_a_batch_without_text_is_one_sentence(tiny_tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"shrinkage": 2.0}, {"prefixes": -1}, {"v_lr": 0.0}, {"facts": []}, {"numbers": [999], "facts": None}]
+    "option",
+    [
+        {"shrinkage": 2.0},
+        {"prefixes": -1},
+        {"prefixes": ["It is", ""]},
+        {"prefixes": [3]},
+        {"v_lr": 0.0},
+        {"facts": []},
+        {"numbers": [999], "facts": None},
+    ],
 )
 def test_an_argument_out_of_range_is_one_sentence(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as error:

@@ -137,6 +137,63 @@ class _Stop(L.Callback):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
+def test_a_later_sparse_phase_begins_at_the_values_that_its_iteration_began_with() -> None:
+    module, noted = Still(), Noted()
+    fit(module, ltsft(density=0.05, full_steps=2, iterations=3), noted, max_steps=12)
+    for change in (6, 10):  # the first step of the second and third sparse phase
+        began, now = noted.values[change - 3], noted.values[change]  # the last of the sparse phase before, and this
+        earlier = noted.masks[change - 3]
+        assert sum(int((began[name] != 0).sum()) for name in began) > 0
+        assert all(torch.equal(now[name], began[name] * earlier[name]) for name in now)
+        assert not all(torch.equal(noted.values[change - 1][name], began[name]) for name in began)
+
+
+class Still(Classifier):
+    """Trained by steps of no length from the second sparse phase on: what a phase begins with stays to be seen."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step not in (6, 10)))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+@pytest.mark.parametrize(("step", "message"), [(2, "later"), (5, "its next"), (7, "later"), (9, "its next")])
+def test_a_checkpoint_of_the_first_release_goes_on_and_says_how(step: int, message: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"density": 0.05, "full_steps": 2, "iterations": 3}
+    part = trainer(ltsft(**options), _StopAt(step), max_steps=12)
+    torch.manual_seed(5)
+    part.fit(Classifier(), points())
+    part.save_checkpoint(tmp_path / "part.ckpt")
+    checkpoint = torch.load(tmp_path / "part.ckpt", weights_only=True)
+    (state,) = (value for key, value in checkpoint["callbacks"].items() if "LTSFT" in key)
+    del state["kept"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    again, noted = Classifier(), Noted()
+    with pytest.warns(UserWarning, match="is of a release in which each sparse phase of LTSFT began at zero") as caught:
+        fit(again, ltsft(**options), noted, max_steps=12, ckpt_path=tmp_path / "old.ckpt")
+    (sentence,) = (str(w.message) for w in caught if "began at zero" in str(w.message))
+    assert f"zero: {message}" in sentence and one_sentence(sentence)
+    assert sum(int(mask.sum()) for mask in noted.masks[-1].values()) == int(0.05 * ENTRIES)
+
+
+def test_a_callback_stopped_while_all_is_trained_again_chooses_anew_on_another_module() -> None:
+    callback, noted, fresh = ltsft(density=0.05, full_steps=2, iterations=3), Noted(), Noted()
+    stopped = trainer(callback, _StopAt(5), max_steps=12)
+    stopped.fit(Classifier(), points())
+    assert callback.chosen and callback.kept
+    fit(Classifier(seed=3), callback, noted, max_steps=12)
+    fit(Classifier(seed=3), ltsft(density=0.05, full_steps=2, iterations=3), fresh, max_steps=12)
+    assert all(torch.equal(fresh.masks[-1][name], mask) for name, mask in noted.masks[-1].items())
+
+
+class _StopAt(L.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 3])
 def test_iterations_add_their_shares_to_the_mask(iterations: int) -> None:
     module, noted = Classifier(), Noted()

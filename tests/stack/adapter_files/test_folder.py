@@ -14,6 +14,7 @@ from tiny_models import tiny
 from torch import Tensor
 
 from lightning_peft.stack.adapter_files.folder import AdapterError
+from lightning_peft.stack.adapter_files.names import README
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 from lightning_peft.stack.stack import stack_of
 
@@ -197,7 +198,7 @@ def test_a_failed_write_leaves_the_old_adapter_as_it_was(
     again = tiny("llama")
     load_adapter(again, tmp_path)
     assert torch.equal(logits(again, tokens), old)
-    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, NOTES}
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, NOTES, README}
 
 
 def test_one_adapter_over_a_stack_and_a_stack_over_one(tmp_path: Path, tokens: Tensor) -> None:
