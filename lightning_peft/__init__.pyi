@@ -1,4 +1,3 @@
-from .adapterhub.importing import Imported as Imported
 from .adapterhub.importing import import_adapterhub as import_adapterhub
 from .backbone.targets import Layers as Layers
 from .callbacks.edits.caa import edit_caa as edit_caa

@@ -106,6 +106,15 @@ def read_head(folder: Path) -> SavedHead | None:
     return SavedHead(model_class, name, _read_tensors(folder, HEAD_WEIGHTS, "a head"))
 
 
+def unread_files(folder: Path) -> list[str]:
+    """Return the names of files with tensors that `read_adapter` and `read_head` leave alone."""
+    read = {next((name for name in WEIGHTS if (folder / name).is_file()), "")}
+    if (folder / HEAD_CONFIG).is_file():
+        read.add(next((name for name in HEAD_WEIGHTS if (folder / name).is_file()), ""))
+    names = (path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors"))
+    return sorted(name for name in names if name not in read)
+
+
 def _read_object(file: Path) -> dict[str, Any]:
     values = read_json(file)
     if not isinstance(values, dict):

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_peft.adapterhub.bottlenecks import bottlenecks
 from lightning_peft.adapterhub.configs import methods
-from lightning_peft.adapterhub.folder import SavedAdapter, read_adapter, read_head
+from lightning_peft.adapterhub.folder import SavedAdapter, read_adapter, read_head, unread_files
 from lightning_peft.adapterhub.heads import with_head
 from lightning_peft.adapterhub.low_rank import low_rank
 from lightning_peft.adapterhub.options import BottleneckOptions, Options, PrefixOptions
@@ -102,7 +102,8 @@ def import_adapterhub(model: nn.Module, folder: str | Path, output: str | Path, 
         base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         write_described(described, [part.tensors for part in parts], output, base)
         written = {adapter.name: str(adapter.config.peft_type).removeprefix("PeftType.") for adapter in adapters}
-    return Imported(output, written, (*_in_training(options), *notes))
+    unread = [f"{name} in {folder} was not read." for name in unread_files(folder)]
+    return Imported(output, written, (*_in_training(options), *notes, *unread))
 
 
 def translated(options: Sequence[Options], tensors: Tensors, places: Places, model: nn.Module) -> list[Part]:

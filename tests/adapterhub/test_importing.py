@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,14 @@ def test_peft_reads_the_folder(method: str, tmp_path: Path) -> None:
     assert logits_differ(PeftModel.from_pretrained(base("llama"), tmp_path / "out"), "llama", method) <= 1e-6
 
 
+def test_it_is_put_on_for_a_while_and_taken_off(tmp_path: Path) -> None:
+    model = base("vit")
+    import_adapterhub(model, FOLDERS / "vit" / "mam", tmp_path / "out")
+    with lightning_peft.steering(model, tmp_path / "out"):
+        assert logits_differ(model, "vit", "mam") <= 1e-6
+    assert logits_differ(model, "vit", "base") <= 1e-6
+
+
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_lora_and_ia3_need_nothing_of_this_package(method: str, tmp_path: Path) -> None:
     import_adapterhub(base("gpt2"), FOLDERS / "gpt2" / method, tmp_path / "out")
@@ -136,6 +145,14 @@ def test_a_language_models_head_is_named_only_where_it_was_changed(tmp_path: Pat
     other = import_adapterhub(base("bert"), FOLDERS / "classifier" / "other_language_head", tmp_path / "other")
     assert len(other.notes) == 1
     assert "The head of BertForMaskedLM was trained too and is left out" in other.notes[0]
+
+
+def test_files_that_were_not_read_are_named(tmp_path: Path) -> None:
+    shutil.copytree(FOLDERS / "bert" / "lora", tmp_path / "in")
+    (tmp_path / "in" / "embedding.pt").touch()
+    (tmp_path / "in" / "pytorch_adapter.bin").touch()
+    imported = import_adapterhub(base("bert"), tmp_path / "in", tmp_path / "out")
+    assert [note.split()[0] for note in imported.notes] == ["embedding.pt", "pytorch_adapter.bin"]
 
 
 # -- files of former versions ---------------------------------------------------------------------------------------
