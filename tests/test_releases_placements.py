@@ -130,7 +130,7 @@ def test_new_configurations_say_what_is_read() -> None:
     "name", ["Pfeiffer", "AdapterPlus", "ParallelAdapter", "ScaledParallelAdapter", "MAM", "UniPELT"]
 )
 def test_cells_of_its_rows_count_only_for_rows_that_compute_the_same(name: str) -> None:
-    former = {"reads": "input" if "arallel" in name or name == "MAM" else "output"}
+    former: dict[str, Any] = {"reads": "input" if "arallel" in name or name == "MAM" else "output"}
     former |= {"scaling": 1.0} if name == "ParallelAdapter" else {"alpha": 2.0} if name == "UniPELT" else {}
     new, same = row(name), row(name, **former)
     written = {**same["init_args"]}

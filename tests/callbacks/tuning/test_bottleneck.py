@@ -216,7 +216,7 @@ def test_the_stream_is_found_where_the_architecture_has_it(kind: str, device: st
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_on_the_stream_a_whole_model_computes_the_papers_formula(method: Any, kind: str, tokens: Tensor) -> None:
     backbone = applied(method(size=4, init="bert", activation="relu", name="a"), kind).eval()
-    branches = [layer.bottleneck["a"] for layer in adapted(backbone).values()]
+    branches: list[Any] = [layer.bottleneck["a"] for layer in adapted(backbone).values()]
     with torch.no_grad():
         for branch in branches:
             branch.up.weight.mul_(30)
