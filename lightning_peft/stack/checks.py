@@ -41,6 +41,27 @@ def check_name(name: str, backbone: nn.Module) -> None:
     check_folder_name(name, "An adapter's name")
     if any(name in module.split(".") for module, _ in backbone.named_modules()):
         raise ValueError(f"{name!r} is the name of a module of the backbone: give the adapter another name.")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"{name!r} is the name of an attribute of every module: give the adapter another name.")
+
+
+def check_containers(backbone: nn.Module, layers: Collection[nn.Module], others: Collection[str]) -> None:
+    """Check that no other adapter is called as what holds the tensors of one in its layers, such as `lora_A`.
+
+    peft sorts tensors by a name anywhere in their keys, so that the other would be given them.
+
+    Args:
+        backbone: the model.
+        layers: those of an adapter.
+        others: the names of the other adapters.
+    """
+    containers = {name for layer in layers for name, _ in layer.named_children()}
+    containers |= {name.rpartition(".")[2] for name, module in backbone.named_modules() if module in layers}
+    if taken := sorted(containers & set(others)):
+        raise ValueError(
+            f"The adapter {taken[0]!r} is called as what this one keeps its tensors under, and would be given them: "
+            "give that one another name."
+        )
 
 
 def check_targets(config: PeftConfig, backbone: nn.Module) -> None:

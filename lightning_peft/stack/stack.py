@@ -29,7 +29,7 @@ from lightning_peft.moved.names import keep_old_names
 from lightning_peft.replaced import Handle
 from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
-from lightning_peft.stack.checks import check_name, check_strangers, check_targets
+from lightning_peft.stack.checks import check_containers, check_name, check_strangers, check_targets
 from lightning_peft.stack.computed import ComputedAdapter
 from lightning_peft.stack.configs import auto_mapping, check_numbers, config_to_json
 from lightning_peft.stack.injection.head_training import saved_heads
@@ -115,7 +115,9 @@ class AdapterStack:
             with self._switched_off():
                 with one_sentence(self.backbone, config):
                     injection = kind(self.backbone, live_config, name)
-                check_layers(self.backbone, list(injection.layers()), live_config)
+                layers = list(injection.layers())
+                check_layers(self.backbone, layers, live_config)
+                check_containers(self.backbone, set(layers), ours)
             part = Adapter(name, copy.deepcopy(config), injection, computed, dict(record or {}))
             part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         except Exception:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from edits import PROJECTIONS, add_lora, add_offsets, both, close, edited, logits
-from peft import AdaptionPromptConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig
+from peft import AdaptionPromptConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig
 from safetensors.torch import load_file
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from lightning_peft.stack.adapter_files.folder import AdapterError
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 from lightning_peft.stack.stack import AdapterStack, adapters, find_stacks, stack_of
+from lightning_peft.tuners.bottleneck import BottleneckConfig
+from lightning_peft.tuners.head_offsets import HeadOffsetsConfig
+from lightning_peft.tuners.ssb import SSBConfig
+from lightning_peft.tuners.weight_deltas import WeightDeltasConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*gradient_checkpointing")
 
@@ -414,3 +418,30 @@ def test_an_unknown_adapter_is_an_error_listing_those_there_are() -> None:
     with pytest.raises(KeyError, match="No adapter named 'x'; there are: lora, edit"):
         stack["x"]
     assert isinstance(stack, AdapterStack) and "edit" in stack and "x" not in stack
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("lora_B", LoraConfig(target_modules=["q_proj"])),
+        ("head_offsets", HeadOffsetsConfig(target_modules=".*o_proj", head_dim=8, positions="all")),
+        ("bottleneck_rule", BottleneckConfig(target_modules=["down_proj"], size=2, kronecker=2)),
+        ("masks", WeightDeltasConfig(target_parameters=r".*q_proj\.weight")),
+        ("weight_deltas", WeightDeltasConfig(target_parameters=r".*q_proj\.weight")),
+        ("ssb_in", SSBConfig(target_modules=["q_proj"])),
+    ],
+)
+def test_no_adapter_takes_the_tensors_of_another_by_its_name(name: str, config: PeftConfig) -> None:
+    stack = stack_of(tiny("llama"))
+    stack.add(LoraConfig(target_modules=["v_proj"]), name)
+    before = stack.tensors(stack[name])
+    with pytest.raises(ValueError, match=rf"^The adapter '{name}' is called as what this one keeps its tensors under"):
+        stack.add(config, "other")
+    assert stack.tensors(stack[name]).keys() == before.keys()
+    assert [part.name for part in stack.parts] == [name]
+
+
+@pytest.mark.parametrize("name", ["values", "keys", "forward"])
+def test_an_adapter_cannot_have_the_name_of_a_modules_attribute(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^'{name}' is the name of an attribute of every module"):
+        stack_of(tiny("llama")).add(LoraConfig(target_modules=["q_proj"]), name)
