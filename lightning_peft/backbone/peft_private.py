@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 if TYPE_CHECKING:
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -76,3 +78,18 @@ def adaption_parents(tuner: Any, name: str) -> list[Any]:
 def keep_default_config(model: Any, config: Any) -> None:
     """Put a configuration where CPT looks for its settings, whatever the adapter is called."""
     model._peft_config["default"] = config
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let no adapter act for a while; those that are merged stay."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not (m.disable_adapters or m.merged)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -22,7 +22,8 @@ def traces(module: nn.Module) -> Traces:
     for name, part in module.named_modules():
         values[name, "its class"] = type(part)
         for key, value in vars(part).items():
-            values[name, key] = value
+            # children come and go in another dictionary where one is walked over; in it they are what they were
+            values[name, key] = type(value) if key == "_modules" else value
             inner = value if isinstance(value, dict) else value.to_dict() if hasattr(value, "to_dict") else {}
             # hooks have numbers, which differ between two modules that are alike
             names = [number if isinstance(entry, int) else entry for number, entry in enumerate(inner)]

@@ -59,7 +59,7 @@ def test_gates_are_imported_where_asked_for_and_equal_where_they_read_nothing(ki
         import_adapterhub(model, FOLDERS / kind / "unipelt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     imported = import_adapterhub(model, FOLDERS / kind / "unipelt", tmp_path / "out", token_gates=True)
-    assert list(imported.parts) == ["adapter", "low_rank", "prefix"]
+    assert list(imported.parts) == ["low_rank", "adapter", "prefix"]
     load_adapter(model, tmp_path / "out")
     assert (logits_differ(model, kind, "unipelt") <= 1e-6) == (kind == "vit")
 

@@ -114,7 +114,11 @@ def _folders(files: Sequence[str]) -> list[str]:
 
 
 def _check_places(root: Path, files: Sequence[str]) -> None:
-    """Raise `AdapterError` unless every file is an adapter's, and its place within `root` free or a file's."""
+    """Raise `AdapterError` unless the files are whole adapters', and their places within `root` free or files'."""
+    for folder in _folders(files):
+        heads = {CONFIG, ORDER} if not folder else {f"{folder}/{CONFIG}"}
+        if not heads & set(files):
+            raise AdapterError(f"{root} cannot hold {', '.join(map(repr, files))} without {sorted(heads)[0]}.")
     for file in files:
         *above, name = file.split("/")
         known = name in _PART or name == README

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.backbone.modules import base_modules, is_matrix
+from lightning_peft.backbone.peft_private import without_adapters
 from lightning_peft.backbone.structure import Block, blocks, matrix_shape
 from lightning_peft.stack.adapter_files.example_inputs import candidates
 
@@ -65,7 +66,7 @@ def stream_sites(backbone: nn.Module, targets: Collection[str]) -> dict[str, Str
     chosen = [block for block in blocks(backbone) if block.mlp and block.mlp.last in targets]
     unknown = [block for block in chosen if block.mlp and block.mlp.last not in known]
     if unknown:
-        with _without_adapters(backbone), _watched(backbone, unknown) as calls:
+        with without_adapters(backbone), _watched(backbone, unknown) as calls:
             _run(backbone, unknown, calls)
         known |= {block.mlp.last: _site(backbone, block, calls) for block in unknown if block.mlp}
     return {target: known[target] for target in targets if target in known}
@@ -107,21 +108,6 @@ def _watched(backbone: nn.Module, chosen: Sequence[Block]) -> Iterator[Calls]:
     finally:
         for handle in held:
             handle.remove()
-
-
-@contextmanager
-def _without_adapters(backbone: nn.Module) -> Iterator[None]:
-    """Let no adapter act for a while; those that are merged stay."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer) and not (m.disable_adapters or m.merged)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def _run(backbone: nn.Module, chosen: Sequence[Block], calls: Calls) -> None:
