@@ -535,9 +535,10 @@ def answering_batch(module: nn.Module, batch: Any) -> Iterator[None]:
     start = prompt_end(batch) if affected else None
     with ExitStack() as stack:
         for positions in affected:
-            # labels stand behind what the call itself says, as in a batch that a callback notes
-            known = {"labels": token_labels(batch)} if start is None else {"start": start, "mask": None}
-            stack.enter_context(positions.giving(**known))
+            if start is not None:
+                stack.enter_context(positions.giving(start=start, mask=None))
+            else:  # behind what the call itself says, as in a batch that a callback notes
+                stack.enter_context(positions.giving(labels=token_labels(batch)))
         yield
 
 
