@@ -12,9 +12,13 @@ output predicts the first answer token. It comes from the first of these that is
 
 1. an explicit context, `answering(model, start=...)` or `answering(model, mask=...)` (scorers);
 2. the batch's `prompt_end`, set by the callbacks for the length of a step;
-3. the call's `labels` (the first that is not -100, minus one);
-4. `generate` on the tracked model (real prompt length minus one, fixed once per call);
+3. the call's `labels` (the first that is not -100, minus one), else the batch's, for calls of their shape `[B, T]`;
+4. `generate` on the tracked model (real prompt length minus one, fixed once per call); it reads prompts, of which the
+   batch's labels say nothing;
 5. a call without a cached past: plain text, where every position is an answer position.
+
+The prompt of an encoder-decoder is in its encoder, whose tokens a start counts, and all tokens of its decoder are the
+answer, the first being the last of its prompt.
 
 The fifth is right for cross-entropy and KL on texts, and `plain_text(model)` says that it is meant. For the scorer of
 somebody else, which puts prompt and answer into one call, it is most often wrong; so without `plain_text` a
@@ -27,7 +31,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,10 +39,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.per_thread import PerThread
-from lightning_peft.prompt_end import mentions_prompt_end, prompt_end
-from lightning_peft.replaced import replaced
+from lightning_peft.prompt_end import mentions_answers, prompt_end, token_labels
+from lightning_peft.replaced import Handle, replaced
 from lightning_peft.tokens import Tokens
 
 Policy = Literal["answer", "generated", "all"]
@@ -79,7 +84,7 @@ def _warn_of_plain_text(policy: str, model: str) -> None:
         return
     warnings.warn(
         f"An edit limited to {policy!r} positions acts on every token of a call of {model}, since nothing says where "
-        "the answer begins: give prompt_end in the batch or labels in the call, or make the call within "
+        "the answer begins: give prompt_end or labels in the batch, or labels in the call, or make the call within "
         "lightning_peft.answering(model, start=last_prompt_position); where every token is meant, within "
         'lightning_peft.plain_text(model), or let the edit act at positions="all". lm-evaluation-harness tells where '
         "answers begin with its model type lightning-peft (lightning-peft lm-eval). This is said once a process.",
@@ -93,13 +98,14 @@ def _warn_of_plain_text(policy: str, model: str) -> None:
 class _CallContext:
     """Facts about calls, known before they are made: `answering`'s start and mask, the batch's and `generate`'s start.
 
-    `prompt` is empty for a `generate` without a prompt of tokens. `plain` is True where a text with no other sign of an
-    answer is plain text.
+    `labels [B, T]` are the batch's, -100 outside its answers. `prompt` is empty for a `generate` without a prompt of
+    tokens. `plain` is True where a text with no other sign of an answer is plain text.
     """
 
     start: Tensor | None = None
     mask: Tensor | None = None
     batch: Tensor | None = None
+    labels: Tensor | None = None
     prompt: Tensor | None = None
     plain: bool | None = None
 
@@ -110,13 +116,18 @@ class _CallContext:
 
 @dataclass
 class _Call:
-    """One forward call: `position_ids [B, T]`, `real [B, T]` (not padding), `start [B]` (or `[B, T]`), its past."""
+    """One forward call: `position_ids [B, T]`, `real [B, T]` (not padding), `start [B]` (or `[B, T]`), its past.
+
+    Of an encoder-decoder, the call of the one or the other; `around` is the one that goes on after its decoder's.
+    """
 
     position_ids: Tensor
     real: Tensor
     start: Tensor | None
     context: _CallContext
     has_past: bool
+    decodes: bool = False
+    around: _Call | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, bool] = field(default_factory=dict)
 
@@ -139,11 +150,16 @@ class Positions:
         self._running: PerThread[_Call] = PerThread()
         self._compiled: PerThread[_CallContext] = PerThread()  # as `_CONTEXTS`, for compiled code
         self._recalled: dict[int, _Call] = {}  # by the backward pass that runs some of its blocks again
-        self._arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self._handles: list[Any] = [
+        self._arguments = _arguments(model)
+        self._handles: list[RemovableHandle | Handle] = [
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             model.register_forward_hook(self.after_forward, always_call=True),
         ]
+        decoder = _decoder(model)
+        self._decodes = decoder is not None
+        if decoder is not None:
+            self._handles.append(decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
+            self._handles.append(decoder.register_forward_hook(self.after_decoder, always_call=True))
         if callable(getattr(type(model), "generate", None)):
             self._handles.append(replaced(model, "generate", self.generate))
 
@@ -167,9 +183,12 @@ class Positions:
         finally:
             self._set_context(outer)
 
-    def note_batch(self, start: Tensor | None) -> None:
-        """Note where the answers of the batch begin, `[B]`, until the next is noted; None forgets it."""
-        self._set_context(replace(self._context, batch=start))
+    def note_batch(self, start: Tensor | None, labels: Tensor | None = None) -> None:
+        """Note where the answers of the batch begin, `[B]`, or its labels, `[B, T]`, until the next is noted.
+
+        None forgets it.
+        """
+        self._set_context(replace(self._context, batch=start, labels=labels))
 
     def _set_context(self, context: _CallContext) -> None:
         others = {positions: known for positions, known in _CONTEXTS.get().items() if positions is not self}
@@ -195,6 +214,12 @@ class Positions:
         call = self._call
         if call is None:
             self._check_prompt(self._context)
+            if self._decodes and self._context.prompt is not None:
+                raise PositionsError(
+                    f"`generate` of {type(self.model).__name__} runs its encoder apart, where an edit limited to "
+                    f"{policy!r} positions has no answer: edit the sites of its decoder, or let the edit act at "
+                    'positions="all".'
+                )
             raise PositionsError(
                 f"An edit limited to {policy!r} positions ran outside {type(self.model).__name__}.forward, so its "
                 "positions are unknown; call the backbone itself, not one of its submodules."
@@ -259,13 +284,36 @@ class Positions:
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read this call's tokens, mask, cache and position ids; a forward pre-hook."""
-        context = self._context
         arguments = dict(zip(self._arguments, args, strict=False)) | kwargs
+        call = self._read(arguments, self._context)
+        if call is not None and call.context.mask is None:
+            # labels of an encoder-decoder are its decoder's tokens
+            labels = None if self._decodes else arguments.get("labels")
+            call.start = self._start(call.context, call.position_ids, labels)
+        self._run(call)
+
+    def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read what goes into an encoder-decoder's decoder, every token of which is the answer; a forward pre-hook."""
+        around = self._running.get()
+        call = self._read(dict(zip(_arguments(module), args, strict=False)) | kwargs, self._context)
+        if call is None:
+            return
+        mask = self._context.mask
+        if mask is not None and call.context.mask is None and (around is None or around.context.mask is None):
+            raise _wrong_mask(mask, call.real)
+        call.start, call.decodes, call.around = torch.zeros_like(call.position_ids[:, 0]), True, around
+        self._run(call)
+
+    def _read(self, arguments: Mapping[str, Any], context: _CallContext) -> _Call | None:
+        """Return the call of some tokens, its start left open; None where there are no tokens.
+
+        Raises:
+            PositionsError: an explicit mask of another shape, unless it may be the decoder's.
+        """
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, Tensor):  # not a token model: only edits of all positions can apply
-            self._running.set(None)
-            return
+            return None
         batch, length = tokens.shape[:2]
         past: Any = arguments.get("past_key_values")
         past_length = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
@@ -285,17 +333,26 @@ class Positions:
             position_ids = (past_length + torch.arange(length, device=tokens.device)).expand(batch, length)
 
         if context.mask is not None and context.mask.shape != (batch, length):
-            raise PositionsError(
-                f"The explicit position mask has shape {tuple(context.mask.shape)} but this call has {(batch, length)}."
-            )
-        start = None if context.mask is not None else self._start(context, position_ids, arguments.get("labels"))
-        self._running.set(_Call(position_ids, real, start, context, past_length > 0))
+            if not self._decodes:
+                raise _wrong_mask(context.mask, real)
+            context = replace(context, mask=None)
+        return _Call(position_ids, real, None, context, past_length > 0)
+
+    def _run(self, call: _Call | None) -> None:
+        """Let this be the running call, in a backward pass that runs a whole forward pass again too."""
+        self._running.set(call)
+        if self._recalled and call is not None and not torch.compiler.is_compiling():
+            backward = torch._C._current_graph_task_id()
+            if backward in self._recalled:
+                self._recalled[backward] = call
 
     def _start(self, context: _CallContext, position_ids: Tensor, labels: Any) -> Tensor | None:
         batch, length = position_ids.shape
         for start in (context.start, context.batch):
             if start is not None:
                 return self._rows(start, batch, length, position_ids.device)
+        if labels is None and context.prompt is None and not self._decodes:
+            labels = context.labels
         if isinstance(labels, Tensor) and labels.shape == position_ids.shape:
             answered = labels != -100
             first = (answered.long().argmax(-1) - 1).clamp(min=0)
@@ -323,11 +380,25 @@ class Positions:
         """
         if not torch.is_grad_enabled():
             self._running.set(None)
-        elif not torch.compiler.is_compiling():
-            call = self._running.get()
-            for tensor in _tensors(output):
-                if tensor.requires_grad and call is not None:
-                    tensor.register_hook(lambda _: self._recall(call))
+        else:
+            self._recall_from(output, self._running.get())
+
+    def after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Go back to the call of the whole model, as `after_forward` forgets that; a forward hook."""
+        call = self._running.get()
+        if call is None or not call.decodes:
+            return
+        if torch.is_grad_enabled():
+            self._recall_from(output, call)
+        self._run(call.around)
+
+    def _recall_from(self, output: Any, call: _Call | None) -> None:
+        """Let the call be recalled when the gradient of its output arrives."""
+        if call is None or torch.compiler.is_compiling():
+            return
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self._recall(call))
 
     def _recall(self, call: _Call) -> None:
         """Let the blocks that this backward pass runs again see the call they belong to.
@@ -368,6 +439,26 @@ class Positions:
         if mask is None:
             return torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
         return mask.long().sum(-1)
+
+
+def _arguments(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments of a module's `forward`, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    """Return the decoder of an encoder-decoder of transformers; None of any other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+
+
+def _wrong_mask(mask: Tensor, real: Tensor) -> PositionsError:
+    return PositionsError(
+        f"The explicit position mask has shape {tuple(mask.shape)} but this call has {tuple(real.shape)}."
+    )
 
 
 def track(model: nn.Module) -> Positions:
@@ -417,7 +508,7 @@ def note_batch(noted: list[Positions], module: nn.Module, batch: Any) -> list[Po
     Args:
         noted: what the last call returned; these forget their batch.
         module: a module that is or contains the tracked backbone.
-        batch: a mapping with `prompt_end [B]`, or anything else.
+        batch: a mapping with `prompt_end [B]`, or with `labels [B, T]`, or anything else.
 
     Raises:
         ValueError: see `lightning_peft.prompt_end`.
@@ -425,17 +516,30 @@ def note_batch(noted: list[Positions], module: nn.Module, batch: Any) -> list[Po
     for positions in noted:
         positions.note_batch(None)
     # to look for them is to walk through all modules, which a step without answers need not pay for
-    noted = tracked(module) if mentions_prompt_end(batch) else []
-    start = prompt_end(batch) if noted else None
-    for positions in noted:
-        positions.note_batch(start)
+    noted = tracked(module) if mentions_answers(batch) else []
+    if noted:
+        start = prompt_end(batch)
+        labels = token_labels(batch) if start is None else None
+        for positions in noted:
+            positions.note_batch(start, labels)
     return noted
 
 
-def answering_batch(module: nn.Module, batch: Any) -> AbstractContextManager[None]:
-    """Return `answering` with a batch's `prompt_end`; a context without effect where nothing holds or reads one."""
-    start = prompt_end(batch) if mentions_prompt_end(batch) and tracked(module) else None
-    return nullcontext() if start is None else answering(module, start=start)
+@contextmanager
+def answering_batch(module: nn.Module, batch: Any) -> Iterator[None]:
+    """Say, for the calls inside, where the answers of a batch begin: by its `prompt_end`, else by its labels.
+
+    Without either, or without a tracked model in `module`, this does nothing.
+    """
+    affected = tracked(module) if mentions_answers(batch) else []
+    start = prompt_end(batch) if affected else None
+    with ExitStack() as stack:
+        for positions in affected:
+            if start is not None:
+                stack.enter_context(positions.giving(start=start, mask=None))
+            else:  # behind what the call itself says, as in a batch that a callback notes
+                stack.enter_context(positions.giving(labels=token_labels(batch)))
+        yield
 
 
 @contextmanager
@@ -447,8 +551,9 @@ def calling(module: nn.Module, **tokens: Any) -> Iterator[None]:
         **tokens: `input_ids [B, T]`, `attention_mask`, `position_ids`, as `forward` would get them.
     """
     affected = tracked(module)
-    with plain_text(module):  # what is read inside a model is no score of an answer
+    with ExitStack() as stack:
         for positions in affected:
+            stack.enter_context(positions.giving(plain=True))  # what is read inside a model is no score of an answer
             positions.before_forward(positions.model, (), tokens)
         try:
             yield
@@ -466,8 +571,10 @@ def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | Non
     Args:
         module: a module that is or contains the tracked backbone.
         start: `[B]` position ids of the last prompt tokens; `[B, T]`, for calls of exactly that shape, where a row is
-            packed with several texts: for each token that of its text.
-        mask: bool `[B, T]`, the edited tokens themselves, for calls of exactly that shape.
+            packed with several texts: for each token that of its text. Of an encoder-decoder's encoder; all tokens of
+            its decoder are the answer.
+        mask: bool `[B, T]`, the edited tokens themselves, for calls of exactly that shape; of an encoder-decoder, of
+            its encoder's tokens or its decoder's, whichever have it.
     """
     if (start is None) == (mask is None):
         raise ValueError("Give either the start or the mask of the answers, not both and not neither.")
@@ -479,16 +586,17 @@ def answering(module: nn.Module, start: Tensor | None = None, mask: Tensor | Non
 
 @contextmanager
 def plain_text(module: nn.Module) -> Iterator[None]:
-    """Say that calls inside are of plain text, unless labels or anything else says where an answer begins.
+    """Say that calls inside are of plain text, unless their labels or anything else says where an answer begins.
 
-    Every position is then one of an answer, as without this, and no `PlainTextWarning` is given.
+    Every position is then one of an answer, as without this, and no `PlainTextWarning` is given. Labels of the batch
+    that a callback has noted are those of another text.
 
     Args:
         module: a module that is or contains the tracked backbone; without one this does nothing.
     """
     with ExitStack() as stack:
         for positions in tracked(module):
-            stack.enter_context(positions.giving(plain=True))
+            stack.enter_context(positions.giving(plain=True, labels=None))
         yield
 
 

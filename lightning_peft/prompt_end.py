@@ -1,4 +1,4 @@
-"""The ends of a batch's prompts: the field `prompt_end`, checked against what else the batch says."""
+"""The ends of a batch's prompts: the field `prompt_end`, checked against what else the batch says, or its labels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,28 @@ from torch import Tensor
 _FORMER = "answer_start"
 
 
-def mentions_prompt_end(batch: Any) -> bool:
-    """Return whether a batch has the field, by its present or its former name."""
-    return isinstance(batch, Mapping) and ("prompt_end" in batch or _FORMER in batch)
+def mentions_answers(batch: Any) -> bool:
+    """Return whether a batch has the field, by its present or its former name, or labels of its tokens."""
+    if not isinstance(batch, Mapping):
+        return False
+    return "prompt_end" in batch or _FORMER in batch or token_labels(batch) is not None
+
+
+def token_labels(batch: Any) -> Tensor | None:
+    """Return a batch's `labels [B, T]`, -100 outside the answers; None without one for each of its tokens.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> token_labels({"input_ids": ids, "labels": torch.tensor([[-100, 6, 7]])})
+        tensor([[-100,    6,    7]])
+        >>> token_labels({"input_ids": ids, "labels": torch.tensor([1])})  # classes of texts
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    labels, tokens = batch.get("labels"), batch.get("input_ids")
+    if not isinstance(labels, Tensor) or not isinstance(tokens, Tensor) or labels.is_floating_point():
+        return None
+    return labels if labels.dim() == 2 and labels.shape == tokens.shape else None
 
 
 def prompt_end(batch: Any) -> Tensor | None:

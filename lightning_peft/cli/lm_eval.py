@@ -37,6 +37,8 @@ def main(args: list[str]) -> None:
                 raise
             raise ValueError(str(error)) from error
         model = _model_arguments(Path(parsed.folder), parsed.base, parsed.scale, parsed.positions)
+        if "adapter" in model and not any("strict_base" in other for other in others):
+            _check_base(Path(parsed.folder), model["pretrained"])
         from lm_eval.__main__ import cli_evaluate
 
         with _command_line("lm-eval", *others, "--model", NAME, "--model_args", json.dumps(model)):
@@ -57,6 +59,21 @@ def _model_arguments(folder: Path, base: str | None, scale: float | None, positi
     if useless := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{folder} is a whole model and no adapter: leave {useless[0]} out.")
     return {"pretrained": str(folder)}
+
+
+def _check_base(adapter: Path, base: str) -> None:
+    """Raise `AdapterError` where an adapter is for another base, by the shapes of its weights, before any is loaded."""
+    from lightning_peft.stack.adapter_files.bases import base_config, fitting_class
+    from lightning_peft.stack.adapter_files.typed_values import AdapterError
+
+    try:
+        config = base_config(adapter, base)
+        if getattr(config, "quantization_config", None) is None:  # else there are no shapes without its weights
+            fitting_class(adapter, base, config)
+    except AdapterError:
+        raise
+    except ValueError:
+        pass  # such as a model of code of its own, which the harness loads by options of its own
 
 
 @contextmanager

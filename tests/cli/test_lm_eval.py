@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import lm_eval.tasks
 import pytest
 from edits import add_offsets
 
@@ -56,6 +59,13 @@ def samples(output: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in found.items()}
 
 
+@pytest.fixture
+def no_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the harness's own tasks, which are thousands of files, unread."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+
+
+@pytest.mark.usefixtures("no_other_tasks")
 def test_the_harness_runs_its_tasks_on_a_folder(
     edit: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +103,18 @@ def test_what_cannot_be_used_ends_in_a_sentence(
     with pytest.raises(SystemExit, match=r"^lightning-peft lm-eval: ") as error:
         main(["lm-eval", *given, "--tasks", "none"])
     assert sentence in str(error.value)
+
+
+def test_an_adapter_for_another_base_is_refused_before_the_harness_reads_anything(
+    edit: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", read := Mock())
+    with pytest.raises(SystemExit, match=r"^lightning-peft lm-eval: .* was made for another base model: their param"):
+        main(["lm-eval", str(edit), "--base", str(tiny_folder("gpt2")), "--tasks", "none"])
+    assert not read.called
+    main(["lm-eval", str(edit), "--base", str(tiny_folder("llama")), "--tasks", "none"])
+    main(["lm-eval", str(edit), "--base", str(tiny_folder("gpt2")), "--tasks", "none", "--model_args", "strict_base=0"])
+    assert read.call_count == 2
 
 
 def test_without_the_harness_a_sentence_names_what_to_install(edit: Path, monkeypatch: pytest.MonkeyPatch) -> None:

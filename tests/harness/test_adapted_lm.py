@@ -112,11 +112,14 @@ def everywhere(model: nn.Module) -> None:
     add_offsets(model, "all")
 
 
-def decoder(model: nn.Module) -> None:
-    stack = stack_of(model)
-    sites = head_sites(model, part="cross")
-    stack.add(head_offsets_config(sites, [(0, 1), (1, 2)], 2.0, "all"), "edit", computed=True)
-    fill(stack, "edit")
+def decoder(positions: str) -> Callable[[nn.Module], None]:
+    def put(model: nn.Module) -> None:
+        stack = stack_of(model)
+        sites = head_sites(model, part="cross")
+        stack.add(head_offsets_config(sites, [(0, 1), (1, 2)], 2.0, positions), "edit", computed=True)
+        fill(stack, "edit")
+
+    return put
 
 
 def layers(model: nn.Module) -> None:
@@ -157,6 +160,7 @@ KINDS: dict[str, Callable[[nn.Module], None]] = {
     "BitFit": tuned_by(lambda: BitFit(add_missing=True)),
     "Houlsby": tuned_by(lambda: Houlsby(size=4)),
 }
+DECODERS = {"decoder everywhere": decoder("all"), "decoder at answers": decoder("answer")}
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +174,7 @@ def saved(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         if (name, kind) not in made:
             auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
             model = auto.from_pretrained(tiny_folder(kind))
-            (KINDS | {"decoder offsets": decoder})[name](model)
+            (KINDS | DECODERS)[name](model)
             made[name, kind] = save_adapter(model, tmp_path_factory.mktemp("adapter"))
         return made[name, kind]
 
@@ -217,14 +221,18 @@ def test_architectures_with_a_table_of_positions(kind: str, saved: Callable[...,
     check(lm, loaded(lm.chosen.base, saved("offsets at answers", kind)))
 
 
-def test_an_encoder_decoder_scores_continuations_by_its_decoder(
+def test_an_encoder_decoders_answer_is_all_that_its_decoder_reads(
     saved: Callable[..., Path], tiny_folder: Callable[[str], Path]
 ) -> None:
-    adapter = saved("decoder offsets", "t5")
-    lm = AdaptedLM(adapter=str(adapter), batch_size=2)
+    everywhere, lm = (AdaptedLM(adapter=str(saved(name, "t5")), batch_size=2) for name in DECODERS)
     pairs = PAIRS[:5]
-    scores = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
-    model = loaded(tiny_folder("t5"), adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlainTextWarning)
+        scores = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+        written = answers(lm)
+    assert scores == everywhere.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    assert written == answers(everywhere)
+    model = loaded(tiny_folder("t5"), saved("decoder at answers", "t5"))
     for (score, _), pair in zip(scores, pairs, strict=True):
         context, continuation = (torch.tensor([ids]) for ids in lm._encode_pair(*pair))
         batch = {"input_ids": context, "attention_mask": torch.ones_like(context), "labels": continuation}
@@ -263,7 +271,7 @@ def test_a_text_longer_than_the_model_reads_is_cut_at_its_left(saved: Callable[.
 
 def test_a_batch_size_may_be_found_out(saved: Callable[..., Path]) -> None:
     adapter = str(saved("offsets at answers"))
-    found = AdaptedLM(adapter=adapter, batch_size="auto", max_batch_size=2)
+    found = AdaptedLM(adapter=adapter, batch_size="auto", max_batch_size=2, max_length=24)
     assert choices(found) == pytest.approx(choices(AdaptedLM(adapter=adapter, batch_size=1)), abs=1e-5)
 
 
