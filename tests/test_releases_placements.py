@@ -21,6 +21,7 @@ from lightning_peft import callbacks as c
 from lightning_peft import export_checkpoint, load_adapter
 from lightning_peft.fitting.checkpoints import load_from_checkpoint
 from lightning_peft.stack.adapter_files.folder import AdapterError
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.truthfulqa.question_records import QuestionRecords
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
@@ -91,8 +92,12 @@ def test_its_trainings_go_on_with_the_place_named_and_from_a_folder(name: str, s
     fit(module, FORMER[method](layers=[2]), max_steps=END, ckpt_path=saved / f"{name}.ckpt")
     check(outputs(backbone(module)), f"resumed/{name}", kind, 1e-3)
     module = Language(kind)
-    load_adapter(backbone(module), saved / name)
-    METHODS[method]().apply(module)  # the adapter that is there, as it is
+    callback = METHODS[method]()
+    before = load_adapter(
+        backbone(module), saved / name, None if (saved / name / "stack.json").exists() else callback.name
+    )
+    callback.apply(module)  # to the adapter that is there, as it is
+    assert stack_of(backbone(module)).parts == before
     check(outputs(backbone(module)), f"saved/{name}", kind)
 
 

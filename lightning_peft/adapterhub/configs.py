@@ -91,7 +91,7 @@ def _members(config: Mapping[str, Any], source: str) -> Iterator[Mapping[str, An
 
 def _method(values: Mapping[str, Any], saved: SavedAdapter, source: str) -> Options:
     architecture = values.get("architecture")
-    if architecture not in _KINDS:
+    if not isinstance(architecture, str | None) or architecture not in _KINDS:
         raise AdapterError(
             f"{source} is of AdapterHub's architecture {architecture!r}, which is not imported; bottlenecks, prefixes, "
             "LoRA and IA3 are."
@@ -102,8 +102,9 @@ def _method(values: Mapping[str, Any], saved: SavedAdapter, source: str) -> Opti
 def _as_now(values: Mapping[str, Any], saved: SavedAdapter) -> dict[str, Any]:
     """Return a configuration as AdapterHub itself corrects it when it reads a file of a former version."""
     current = dict(values)
-    if not saved.version and current.get("non_linearity") in _FORMER_ACTIVATIONS:
-        current["non_linearity"] = _FORMER_ACTIVATIONS[current["non_linearity"]]
+    activation = current.get("non_linearity")
+    if not saved.version and isinstance(activation, str):
+        current["non_linearity"] = _FORMER_ACTIVATIONS.get(activation, activation)
     if isinstance(former := current.pop("invertible_adapter", None), dict):
         current["inv_adapter"] = former.get("block_type")
     if saved.kind == "text_task" and not any("invertible" in key for key in saved.tensors):
@@ -134,8 +135,10 @@ def _named_member(text: str, source: str) -> dict[str, Any]:
         )
     try:
         changes = ast.literal_eval("{" + re.sub(r"(\w+)=", r"'\1':", match[2] or "") + "}")
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise AdapterError(f"{source} has the config {text!r}, whose options cannot be read.") from error
+    if not isinstance(changes, dict):
+        raise AdapterError(f"{source} has the config {text!r}, whose options are no name=value.")
     config = NAMED[match[1]]
     if config.get("architecture") == "union":
         return {**config, "configs": [{**member, **changes} for member in config["configs"]]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,8 +49,8 @@ class BottleneckOptions:
             if str(layer) not in factor and "default" not in factor:
                 raise AdapterError(f"AdapterHub's option reduction_factor has neither layer {layer} nor a default.")
             factor = factor.get(str(layer), factor.get("default", 0))
-        if factor <= 0:
-            raise AdapterError(f"AdapterHub's option reduction_factor must be positive, got {factor}.")
+        if not 0 < factor < math.inf:
+            raise AdapterError(f"AdapterHub's option reduction_factor must be positive and finite, got {factor}.")
         return factor
 
 

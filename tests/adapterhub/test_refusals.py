@@ -199,3 +199,32 @@ def test_the_output_must_be_new_and_the_model_bare(tmp_path: Path) -> None:
     load_adapter(model, tmp_path / "lora")
     with pytest.raises(ValueError, match="has adapters already"):
         import_adapterhub(model, FOLDERS / "bert" / "lora", tmp_path / "again")
+
+
+@pytest.mark.parametrize("text", ["lora[5]", "lora[{}: 1]", "lora[[1]: 2]", "lora[r=" + 300 * "(", "lora[r=1=2]", "|"])
+def test_a_named_configuration_whose_options_are_none_is_one_sentence(text: str, tmp_path: Path) -> None:
+    folder = changed("bert", "lora", tmp_path / "adapter", lambda values: values.update(config=text))
+    refused(base("bert"), folder, tmp_path / "imported", "has the config .*\\.$")
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        ("lora", "architecture", []),
+        ("lora", "architecture", {}),
+        ("pfeiffer", "architecture", ["lora"]),
+        ("pfeiffer", "non_linearity", []),
+        ("pfeiffer", "non_linearity", {"relu": 1}),
+        ("pfeiffer", "reduction_factor", float("nan")),
+        ("pfeiffer", "reduction_factor", float("inf")),
+    ],
+)
+@pytest.mark.parametrize("version", ["", "adapters.1.3.0"])
+def test_values_of_another_kind_than_an_option_has_are_one_sentence(
+    method: str, option: str, value: Any, version: str, tmp_path: Path
+) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["version"] = version
+        values["config"][option] = value
+
+    refused(base("bert"), changed("bert", method, tmp_path / "adapter", change), tmp_path / "imported", "AdapterHub's")

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_peft.tuners.output_hooks import ChangesOutput, add_output_hook
+
 if TYPE_CHECKING:
     from lightning_peft.tuners.bottleneck.layer import BottleneckLayer
 
 
-class StreamHook:
+class StreamHook(ChangesOutput):
     """A forward hook: `h + b(h)` of a module's output h, or `N(s + b(N(s)))` of a norm N and its input s.
 
     One stands at each module, for all adapters there, in the order in which they came; copied and pickled with the
@@ -44,7 +46,7 @@ def add_to_stream(site: nn.Module, layer: BottleneckLayer, adapter_name: str, no
     """Let an adapter of a layer add to what a module gives."""
     hook = next((hook for _, hook in _hooks(site) if hook.norm == norm), None)
     if hook is None:
-        site.register_forward_hook(hook := StreamHook(norm))
+        add_output_hook(site, hook := StreamHook(norm))
     hook.adapters.append((layer, adapter_name))
 
 

@@ -15,12 +15,13 @@ from lightning_peft.positions import Positions, untrack
 from lightning_peft.stack.gates import check_mergeable, gated, where
 from lightning_peft.tuners.layer_offsets.config import LayerOffsetsConfig
 from lightning_peft.tuners.layer_offsets.writing import check_write, innermost, unit, written
+from lightning_peft.tuners.output_hooks import ChangesOutput, add_output_hook
 from lightning_peft.tuners.tuner import TunerLayer, check_merged, remove_child
 
 ATTRIBUTE = "layer_edits"  # the child that a module gets
 
 
-class LayerOffsetsLayer(nn.Module, TunerLayer):
+class LayerOffsetsLayer(nn.Module, TunerLayer, ChangesOutput):
     """A child of the module whose output it moves, by a forward hook.
 
     The module stays what it is and keeps its name, since blocks are asked for what they hold: a wrapper would rename
@@ -62,7 +63,7 @@ class LayerOffsetsLayer(nn.Module, TunerLayer):
         self._owner: tuple[nn.Module] = (owner,)
         self._writes: tuple[nn.Module] | None = None
         owner.add_module(ATTRIBUTE, self)
-        owner.register_forward_hook(self.after)
+        add_output_hook(owner, self.after)
 
     def _detach(self) -> None:
         owner = self.owner

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, PromptTuningConfig, get_peft_model
 from tiny_models import tiny
 from tuning import ROOT
 
@@ -21,6 +21,7 @@ from lightning_peft.stack.adapter_files.folder import WEIGHTS, write_folders
 from lightning_peft.stack.adapter_files.merging import merge_pretrained
 from lightning_peft.stack.adapter_files.readme import code, public_name
 from lightning_peft.stack.stack import stack_of
+from lightning_peft.tuners import METHODS
 from lightning_peft.tuners.ssb import SSBConfig
 
 README = "README.md"
@@ -259,3 +260,13 @@ def test_papers_are_those_of_the_methods_cards() -> None:
     cards = "\n".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
     assert [paper for _, paper in papers().values() if paper and f"arXiv:{paper}" not in cards] == []
     assert code("``a``") == "``` ``a`` ```"
+
+
+def test_types_of_this_package_have_a_name_on_cards_and_a_line_in_the_docs() -> None:
+    own = [method.rpartition(".")[2] for method in METHODS]
+    kinds = [{"prefix": "ATTENTION_PREFIX"}.get(name, name.upper()) for name in own]
+    assert set(kinds) <= {kind.value for kind in PeftType} and set(kinds) <= papers().keys()
+    assert {key for key in papers() if key.isupper()} <= {*(kind.value for kind in PeftType), "CAA"}
+    for page in ("serving.md", "citizens.md"):
+        content = (ROOT / "docs" / page).read_text()
+        assert set(re.findall(r"^\| `([A-Z_]+)` \|", content, re.MULTILINE)) == set(kinds)
