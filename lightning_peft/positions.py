@@ -35,7 +35,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,12 @@ class Positions:
     Args:
         model: the backbone whose `forward` is called.
     """
+
+    exist: ClassVar[bool] = False  # in this process: else no model need be searched for them
+
+    def __new__(cls, *_: object) -> Positions:
+        Positions.exist = True  # of copies and what is unpickled too
+        return super().__new__(cls)
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -498,6 +504,8 @@ def tracking(model: nn.Module) -> Iterator[Positions]:
 
 def tracked(module: nn.Module) -> list[Positions]:
     """Return the `Positions` of every tracked model in `module`, itself included."""
+    if not Positions.exist:
+        return []
     candidates = (m.__dict__.get(_ATTRIBUTE) for m in module.modules())
     return [positions for positions in candidates if isinstance(positions, Positions)]
 
@@ -515,7 +523,7 @@ def note_batch(noted: list[Positions], module: nn.Module, batch: Any) -> list[Po
     """
     for positions in noted:
         positions.note_batch(None)
-    # to look for them is to walk through all modules, which a step without answers need not pay for
+    # to look for them may be to walk through all modules, which a step without answers need not pay for
     noted = tracked(module) if mentions_answers(batch) else []
     if noted:
         start = prompt_end(batch)
