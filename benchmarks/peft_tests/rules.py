@@ -112,4 +112,19 @@ RULES = (
         "parameters, or matrices of queries, and says so",
         lambda e: _is(e, "WEIGHT_DELTAS", "ATTENTION_PREFIX") and _merges(e) and _model(e, "GPTJ"),
     ),
+    Rule(
+        "an edit of answer positions at every site of an encoder-decoder: `generate` runs the encoder apart, where no "
+        "token is an answer, and a sentence says so",
+        lambda e: (
+            _is(e, "LAYER_OFFSETS", "HEAD_OFFSETS")
+            and _model(e, "T5", "Bart")
+            and "positions" not in _options(e)
+            and e["test"] in ("test_generate", "test_generate_half_prec", "test_disable_adapter")
+        ),
+    ),
+    Rule(
+        "the rows' targets are a regular expression, which names the blocks itself: with `layers_to_transform` it is "
+        "refused in one sentence, as peft's own methods refuse it",
+        lambda e: _is(e, "LAYER_OFFSETS", "HEAD_OFFSETS") and "layer_indexing" in e["test"],
+    ),
 )
