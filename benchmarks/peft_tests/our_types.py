@@ -84,14 +84,15 @@ _TWO: list[tuple[type[PeftConfig], Any]] = [
 
 _OUTPUTS = r".*(attn|SelfAttention|EncDecAttention)\.(out_proj|c_proj|o_proj|o)"
 _BLOCKS = r".*(layers|h|block)\.\d+"
-_QUERIES = r".*(q_proj|c_attn|SelfAttention\.q)"
+# values too: in models this small the queries alone hardly move the logits
+_PROJECTIONS = r".*(q_proj|v_proj|c_attn|SelfAttention\.q|SelfAttention\.v)"
 # of each type configurations for transformers models; None is the type's default
 _MODELS: list[tuple[type[PeftConfig], dict[str, Any]]] = [
     (SSBConfig, {"target_modules": None}),
     (BottleneckConfig, {"target_modules": None, **_LINEAR}),
     (BottleneckConfig, {"target_modules": None, "reduction": 4}),
     (PrefixConfig, {"target_modules": None, "length": 5, "init": "paper"}),
-    (WeightDeltasConfig, {"target_parameters": _QUERIES + r"\.weight"}),
+    (WeightDeltasConfig, {"target_parameters": _PROJECTIONS + r"\.weight"}),
     (LayerOffsetsConfig, {"target_modules": _BLOCKS, "width": 32, **_EVERYWHERE}),
     (HeadOffsetsConfig, {"target_modules": _OUTPUTS, "head_dim": 8, **_EVERYWHERE}),
     (LayerOffsetsConfig, {"target_modules": _BLOCKS, "width": 32}),
