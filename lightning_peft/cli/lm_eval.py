@@ -28,7 +28,7 @@ def main(args: list[str]) -> None:
     options.add_argument("--positions", help="the tokens that an edit acts on; default: as saved")
     parsed, others = options.parse_known_args(args[1:])
     with one_sentence("lm-eval"):
-        if "--model" in others:
+        if any(option.partition("=")[0] in ("--model", "-M") for option in others):
             raise ValueError("--model is set by this command: leave it out, or call lm_eval itself.")
         try:
             from lightning_peft.harness import NAME

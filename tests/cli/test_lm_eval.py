@@ -92,6 +92,7 @@ def test_the_harness_runs_its_tasks_on_a_folder(
     [
         (["nowhere"], "nowhere does not exist."),
         (["{edit}", "--scale", "0.5", "--model", "hf"], "--model is set by this command"),
+        (["{edit}", "--model=hf"], "--model is set by this command"),
         (["{edit}", "--positions", "some"], "positions"),
         (["{model}", "--scale", "0.5"], "is a whole model and no adapter: leave --scale out."),
     ],

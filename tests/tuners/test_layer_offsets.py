@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
 
+from lightning_peft import positions as token_positions
 from lightning_peft.editing import head_offsets_config, head_sites, layer_offsets_config, layer_sites, stream_writers
 from lightning_peft.positions import answering
 from lightning_peft.stack.adapter_files.merging import merge_pretrained
@@ -470,3 +472,12 @@ def test_a_full_name_means_that_module_alone() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ModuleDict({"a": nn.Linear(4, 4)})})
     stack_of(model).add(LayerOffsetsConfig(target_modules=["a"], width=4), "edit", computed=True)
     assert list(vectors_of(model)) == ["a"]
+
+
+def test_finding_out_what_a_merge_may_write_does_not_warn_of_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_positions, "_warned", False)
+    _, stack = edited("gpt2", positions="answer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", token_positions.PlainTextWarning)
+        with pytest.raises(ValueError, match="edits only 'answer' positions"):
+            stack.merge()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.backbone.modules import base_modules, is_linear
 from lightning_peft.backbone.structure import blocks
+from lightning_peft.positions import plain_text
 
 
 def unit(vector: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def final_matrices(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module
         handles.append(named[name].register_forward_hook(attempt, with_kwargs=True))
     try:
         if handles:
-            with evaluating(backbone), torch.no_grad():
+            with evaluating(backbone), plain_text(backbone), torch.no_grad():
                 backbone(**call)
     finally:
         for handle in handles:
