@@ -2,7 +2,8 @@
 
 What it changes in peft's tests: the rows they are parametrised with; `hub_online_once`, which would go online; and
 `set_init_weights_false`, which asks a configuration to start at random: ours have no such option, so the layers of
-the tests that ask for it are filled at random as they are made.
+the tests that ask for it are filled at random as they are made. In this package it changes one thing: the models'
+names count as the hub's, though they are folders.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from benchmarks.peft_tests.our_types import COMPLETED, name_of, rows
+from lightning_peft.stack.adapter_files import readme
 
 _LISTS = (
     "TEST_CASES",
@@ -44,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     theirs = helpers.set_init_weights_false
     helpers.hub_online_once = lambda model_id: nullcontext()
     helpers.set_init_weights_false = lambda cls, kwargs: _random_start(theirs, cls, kwargs)
+    # the models are folders here, of whose names a model card would show the last part only
+    readme._is_folder = lambda name: False  # type: ignore[assignment]
     inject = BaseTuner.inject_adapter
 
     def inject_and_fill(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
