@@ -127,4 +127,15 @@ RULES = (
         "refused in one sentence, as peft's own methods refuse it",
         lambda e: _is(e, "LAYER_OFFSETS", "HEAD_OFFSETS") and "layer_indexing" in e["test"],
     ),
+    Rule(
+        "peft's own LoRA on the random models made here: values 16 wide cannot take the rank 20 that the test combines "
+        "to, and two adapters of a random Gemma 3 write the same tokens, which the test wants to differ",
+        lambda e: (
+            _is(e, "LORA")
+            and (
+                (e["test"] == "test_weighted_combination_of_adapters" and _model(e, "Llama"))
+                or (e["test"] == "test_generate_with_mixed_adapter_batches" and _model(e, "Gemma3"))
+            )
+        ),
+    ),
 )
