@@ -136,7 +136,7 @@ def test_any_name_is_a_folder_within_or_refused(checkpoint: Path, world: Path, t
     before = state(world)
     try:
         export_checkpoint(path, out)
-        assert {p.name for p in out.iterdir()} == {"stack.json", "lora", name} and is_folder_name(name)
+        assert {p.name for p in out.iterdir()} == {"README.md", "stack.json", "lora", name} and is_folder_name(name)
         assert all((out / name / file).is_file() for file in FILES[:3])
     except AdapterError:
         assert not is_folder_name(name) or name == "lora"

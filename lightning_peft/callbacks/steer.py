@@ -13,6 +13,7 @@ from lightning_peft.backbone.sharded import has_shards
 from lightning_peft.fitting.find_backbone import find_backbone
 from lightning_peft.fitting.same_hook import same_as
 from lightning_peft.positions import Positions, check_policy, note_batch
+from lightning_peft.stack.checks import check_scale
 
 
 class Steer(L.Callback):
@@ -45,6 +46,7 @@ class Steer(L.Callback):
     ) -> None:
         if not Path(adapter).is_dir():
             raise ValueError(f"{adapter} is not a folder: name that of a saved adapter.")
+        check_scale(scale)
         if positions is not None:
             check_policy(positions)
         self.adapter, self.scale, self.positions, self.backbone = adapter, scale, positions, backbone

@@ -13,6 +13,7 @@ from lightning_peft.positions import check_policy
 from lightning_peft.stack.adapter_files.bases import named_base
 from lightning_peft.stack.adapter_files.folder import CONFIG, ORDER
 from lightning_peft.stack.adapter_files.saving import load_adapter
+from lightning_peft.stack.checks import check_scale
 from lightning_peft.stack.stack import adapters
 from lightning_peft.stack.steering import reposition
 
@@ -72,8 +73,7 @@ def choose(
     if adapter is not None and peft is not None:
         raise ValueError(f"adapter={adapter} and peft={peft} name the same thing: leave one of the two out.")
     folder = adapter if peft is None else peft
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise ValueError(f"scale must be a number, 1 as saved and 0 off, got {scale!r}.")
+    check_scale(scale)
     if positions is not None:
         check_policy(positions)
     if folder is None:

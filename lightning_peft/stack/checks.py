@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Collection
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -43,6 +45,12 @@ def check_name(name: str, backbone: nn.Module) -> None:
         raise ValueError(f"{name!r} is the name of a module of the backbone: give the adapter another name.")
     if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"{name!r} is the name of an attribute of every module: give the adapter another name.")
+
+
+def check_scale(scale: object) -> None:
+    """Raise `ValueError` unless a dial is turned to a finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ValueError(f"The scale must be a finite number, 1 as saved and 0 off, got {scale!r}.")
 
 
 def check_containers(backbone: nn.Module, layers: Collection[nn.Module], others: Collection[str]) -> None:

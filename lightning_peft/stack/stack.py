@@ -8,7 +8,6 @@ backbone in place (`injection.py`, `prompts.py`, `adaption.py`), and its keys ar
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from lightning_peft.moved.names import keep_old_names
 from lightning_peft.replaced import Handle
 from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite, check_kind
-from lightning_peft.stack.checks import check_containers, check_name, check_strangers, check_targets
+from lightning_peft.stack.checks import check_containers, check_name, check_scale, check_strangers, check_targets
 from lightning_peft.stack.computed import ComputedAdapter
 from lightning_peft.stack.configs import auto_mapping, check_numbers, config_to_json
 from lightning_peft.stack.injection.head_training import saved_heads
@@ -214,8 +213,7 @@ class AdapterStack:
             ValueError: the method has no scaling, or began by changing the base's weights, as PiSSA does.
         """
         parts = self.parts if name is None else [self[name]]
-        if not math.isfinite(scale):
-            raise ValueError(f"The scale must be a finite number, got {scale}.")
+        check_scale(scale)
         for part in parts:
             check_undoable(part.config, part.name, "scaled")
             if not part.scaling:

@@ -15,6 +15,7 @@ from lightning_peft.positions import check_policy
 from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.adapter_files.folder import adapter_folders, read_folder
 from lightning_peft.stack.adapter_files.saving import load_adapter
+from lightning_peft.stack.checks import check_scale
 from lightning_peft.stack.injection.initialisation import check_undoable
 from lightning_peft.stack.stack import AdapterStack, find_stacks, stack_of
 
@@ -69,6 +70,7 @@ def steering(
         >>> stack.parts
         []
     """
+    check_scale(scale)
     if positions is not None:
         check_policy(positions)
     folders = adapter_folders(Path(adapter))

@@ -23,7 +23,7 @@ def add_output_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
         hook: a `ChangesOutput`, or a method of one.
     """
     module.register_forward_hook(hook)
-    hooks = module._forward_hooks
+    hooks: Any = module._forward_hooks  # an OrderedDict, which torch declares as a dictionary
     for key in [key for key, other in hooks.items() if not changes_output(other)]:
         hooks.move_to_end(key)
 

@@ -130,6 +130,8 @@ def test_a_fit_is_validated_with_it_trains_without_it_and_saves_none_of_it(folde
 
 WRONG = {
     "no folder": ({"adapter": "nowhere"}, "nowhere is not a folder"),
+    "no number": ({"scale": float("nan")}, "The scale must be a finite number, 1 as saved and 0 off, got nan"),
+    "no number either": ({"scale": "x"}, "The scale must be a finite number, 1 as saved and 0 off, got 'x'"),
     "positions": ({"positions": "some"}, "positions must be one of"),
 }
 

@@ -308,7 +308,10 @@ def test_a_cache_of_responses_serves_one_model_only(saved: Callable[..., Path], 
     [
         ({"adapter": "a", "peft": "b"}, "adapter=a and peft=b name the same thing: leave one of the two out."),
         ({"adapter": "nowhere"}, "nowhere is not a folder: adapter must be one that an adapter was saved in."),
-        ({"adapter": "nowhere", "scale": "much"}, "scale must be a number, 1 as saved and 0 off, got 'much'."),
+        (
+            {"adapter": "nowhere", "scale": "much"},
+            "The scale must be a finite number, 1 as saved and 0 off, got 'much'.",
+        ),
         ({"pretrained": "nowhere", "scale": 0.5}, "scale and positions are those of an adapter: .* as well."),
         ({"pretrained": "nowhere"}, "nowhere is neither a folder with a transformers config.json nor a model that"),
         ({"adapter": "nowhere", "positions": "some"}, "positions"),
