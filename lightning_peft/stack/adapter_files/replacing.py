@@ -115,10 +115,6 @@ def _folders(files: Sequence[str]) -> list[str]:
 
 def _check_places(root: Path, files: Sequence[str]) -> None:
     """Raise `AdapterError` unless the files are whole adapters', and their places within `root` free or files'."""
-    for folder in _folders(files):
-        heads = {CONFIG, ORDER} if not folder else {f"{folder}/{CONFIG}"}
-        if not heads & set(files):
-            raise AdapterError(f"{root} cannot hold {', '.join(map(repr, files))} without {sorted(heads)[0]}.")
     for file in files:
         *above, name = file.split("/")
         known = name in _PART or name == README
@@ -129,3 +125,7 @@ def _check_places(root: Path, files: Sequence[str]) -> None:
             raise AdapterError(f"{root / folder} is a link or a file where an adapter's folder should be: remove it.")
         if (root / file).is_dir() and not (root / file).is_symlink():
             raise AdapterError(f"{root / file} is a folder where an adapter's file should be: remove it.")
+    for folder in {file.rpartition("/")[0] for file in files}:
+        heads = {f"{folder}/{CONFIG}"} if folder else {CONFIG, ORDER}
+        if not heads & set(files):
+            raise AdapterError(f"{root} cannot hold {', '.join(map(repr, files))} without {sorted(heads)[0]}.")
