@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft.adapterhub.folder import SavedHead
 from lightning_peft.adapterhub.part import ROOT, Part
+from lightning_peft.backbone.modules import state_tensors
 from lightning_peft.backbone.task_heads import task_heads
 
 
@@ -28,7 +29,7 @@ def with_head(parts: Sequence[Part], head: SavedHead | None, model: nn.Module) -
         return list(parts), (_left_out(head, model),)
     inside = {key: value for key, value in head.tensors.items() if any(key.startswith(f"{name}.") for name in heads)}
     outside = head.tensors.keys() - inside.keys()
-    state = model.state_dict()
+    state = state_tensors(model)
     if outside and all(torch.equal(head.tensors[key], state[key]) for key in outside):
         outside = set()  # the base's own: nothing is lost
     if outside:

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.modules import state_tensors
 from lightning_peft.files.atomic import new_file
 from lightning_peft.stack.stack import find_stacks
 
@@ -29,9 +30,8 @@ def changed_outside(module: L.LightningModule, fresh: Callable[[], L.LightningMo
         fresh: makes the same as it was before, without adapters; called where there is anything outside.
     """
     prefixes = tuple(f"{name}." if name else "" for name in find_stacks(module))
-    state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    outside = {name: value for name, value in state.items() if not name.startswith(prefixes)}
-    before = fresh().state_dict() if outside else {}
+    outside = {name: value for name, value in state_tensors(module).items() if not name.startswith(prefixes)}
+    before = state_tensors(fresh()) if outside else {}
     same = {name for name, value in outside.items() if name in before and _equal(value, before[name])}
     return {name: value.detach().cpu() for name, value in outside.items() if name not in same}
 
