@@ -236,6 +236,8 @@ class _Citizen:
         )
 
     def added_by_transformers(self) -> None:
+        from peft.utils import ModulesToSaveWrapper
+
         model = self._backbone()
         model.load_adapter(str(self.folder), adapter_name="one")
         model.add_adapter(copy.deepcopy(self.config), adapter_name="other")
@@ -249,7 +251,9 @@ class _Citizen:
         model.disable_adapters()
         self._check(model, self.base, "disabled by transformers", 0.0)
         model.enable_adapters()
-        model.set_adapter("one")  # enabling alone leaves copies in modules_to_save off, LoRA's too
+        for module in model.modules():  # transformers 5.23 leaves copies in modules_to_save off, LoRA's too
+            if isinstance(module, ModulesToSaveWrapper):
+                module.enable_adapters(True)
         self._check(model, self.by_transformers, "enabled by transformers")
 
     def deleted_by_transformers(self) -> None:
