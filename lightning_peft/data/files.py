@@ -168,15 +168,16 @@ def _text(file: Path) -> str:
 
 def _from_csv(file: Path) -> list[Row]:
     text = _text(file)
-    header = text.splitlines()[0]
-    if file.suffix.lower() == ".tsv":
-        delimiter = "\t"
-    else:  # spreadsheets of half the world write ; between fields
-        delimiter = next((d for d in (",", ";", "\t") if d in header), ",")
+    header = text.lstrip().splitlines()[0]
+    # spreadsheets of half the world write ; between fields
+    separators = ("\t",) if file.suffix.lower() == ".tsv" else (",", ";", "\t")
+    delimiter = next((separator for separator in separators if separator in header), separators[0])
     # what was pasted from pages is longer than the reader's 128 KiB a field
-    limit = csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        return list(_records(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), file))
+        return list(
+            _records(csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=delimiter, strict=True), file)
+        )
     finally:
         csv.field_size_limit(limit)
 

@@ -34,7 +34,6 @@ class Example(TypedDict):
         prompt_end: the position id of the last prompt token.
         label: 1 for a text that is wanted, 0 for one that is not.
         group: the same number for texts that belong together.
-        right: 1 for a right answer to a question, 0 for a wrong one.
     """
 
     input_ids: list[int]
@@ -42,7 +41,6 @@ class Example(TypedDict):
     labels: NotRequired[list[int] | int]
     prompt_end: NotRequired[int]
     label: NotRequired[int]
-    right: NotRequired[int]
 
 
 class FoldSplit(Protocol):
@@ -107,6 +105,7 @@ class RowData(L.LightningDataModule, ABC):
         self.path, self.split = str(path), split
         self.tokenizer, self.batch_size, self.num_workers = tokenizer, batch_size, num_workers
         self.val_fraction, self.seed, self.limit, self.max_length = val_fraction, seed, limit, max_length
+        self.kind: Kind | None = None  # what training batches hold, where an argument says
         self.rows: list[Row] = []
         self._fold: FoldSplit | None = None
         self._group: list[int] = []  # of each row
@@ -120,12 +119,16 @@ class RowData(L.LightningDataModule, ABC):
     def columns(self) -> Sequence[str]:
         """Return the columns that the file must have."""
 
-    def check(self) -> None:  # noqa: B027 - a subclass may need no more than its columns
+    def check(self) -> None:
         """Raise `DataError`, with the row, for rows that cannot be used; before anything is encoded."""
 
     def groups(self) -> list[int]:
         """Return the group of each row, counted from 0; by default each row is its own."""
         return list(range(len(self.rows)))
+
+    def has(self, column: str) -> bool:
+        """Return whether any row has a column."""
+        return any(column in row.values for row in self.rows)
 
     @abstractmethod
     def encode(self, row: Row, kind: Kind) -> list[Example]:
@@ -172,10 +175,9 @@ class RowData(L.LightningDataModule, ABC):
     def _read(self) -> None:
         if self.rows:
             return
-        rows = read_rows(self.path, self.split)
-        check_columns(rows, self.columns(), self.path)
-        self.rows = rows
+        self.rows = rows = read_rows(self.path, self.split)
         try:
+            check_columns(rows, self.columns(), self.path)
             self.check()
             self._group = self.groups()
             if self.limit is not None:
@@ -222,7 +224,9 @@ class RowData(L.LightningDataModule, ABC):
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def train_kind(self) -> Kind:
-        """Return what training batches hold: statements where the Trainer computes an edit, else answers."""
+        """Return what training batches hold: as `kind` says, or statements where the Trainer computes an edit."""
+        if self.kind is not None:
+            return self.kind
         callbacks = [] if self.trainer is None else vars(self.trainer)["callbacks"]
         return "statements" if any(isinstance(callback, Edit) for callback in callbacks) else "answers"
 
@@ -348,3 +352,25 @@ class RowData(L.LightningDataModule, ABC):
         if isinstance(labels := example.get("labels"), list):
             example["labels"] = labels[: self.max_length]
         return example
+
+
+def numbered(keys: Sequence[object]) -> list[int]:
+    """Return the number of each key, equal ones alike, counted in the order in which they come.
+
+    Example:
+        >>> numbered(["b", "a", "b"])
+        [0, 1, 0]
+    """
+    numbers: dict[object, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def normal(text: str) -> str:
+    """Return a text as it is compared with others: without regard to case and spaces."""
+    return " ".join(text.split()).casefold()
+
+
+def check_kind(kind: str | None) -> None:
+    """Raise `ValueError` for an argument `train` that there is not."""
+    if kind not in (None, "answers", "statements"):
+        raise ValueError(f'train must be "answers" or "statements", or be left out, got {kind!r}.')
