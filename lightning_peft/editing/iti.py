@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.directions import (
     DIRECTIONS,
+    check_apart,
     contrast_pairs,
     mass_mean,
     principal,
@@ -145,10 +146,16 @@ def compute_iti(
         raise ValueError("The authors' sigma is that of texts that end in a question: give sigma_activations.")
 
     x = activations.reshape(len(activations), layers * heads, width).float()
-    train, val = (reference_split if reference else split_questions)(question_id, val_fraction, seed)
+    if reference:
+        train, val = reference_split(question_id, val_fraction, seed)
+    else:
+        train, val = _split_of_both_classes(truth, question_id, val_fraction, seed)
     for name, rows in (("training", train), ("validation", val)):
         if len(truth[rows].unique()) < 2:
-            raise ValueError(f"The inner {name} split has statements of one class only: give more questions.")
+            raise ValueError(
+                f"The inner {name} split has statements of one class only: give more questions (groups), or ones that "
+                "have statements of both classes."
+            )
     probes = LogisticProbes(C=C, standardize=not reference).fit(x[train], truth[train])
     accuracy = probes.score(x[val], truth[val])
     if reference:
@@ -204,6 +211,19 @@ def split_questions(question_id: Tensor, val_fraction: float, seed: int) -> tupl
     return torch.from_numpy(train), torch.from_numpy(val)
 
 
+def _split_of_both_classes(truth: Tensor, question_id: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split as `split_questions` with the first seed from `seed` on that leaves both classes on both sides.
+
+    Few texts that are each their own group are often split so that one side has a single class. Where a hundred seeds
+    do not help, the split of `seed` itself is returned.
+    """
+    for other in range(seed, seed + 100):
+        train, val = split_questions(question_id, val_fraction, other)
+        if all(len(truth[rows].unique()) > 1 for rows in (train, val)):
+            return train, val
+    return split_questions(question_id, val_fraction, seed)
+
+
 def reference_split(question_id: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split as `split_questions`, but drawn as in the authors' code: among the questions in the release's order."""
     import numpy as np
@@ -231,7 +251,10 @@ def _directions(name: str, z: Tensor, truth: Tensor, question_id: Tensor, coef: 
         return mass_mean(z, truth)
     pairs = contrast_pairs(truth, question_id, seed)
     if len(pairs) < 2:
-        raise ValueError(f"direction {name!r} needs at least two questions with both a true and a false statement.")
+        raise ValueError(
+            f"direction {name!r} needs at least two questions with both a true and a false statement: give texts that "
+            "belong together one group."
+        )
     if name == "pca":
         return principal(z, truth, pairs)
     return probe_weight(CCSProbes(seed=seed).fit(z, truth, pairs)).float()
@@ -255,6 +278,7 @@ def _check(activations: Tensor, truth: Tensor, question_id: Tensor, others: Tens
             raise ValueError(f"The activations of layer {layer}, head {head} contain NaN or infinite values.")
     if (kinds := set(truth.unique().tolist())) != {0, 1}:
         raise ValueError(f"Statements of both classes are needed, truth 0 and 1; the values given are {sorted(kinds)}.")
+    check_apart(activations, truth)
 
 
 def _hash(activations: Tensor, truth: Tensor, question_id: Tensor) -> str:
