@@ -60,6 +60,17 @@ def render_chat(
     return _encode(tokenizer, render_text(tokenizer, messages, add_generation_prompt))
 
 
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """Return what an answer to messages is asked by, as a text that the tokenizer takes.
+
+    That is the template's text with its generation prompt, without the first token where the tokenizer puts that before
+    every text by itself.
+    """
+    text, first = render_text(tokenizer, messages, add_generation_prompt=True), tokenizer.bos_token
+    adds_first = first is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(first) if adds_first and first is not None else text
+
+
 def encode_turn(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: str, end: bool = True
 ) -> tuple[list[int], int]:
