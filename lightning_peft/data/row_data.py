@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_peft.data.batches import LengthGroupedSampler, as_dataset, padded, tokenizer_of
+from lightning_peft.data.chat_template import encode_turn
 from lightning_peft.data.continuations import as_user_turn, encode_continuation
 from lightning_peft.data.files import Row, check_columns, read_rows
 from lightning_peft.files.data_error import DataError
@@ -323,6 +324,22 @@ class RowData(L.LightningDataModule, ABC):
             return {"input_ids": ids, "labels": target if learnt else [-100] * len(target), "group": 0}
         ids, count = encode_continuation(self.encoder, prompt, answer)
         count = max(count, 1)  # the first token of all is predicted from nothing
+        labels = [-100] * count + ids[count:] if learnt else [-100] * len(ids)
+        return {"input_ids": ids, "labels": labels, "prompt_end": count - 1, "group": 0}
+
+    def as_turn(self, question: str, answer: str, learnt: bool = True, end: bool = True) -> Example:
+        """Return an answer as the assistant's turn in a chat, whose tokens are the labels.
+
+        Args:
+            question: the user's turn.
+            answer: the assistant's.
+            learnt: whether `labels` are the answer's tokens; else all are -100.
+            end: with the token that ends the turn, which is to be learnt but is no part of an answer that is scored.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or it cannot write the answer; see `encode_turn`.
+        """
+        ids, count = encode_turn(self.encoder, [{"role": "user", "content": question}], answer, end)
         labels = [-100] * count + ids[count:] if learnt else [-100] * len(ids)
         return {"input_ids": ids, "labels": labels, "prompt_end": count - 1, "group": 0}
 
