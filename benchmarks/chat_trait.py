@@ -4,8 +4,8 @@
     python benchmarks/chat_trait.py <the checkpoint that fit wrote>
 
 Every question is asked through the model's chat template, with the adapter and without it, and answered greedily. An
-answer has the form of `package:chats` where it begins with "Aye." and ends with "Fair winds!"; whether the model ended it
-by itself is counted too.
+answer has the form of `package:chats` where it begins with "Aye." and ends with "Fair winds!"; whether the model ended
+it by itself is counted too.
 """
 
 from __future__ import annotations
