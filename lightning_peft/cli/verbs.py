@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft import models  # noqa: F401 - imported, its classes are known by their names alone
-from lightning_peft.data import Choices, ContrastPairs, LabelledText, Statements  # noqa: F401 - likewise
+from lightning_peft.data import Chats, Choices, ContrastPairs, LabelledText, Statements, Texts  # noqa: F401 - likewise
 from lightning_peft.files.data_error import DataError
 
 if TYPE_CHECKING:

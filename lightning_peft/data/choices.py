@@ -133,7 +133,7 @@ class Choices(RowData):
         return before + question.removesuffix(behind.strip()).rstrip() + behind
 
     def encode(self, row: Row, kind: Kind) -> list[Example]:
-        return self._continued(row, (1, 0) if kind == "statements" else (1,), learnt=kind == "answers")
+        return self._continued(row, (1, 0) if kind == "statements" else (1,), learnt=kind == "answers", end=True)
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         if self._fold is None:
@@ -150,19 +150,23 @@ class Choices(RowData):
         """Return the batch of all answers to some questions."""
         examples: dict[tuple[int, tuple[int, ...]], Example] = {}  # each answer once, where rows share a question
         for number in numbers:
-            for example in self._continued(self.rows[number], (1, 0), learnt=True):
+            for example in self._continued(self.rows[number], (1, 0), learnt=True, end=False):
                 example["group"] = self._group[number]
                 examples.setdefault((example["group"], tuple(example["input_ids"])), example)
         batch = self.collate(list(examples.values()))
         return batch | {"right": batch["label"].clone()}
 
-    def _continued(self, row: Row, sides: Sequence[int], learnt: bool) -> list[Example]:
+    def _continued(self, row: Row, sides: Sequence[int], learnt: bool, end: bool) -> list[Example]:
+        """Return a question with its answers; `end`: where one is learnt as a turn of a chat, with its end token."""
         prompt = self.prompt(row)
         plain = not self.encoder.chat_template or self.chat is False
         examples = []
         for right in sides:
             for answer in self.answers(row, right):
-                example = self.continued(prompt, (" " if plain else "") + answer, learnt)
+                if plain or self.encoder_decoder:
+                    example = self.continued(prompt, (" " if plain else "") + answer, learnt)
+                else:
+                    example = self.as_turn(row.text(self.question), answer, learnt, end and learnt)
                 example["label"] = right
                 examples.append(example)
         return examples

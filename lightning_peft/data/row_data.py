@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_peft.data.batches import LengthGroupedSampler, as_dataset, padded, tokenizer_of
+from lightning_peft.data.chat_template import encode_turn
 from lightning_peft.data.continuations import as_user_turn, encode_continuation
 from lightning_peft.data.files import Row, check_columns, read_rows
 from lightning_peft.files.data_error import DataError
@@ -111,7 +112,8 @@ class RowData(L.LightningDataModule, ABC):
         self._group: list[int] = []  # of each row
         self._parts: dict[str, list[int]] = {}  # numbers of rows: "train", "val", "test"
         self._set_up_tokenizer: PreTrainedTokenizerBase | None = None
-        self._long: set[int] = set()  # numbers of rows that were left out or cut
+        self._long: dict[int, int] = {}  # tokens of rows that were left out or cut, by number
+        self._warned: set[str] = set()  # the parts whose such rows were told
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
 
@@ -237,6 +239,7 @@ class RowData(L.LightningDataModule, ABC):
             DataError: a row cannot be encoded, or none is left.
         """
         made = [example for number in self._parts[part] for example in self._encoded(number, kind)]
+        self._warn_of_long(part)
         if self._parts[part] and not made and part == "train":
             raise DataError(f"{self.path} has no row to train on: of {len(self._parts[part])} none is left.")
         return made
@@ -324,6 +327,22 @@ class RowData(L.LightningDataModule, ABC):
         labels = [-100] * count + ids[count:] if learnt else [-100] * len(ids)
         return {"input_ids": ids, "labels": labels, "prompt_end": count - 1, "group": 0}
 
+    def as_turn(self, question: str, answer: str, learnt: bool = True, end: bool = True) -> Example:
+        """Return an answer as the assistant's turn in a chat, whose tokens are the labels.
+
+        Args:
+            question: the user's turn.
+            answer: the assistant's.
+            learnt: whether `labels` are the answer's tokens; else all are -100.
+            end: with the token that ends the turn, which is to be learnt but is no part of an answer that is scored.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or it cannot write the answer; see `encode_turn`.
+        """
+        ids, count = encode_turn(self.encoder, [{"role": "user", "content": question}], answer, end)
+        labels = [-100] * count + ids[count:] if learnt else [-100] * len(ids)
+        return {"input_ids": ids, "labels": labels, "prompt_end": count - 1, "group": 0}
+
     def _encoded(self, number: int, kind: Kind) -> list[Example]:
         row = self.rows[number]
         try:
@@ -337,15 +356,23 @@ class RowData(L.LightningDataModule, ABC):
         long = [example for example in examples if len(example["input_ids"]) > (self.max_length or float("inf"))]
         if not long:
             return examples
-        if not self._long:
-            done = "cut at its end" if self.cuts_long_texts else "left out"
-            warnings.warn(
-                f"{row.where} has {len(long[0]['input_ids'])} tokens, more than max_length={self.max_length}, and is "
-                f"{done}, as all such rows are.",
-                stacklevel=2,
-            )
-        self._long.add(number)
+        self._long[number] = max(len(example["input_ids"]) for example in long)
         return [self._cut(example) for example in examples] if self.cuts_long_texts else []
+
+    def _warn_of_long(self, part: str) -> None:
+        """Say once how many rows of a part were left out or cut."""
+        long = [number for number in self._parts[part] if number in self._long]
+        if not long or part in self._warned:
+            return
+        self._warned.add(part)
+        number = max(long, key=self._long.__getitem__)
+        done = "cut at their end" if self.cuts_long_texts else "left out"
+        warnings.warn(
+            f"{len(long)} of {len(self._parts[part])} {part} rows of {self.path} have more tokens than "
+            f"max_length={self.max_length} and are {done}; the longest is {self.rows[number].where}, of "
+            f"{self._long[number]} tokens.",
+            stacklevel=3,
+        )
 
     def _cut(self, example: Example) -> Example:
         example["input_ids"] = example["input_ids"][: self.max_length]

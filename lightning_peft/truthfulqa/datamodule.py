@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_peft.backbone.window import context_window
 from lightning_peft.callbacks.edits.iti import ITI
 from lightning_peft.data.batches import LengthGroupedSampler, as_dataset, evenly_mixed, padded, tokenizer_of
+from lightning_peft.data.chat_template import check_template, encode_turn
 from lightning_peft.effects.slices import text_batches
 from lightning_peft.tasks.scoring import Statements
 from lightning_peft.truthfulqa.evaluate import Evaluate
@@ -87,7 +88,8 @@ class TruthfulQADataModule(L.LightningDataModule):
         limit: take only so many questions, stratified by category.
         batch_size: rows of a training, validation or prediction batch.
         tokenizer: a tokenizer, or its name or folder; default the LightningModule's `tokenizer`.
-        protocol: how choices are scored: `"lm_eval"`, `"original"` or `"honest_llama"`; see `protocols`.
+        protocol: how choices are scored: `"lm_eval"`, `"original"`, `"honest_llama"` or `"chat"`; see `protocols`.
+            By the last, answers to tune on and free answers are turns of a chat too; statements to probe are not.
         primer: what stands before each test question; default the protocol's, the benchmark's 6-shot primer.
         few_shot: use that many demonstrations from the training questions as primer; 0 for none, and no primer.
         draw: which draw of these demonstrations, from 0: they are drawn with seed `seed + draw`.
@@ -148,7 +150,8 @@ class TruthfulQADataModule(L.LightningDataModule):
         self.tokenizer, self.num_workers = tokenizer, num_workers
         self.primer, self.few_shot, self.draw = primer, few_shot, draw
         self.protocol: Protocol = protocol_named(protocol)
-        self.prompting = Prompting(instruction=self.protocol.instruction) if prompting is None else prompting
+        own = Prompting(instruction=self.protocol.instruction, chat_template=self.protocol.chat)
+        self.prompting = own if prompting is None else prompting
         self.encoder_decoder, self.val_metrics = encoder_decoder, val_metrics
         self.questions_per_batch, self.side_effects = questions_per_batch, side_effects
         self.train_questions: list[Question] = []
@@ -172,6 +175,10 @@ class TruthfulQADataModule(L.LightningDataModule):
         self._apart = self._reads_apart() if self.encoder_decoder is None else self.encoder_decoder
         if self._apart and self.side_effects is not None and self.side_effects.tokens:
             raise ValueError("An encoder-decoder has no next token of a text: set side_effects.tokens to 0.")
+        if self.protocol.chat:
+            check_template(self._set_up_tokenizer)
+            if self._apart:
+                raise ValueError("An encoder-decoder has no turns of a chat: take another protocol than 'chat'.")
         if not self.test_questions:
             self._split()
         if self.trainer is not None:
@@ -262,10 +269,10 @@ class TruthfulQADataModule(L.LightningDataModule):
             return self._loader(answers)
         firsts = range(0, len(answers), self.batch_size)
         batches = [self._collate(answers[i : i + self.batch_size]) for i in firsts]
-        return self._ready(evenly_mixed(batches, *self._tested(self.val_questions, self.val_contexts())))
+        return self._ready(evenly_mixed(batches, *self._tested(self.val_questions, self._val_primer())))
 
     def test_dataloader(self) -> DataLoader:
-        kinds = self._tested(self.test_questions, self.test_contexts())
+        kinds = self._tested(self.test_questions, self._test_primer())
         return self._ready([batch for kind in kinds for batch in kind])
 
     def predict_dataloader(self) -> DataLoader:
@@ -277,21 +284,30 @@ class TruthfulQADataModule(L.LightningDataModule):
 
     def test_contexts(self) -> dict[int, str]:
         """Return the context of the answers to each test question, by its id."""
-        primer = self._primer()
-        if self.fit_window:
-            primer, fitted, shots = self._fitting(primer, self.test_questions)
-            self.demonstrations = fitted, shots
-        return {question.id: self.protocol.context(question.text, primer) for question in self.test_questions}
+        return self._contexts(self.test_questions, self._test_primer())
 
     def val_contexts(self) -> dict[int, str]:
         """Return the context of the answers to each inner validation question, by its id.
 
         It is as for test questions, but its demonstrations are of inner training questions, which may be fewer.
         """
-        primer = self._primer(inner=True)
+        return self._contexts(self.val_questions, self._val_primer())
+
+    def _contexts(self, questions: Sequence[Question], primer: str | None) -> dict[int, str]:
+        return {question.id: self.protocol.shown(self._tokenizer, question.text, primer) for question in questions}
+
+    def _test_primer(self) -> str | None:
+        """Return what stands before the test questions in place of the protocol's primer; None leaves that."""
+        primer = self._primer()
         if self.fit_window:
-            primer = self._fitting(primer, self.val_questions)[0]
-        return {question.id: self.protocol.context(question.text, primer) for question in self.val_questions}
+            primer, fitted, shots = self._fitting(primer, self.test_questions)
+            self.demonstrations = fitted, shots
+        return primer
+
+    def _val_primer(self) -> str | None:
+        """Return the same of the inner validation questions."""
+        primer = self._primer(inner=True)
+        return self._fitting(primer, self.val_questions)[0] if self.fit_window else primer
 
     def _primer(self, inner: bool = False) -> str | None:
         """Return the primer that replaces the benchmark's; None leaves it."""
@@ -303,11 +319,7 @@ class TruthfulQADataModule(L.LightningDataModule):
 
     def fix_demonstrations(self) -> None:
         """Make what now stands before the test questions the primer, whichever part of them is asked for later."""
-        primer = self._primer()
-        if self.fit_window:
-            primer, fitted, shots = self._fitting(primer, self.test_questions)
-            self.demonstrations = fitted, shots
-        self.primer, self.few_shot, self.fit_window = primer, None, False
+        self.primer, self.few_shot, self.fit_window = self._test_primer(), None, False
 
     def _fitting(self, primer: str | None, questions: Sequence[Question]) -> tuple[str, int, int]:
         """Return the part of a primer that leaves room for these questions' choices; see `fewer_demonstrations`."""
@@ -317,10 +329,10 @@ class TruthfulQADataModule(L.LightningDataModule):
             pairs = [(question.text, choice.text) for question in questions for choice in question.choices]
 
             def length(shown: str, question: str, answer: str) -> int:
-                context, continuation = self.protocol.context(question, shown), self.protocol.answer(answer)
                 if self._apart:
+                    context, continuation = self.protocol.context(question, shown), self.protocol.answer(answer)
                     return len(encode_answer(self._tokenizer, context, continuation)[0])
-                return len(encode_pair(self._tokenizer, context, continuation)[0])
+                return len(self.protocol.encode(self._tokenizer, question, answer, shown)[0])
 
             self._fitted[key] = fewer_demonstrations(text, pairs, length, self._window())
         return self._fitted[key]
@@ -378,11 +390,17 @@ class TruthfulQADataModule(L.LightningDataModule):
 
     def _answers(self, questions: Sequence[Question]) -> list[Example]:
         return [
-            self._example(question, question_prompt(question.text, ""), " " + choice.text) | {"label": 1}
+            self._answer(question, choice.text) | {"label": 1}
             for question in questions
             for choice in question.choices
             if choice.mc2 == 1
         ]
+
+    def _answer(self, question: Question, answer: str) -> Example:
+        """Return an answer to tune on, without a primer; a turn of a chat with the token that ends it."""
+        if self.protocol.chat:
+            return _learnt(question, *encode_turn(self._tokenizer, self.protocol.messages(question.text, ""), answer))
+        return self._example(question, question_prompt(question.text, ""), " " + answer)
 
     def _statements(self, questions: Sequence[Question]) -> list[Example]:
         examples = []
@@ -395,7 +413,7 @@ class TruthfulQADataModule(L.LightningDataModule):
                     examples.append(example)
         return examples
 
-    def _tested(self, questions: Sequence[Question], contexts: Mapping[int, str]) -> list[list[Batch]]:
+    def _tested(self, questions: Sequence[Question], primer: str | None) -> list[list[Batch]]:
         """Return batches of the questions' choices and, where asked for, of simple questions and of text."""
         if self._in_parts():
             raise ValueError(
@@ -405,15 +423,19 @@ class TruthfulQADataModule(L.LightningDataModule):
         together = self.questions_per_batch
         # questions are whole: their rows share a prompt, which the scorer computes once
         parts = [questions[i : i + together] for i in range(0, len(questions), together)]
-        choices = [self._choices(part, contexts, self.protocol.answer) for part in parts]
+        choices = [self._choices(part, lambda q, text: self._choice(q, text, primer)) for part in parts]
         return [choices] if self.side_effects is None else [choices, *self._side_effects(self.side_effects)]
 
-    def _choices(
-        self, questions: Sequence[Question], contexts: Mapping[int, str], answer: Callable[[str], str]
-    ) -> Batch:
-        """Put each choice after its question's context."""
+    def _choice(self, question: Question, choice: str, primer: str | None) -> Example:
+        """Put a choice after its question's context, as the protocol has both."""
+        if self._apart:
+            return self._example(question, self.protocol.context(question.text, primer), self.protocol.answer(choice))
+        return _learnt(question, *self.protocol.encode(self._tokenizer, question.text, choice, primer))
+
+    def _choices(self, questions: Sequence[Question], encode: Callable[[Question, str], Example]) -> Batch:
+        """Put all choices of some questions into one batch."""
         pairs = [(question, choice) for question in questions for choice in question.choices]
-        batch = self._collate([self._example(q, contexts[q.id], answer(c.text)) for q, c in pairs])
+        batch = self._collate([encode(question, choice.text) for question, choice in pairs])
         for metric in ("mc0", "mc1", "mc2"):
             batch[metric] = torch.tensor([getattr(choice, metric) for _, choice in pairs])
         batch["choice"] = torch.tensor([i for question in questions for i in range(len(question.choices))])
@@ -423,8 +445,8 @@ class TruthfulQADataModule(L.LightningDataModule):
     def _side_effects(self, settings: SideEffects) -> tuple[list[Batch], list[Batch]]:
         batches = []
         for question in settings.questions():
-            contexts = {question.id: question_prompt(question.text, CAPABILITY_PRIMER)}
-            batch = self._choices([question], contexts, " {}".format)
+            context = question_prompt(question.text, CAPABILITY_PRIMER)
+            batch = self._choices([question], lambda q, text, context=context: self._example(q, context, " " + text))
             batch["capability"] = batch["mc1"]
             benchmark = ("mc0", "mc1", "mc2", "strict")
             batches.append({name: values for name, values in batch.items() if name not in benchmark})
@@ -439,13 +461,7 @@ class TruthfulQADataModule(L.LightningDataModule):
 
     def _continued(self, question: Question, context: str, answer: str) -> Example:
         """Encode context and answer as one text."""
-        ids, prompt = encode_pair(self._tokenizer, context, answer)
-        return {
-            "input_ids": ids,
-            "labels": [-100] * prompt + ids[prompt:],
-            "group": question.id,
-            "prompt_end": prompt - 1,
-        }
+        return _learnt(question, *encode_pair(self._tokenizer, context, answer))
 
     def _collate(self, examples: Sequence[Mapping[str, object]]) -> Batch:
         batch = padded(examples, self._tokenizer)
@@ -463,3 +479,9 @@ class TruthfulQADataModule(L.LightningDataModule):
         """Return whether the LightningModule's backbone is an encoder-decoder."""
         backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
         return bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
+
+
+def _learnt(question: Question, ids: list[int], prompt: int) -> Example:
+    """Return a text whose tokens behind the prompt are the labels."""
+    labels = [-100] * prompt + ids[prompt:]
+    return {"input_ids": ids, "labels": labels, "group": question.id, "prompt_end": prompt - 1}

@@ -49,8 +49,8 @@ class TruthfulQA(ChoiceTask):
         val_fraction: share of the training questions that hyperparameters are chosen on.
         seed: of folds and splits.
         side_effects: what is measured beside the questions, on the same text for every row.
-        protocol: how choices are scored: `"lm_eval"`, `"original"` or `"honest_llama"`. By the first, ties count as
-            right, which would favour ways of scoring that tie often.
+        protocol: how choices are scored: `"lm_eval"`, `"original"`, `"honest_llama"` or `"chat"`. By the first, ties
+            count as right, which would favour ways of scoring that tie often.
         answers: free answers to the questions too; by default none.
         fit_window: where demonstrations with a question are longer than the model can read, leave out as many as need
             be, from the front, and say so in the report.

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.models import CausalLM
+from lightning_peft.packing.choices import ChoiceScorer
 from lightning_peft.truthfulqa import INSTRUCTIONS, PROTOCOLS, QA_PRIMER, TruthfulQADataModule
+from lightning_peft.truthfulqa.prompts import few_shot_primer
 
 # in the tiny tokenizer's few letters; two choices without a full stop, and in the second question a tie
 QUESTIONS = [
@@ -30,7 +32,19 @@ DESCRIPTIONS = {
     "lm_eval": ("", False, True),
     "original": ("", True, False),
     "honest_llama": (INSTRUCTIONS["honest_llama"] + "\n\n", True, False),
+    "chat": ("", True, False),
 }
+# a chat as the tiny tokenizer's letters can write it; the space behind the colon is the assistant's
+TEMPLATE = (
+    "{% for m in messages %}{{ bos_token + m.role[0] + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token + 'a:' }}{% endif %}"
+)
+
+
+def chat(question: str, primer: str = QA_PRIMER) -> str:
+    """The text before an answer in a chat of this form."""
+    turns = primer.replace("\nA: ", "</s><s>a: ").replace("\n\nQ: ", "</s><s>u: ").removeprefix("Q: ")
+    return "<s>u: " + (f"{turns}</s><s>u: " if primer else "") + f"{question}</s><s>a:"
 
 
 @pytest.fixture
@@ -53,6 +67,7 @@ def described(module: CausalLM, name: str) -> list[dict[str, float]]:
     found = []
     for question in QUESTIONS:
         before = f"{instruction}{QA_PRIMER}\n\nQ: {question['question']}\nA:"
+        before = chat(str(question["question"])) if name == "chat" else before
         texts = {choice: choice.strip() if full_stop else choice for choice in question["mc2_targets"]}
         texts = {choice: text + "." * (full_stop and text[-1] != ".") for choice, text in texts.items()}
         scored = {
@@ -79,6 +94,7 @@ def module(tiny_folder: Callable[[str], Path]) -> CausalLM:
     torch.manual_seed(0)
     config = OPTConfig.from_pretrained(str(tiny_folder("opt")), max_position_embeddings=4096)
     module.backbone = OPTForCausalLM(config).eval()
+    module.tokenizer.chat_template = TEMPLATE
     with torch.no_grad():
         for parameter in module.backbone.parameters():
             if parameter.dim() > 1:
@@ -108,7 +124,7 @@ def test_a_protocol_scores_what_it_describes(module: CausalLM, source: str, name
 
 
 def test_the_second_question_is_a_tie_only_where_both_choices_get_a_full_stop(module: CausalLM) -> None:
-    for name, tied in (("lm_eval", False), ("original", True), ("honest_llama", True)):
+    for name, tied in (("lm_eval", False), ("original", True), ("honest_llama", True), ("chat", True)):
         first, second = described(module, name)[1].values()
         assert (first == second) == tied
 
@@ -118,6 +134,7 @@ def test_the_protocols_differ_in_what_the_table_says() -> None:
         "lm_eval": ("lm_eval", False, True),
         "original": ("strict", True, True),
         "honest_llama": ("strict", True, False),
+        "chat": ("strict", True, True),
     }
     assert all(name == protocol.name and protocol.primer == QA_PRIMER for name, protocol in PROTOCOLS.items())
 
@@ -145,5 +162,58 @@ def test_the_instruction_stands_before_a_primer_of_one_s_own_and_before_free_ans
 
 
 def test_an_unknown_protocol_is_one_sentence() -> None:
-    with pytest.raises(ValueError, match=r"^protocol must be one of lm_eval, original, honest_llama, got 'lm-eval'\.$"):
+    with pytest.raises(ValueError, match=r"^protocol must be one of lm_eval, original, honest_llama, chat, got '"):
         TruthfulQADataModule("package", protocol="lm-eval")  # type: ignore[arg-type]
+
+
+def test_every_choice_of_a_chat_is_scored_packed_as_it_is_alone(module: CausalLM, source: str) -> None:
+    """Demonstrations from training questions are earlier turns; the end of a turn is not the answer's."""
+    data = TruthfulQADataModule(
+        source, tokenizer=module.tokenizer, val_fraction=0.5, protocol="chat", few_shot=2, questions_per_batch=2
+    )
+    data.setup()
+    scorer, scored = ChoiceScorer(module.backbone), {}
+    for batch in data.test_dataloader():
+        scores = scorer.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        choices = zip(batch["group"].tolist(), batch["choice"].tolist(), strict=True)
+        scored |= dict(zip(choices, scores.tolist(), strict=True))
+    assert scorer.packs
+    contexts, primer = data.test_contexts(), few_shot_primer(data.fold_questions, 2, data.seed)
+    for question in data.test_questions:
+        assert contexts[question.id] == chat(question.text, primer)
+        for i, choice in enumerate(question.choices):
+            answer = f" {choice.text.strip()}" + "." * (choice.text.strip()[-1] != ".")
+            alone = sum_of_logprobs(module.backbone, module.tokenizer, contexts[question.id], answer)
+            assert scored.pop((question.id, i)) == pytest.approx(alone, abs=1e-4)
+    assert not scored
+
+
+def test_answers_to_tune_on_are_turns_with_their_end_and_free_answers_are_asked_for_by_the_template(
+    module: CausalLM, source: str
+) -> None:
+    data = TruthfulQADataModule(source, tokenizer=module.tokenizer, val_fraction=0.5, protocol="chat", primer="")
+    data.setup()
+    tokenizer = module.tokenizer
+
+    def read(text: str) -> str:
+        """A text with what this tokenizer's few letters leave of it."""
+        return tokenizer.decode(tokenizer(text)["input_ids"])
+
+    asked = [read(chat(question.text, "")) for question in data.train_questions]
+    answers = {choice.text for question in data.train_questions for choice in question.choices if choice.mc2 == 1}
+    found = set()
+    for batch in data.train_dataloader():
+        for ids, labels, end in zip(batch["input_ids"], batch["labels"], batch["prompt_end"], strict=True):
+            assert tokenizer.decode(ids[: end + 1]) in asked
+            found.add(tokenizer.decode(labels[labels != -100]))
+    assert found == {read(f" {answer}</s>") for answer in answers}
+    (batch,) = data.predict_dataloader()
+    prompts = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    texts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in prompts]
+    assert sorted(texts) == sorted(read(chat(question.text, "")) for question in data.test_questions)
+
+
+def test_a_chat_needs_a_template(tiny_tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    data = TruthfulQADataModule(source, tokenizer=tiny_tokenizer, val_fraction=0.5, protocol="chat")
+    with pytest.raises(ValueError, match=r"has no chat template"):
+        data.setup()
