@@ -210,9 +210,7 @@ def split_questions(question_id: Tensor, val_fraction: float, seed: int) -> tupl
     return torch.from_numpy(train), torch.from_numpy(val)
 
 
-def _split_of_both_classes(
-    truth: Tensor, question_id: Tensor, val_fraction: float, seed: int
-) -> tuple[Tensor, Tensor]:
+def _split_of_both_classes(truth: Tensor, question_id: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split as `split_questions` with the first seed from `seed` on that leaves both classes on both sides.
 
     Few texts that are each their own group are often split so that one side has a single class. Where a hundred seeds

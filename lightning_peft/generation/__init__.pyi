@@ -5,5 +5,6 @@ from .answers import answers as answers
 from .conversation import Conversation as Conversation
 from .decoding import Decoding as Decoding
 from .loading import load as load
+from .prediction_writer import PredictionWriter as PredictionWriter
 from .prompts import PromptError as PromptError
 from .stream import stream as stream

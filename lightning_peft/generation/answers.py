@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_peft.generation.adapted import AdaptedModel
 from lightning_peft.generation.decoding import Decoding
-from lightning_peft.generation.prompts import Prompt, encode, room_behind
+from lightning_peft.generation.prompts import Prompt, encode, room_behind, turn_ends
 from lightning_peft.packing.generation import GreedyWriter
 from lightning_peft.positions import PositionsError
 
@@ -96,19 +96,17 @@ def answer_each(
         ["The prompt"] if len(prompts) == 1 else [f"Prompt {number}" for number in range(1, len(prompts) + 1)]
     )
     rows = [encode(adapted, prompt, system, chat, where) for prompt, where in zip(prompts, named, strict=True)]
-    return _answered(adapted, rows, decoding, batch_size, beside_base)
+    ends = turn_ends(adapted, prompts, chat)
+    # of one state of the model each: what they keep of the beginning that prompts share is that state's
+    own, base = BatchWriter(adapted, decoding, ends), BatchWriter(adapted, decoding, ends) if beside_base else None
+    return _answered(rows, own, base, batch_size)
 
 
 def _answered(
-    adapted: AdaptedModel, rows: list[list[int]], decoding: Decoding, batch_size: int, beside_base: bool
+    rows: Sequence[list[int]], own: BatchWriter, base: BatchWriter | None, batch_size: int
 ) -> Iterator[Answer]:
-    rooms = [decoding.max_new_tokens] * len(rows)
-    for number, ids in enumerate(rows):
-        room = room_behind(adapted, len(ids))
-        rooms[number] = min(rooms[number], rooms[number] if room is None else room)
+    rooms = [own.room(ids) for ids in rows]
     order = sorted(range(len(rows)), key=lambda number: (-rooms[number], len(rows[number]), number))
-    # of one state of the model each: what they keep of the shared beginning is that state's
-    own, base = _Writer(adapted, decoding), _Writer(adapted, decoding)
     turn = 0
     for room, group in groupby(order, key=rooms.__getitem__):
         numbers = list(group)
@@ -117,24 +115,39 @@ def _answered(
             encoded = [rows[number] for number in batch]
             texts = own.write(encoded, room, turn)
             beside: Sequence[str | None] = [None] * len(batch)
-            if beside_base:
-                with adapted.as_base():
+            if base is not None:
+                with base.adapted.as_base():
                     beside = base.write(encoded, room, turn)
             yield from map(Answer, batch, texts, beside)
             turn += 1
 
 
-class _Writer:
-    """Writes batches, for one state of the model."""
+class BatchWriter:
+    """Writes behind batches of prompts, for one state of the model.
 
-    def __init__(self, adapted: AdaptedModel, decoding: Decoding) -> None:
-        self.adapted, self.decoding = adapted, decoding
+    Args:
+        adapted: the model, whose adapters stay as they are.
+        decoding: how.
+        ends: tokens that end a text beside the model's own.
+    """
+
+    def __init__(self, adapted: AdaptedModel, decoding: Decoding, ends: Sequence[int] = ()) -> None:
+        self.adapted, self.decoding, self.ends = adapted, decoding, ends
         self._greedy: GreedyWriter | None = None
         if decoding.greedy and not adapted.is_encoder_decoder:
-            self._greedy = GreedyWriter(adapted.model, adapted.tokenizer)
+            self._greedy = GreedyWriter(adapted.model, adapted.tokenizer, ends)
 
-    def write(self, rows: list[list[int]], max_new_tokens: int, turn: int) -> list[str]:
-        """Return what the model writes behind some prompts."""
+    def room(self, ids: Sequence[int], where: str = "The prompt") -> int:
+        """Return how many tokens are written behind a prompt at most; raise `PromptError` where there is no room."""
+        room = room_behind(self.adapted, len(ids), where)
+        return self.decoding.max_new_tokens if room is None else min(room, self.decoding.max_new_tokens)
+
+    def write(self, rows: Sequence[list[int]], max_new_tokens: int, turn: int = 0) -> list[str]:
+        """Return what the model writes behind some prompts; `turn` is added to the seed.
+
+        Raises:
+            ValueError: an adapter cannot act where the answers are written.
+        """
         ids, mask = padded_left(rows, self.adapted)
         try:
             if self._greedy is not None:
@@ -144,7 +157,7 @@ class _Writer:
             raise ValueError(str(error)) from error
 
     def _generate(self, ids: Tensor, mask: Tensor, max_new_tokens: int, turn: int) -> list[str]:
-        with self.decoding.applied(self.adapted, max_new_tokens, turn) as ends:
+        with self.decoding.applied(self.adapted, max_new_tokens, turn, self.ends) as ends:
             written = self.adapted.model.generate(input_ids=ids, attention_mask=mask)
         prompt = 1 if self.adapted.is_encoder_decoder else ids.shape[1]  # a decoder begins with a token of its own
         tokens = [until_end(row[prompt:].tolist(), ends) for row in written]

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_peft.generation.adapted import AdaptedModel
 from lightning_peft.generation.decoding import Decoding
-from lightning_peft.generation.prompts import PromptError, encode
+from lightning_peft.generation.prompts import PromptError, encode, turn_ends
 from lightning_peft.generation.stream import stream_tokens
 
 
@@ -49,6 +49,7 @@ class Conversation:
         if system is not None and not system.strip():
             raise PromptError("The system message is empty.")
         encode(self.adapted, "Hello", system, chat=True, where="The system message")
+        self._ends = turn_ends(self.adapted, [], chat=True)
         self.system, self.messages = system, []
 
     def ask(self, text: str) -> Iterator[str]:
@@ -59,7 +60,7 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode(asked)
-        return self._kept(asked, stream_tokens(self.adapted, ids, self.decoding, turn=len(self.messages)))
+        return self._kept(asked, self._stream(ids, turn=len(self.messages)))
 
     def base(self) -> Iterator[str]:
         """Yield the base's answer to the user's last turn, which is not kept.
@@ -77,7 +78,10 @@ class Conversation:
 
     def _of_base(self, ids: list[int], turn: int) -> Iterator[str]:
         with self.adapted.as_base():
-            yield from stream_tokens(self.adapted, ids, self.decoding, turn)
+            yield from self._stream(ids, turn)
+
+    def _stream(self, ids: list[int], turn: int) -> Generator[str, None, None]:
+        return stream_tokens(self.adapted, ids, self.decoding, turn, self._ends)
 
     def _kept(self, asked: list[dict[str, str]], pieces: Generator[str, None, None]) -> Iterator[str]:
         written = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,13 +57,16 @@ class Decoding:
         return self.temperature == 0
 
     @contextmanager
-    def applied(self, adapted: AdaptedModel, max_new_tokens: int, turn: int = 0) -> Iterator[list[int]]:
+    def applied(
+        self, adapted: AdaptedModel, max_new_tokens: int, turn: int = 0, ends: Sequence[int] = ()
+    ) -> Iterator[list[int]]:
         """Let `generate` of the model write so; afterwards the random numbers of others go on as they would have.
 
         Args:
             adapted: the model.
             max_new_tokens: in place of these settings', where the window leaves fewer.
             turn: added to the seed.
+            ends: tokens that end a text beside the model's own.
 
         Yields:
             The tokens that end a text.
@@ -73,9 +76,9 @@ class Decoding:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         device = adapted.device
         with (
-            settings_of_generation(adapted.model, adapted.tokenizer, max_new_tokens, **sampling) as ends,
+            settings_of_generation(adapted.model, adapted.tokenizer, max_new_tokens, ends, **sampling) as all_ends,
             torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not self.greedy),
         ):
             if not self.greedy:
                 torch.manual_seed(self.seed + turn)
-            yield ends
+            yield all_ends

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_peft.backbone.window import context_window
@@ -64,6 +64,20 @@ def check_chats(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             f"{name} has no chat template, being no chat model: give it plain text (lightning-peft generate without "
             "--chat), or name a base that was tuned for chats."
         )
+
+
+def turn_ends(adapted: AdaptedModel, prompts: Iterable[Prompt], chat: bool) -> list[int]:
+    """Return the token that ends a turn in the model's chat template, where any of the prompts is a chat.
+
+    A model that is tuned on chats of a template writes it, whether or not its configuration knows it for an end.
+    """
+    if not (chat or any(not isinstance(prompt, str) for prompt in prompts)):
+        return []
+    content = "Yes"
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}]
+    text = str(adapted.tokenizer.apply_chat_template(turns, tokenize=False))
+    behind = adapted.tokenizer(text.rpartition(content)[2], add_special_tokens=False)["input_ids"]
+    return [token for token in list(behind)[:1] if token in adapted.tokenizer.all_special_ids]
 
 
 def room_behind(adapted: AdaptedModel, length: int, where: str = "The prompt") -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_peft.generation.adapted import AdaptedModel
 from lightning_peft.generation.answers import padded_left
 from lightning_peft.generation.decoding import Decoding
-from lightning_peft.generation.prompts import Prompt, encode, room_behind
+from lightning_peft.generation.prompts import Prompt, encode, room_behind, turn_ends
 from lightning_peft.positions import PositionsError
 
 if TYPE_CHECKING:
@@ -43,11 +43,12 @@ def stream(
         >>> for piece in stream(load("polite"), "Where is the station?", chat=True):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
-    return stream_tokens(adapted, encode(adapted, prompt, system, chat), Decoding(**decoding))
+    ids = encode(adapted, prompt, system, chat)
+    return stream_tokens(adapted, ids, Decoding(**decoding), ends=turn_ends(adapted, [prompt], chat))
 
 
 def stream_tokens(
-    adapted: AdaptedModel, ids: list[int], decoding: Decoding, turn: int = 0
+    adapted: AdaptedModel, ids: list[int], decoding: Decoding, turn: int = 0, ends: Sequence[int] = ()
 ) -> Generator[str, None, None]:
     """Yield what the model writes behind a prompt of tokens, as `stream` does.
 
@@ -56,6 +57,7 @@ def stream_tokens(
         ids: the prompt.
         decoding: how.
         turn: added to the seed.
+        ends: tokens that end a text beside the model's own.
     """
     room = room_behind(adapted, len(ids))
     limit = decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens)
@@ -68,8 +70,8 @@ def stream_tokens(
         batch, mask = padded_left([ids], adapted)
         written = _Written(adapted.tokenizer, pieces)
         try:
-            with decoding.applied(adapted, limit, turn) as ends:
-                written.ends = ends
+            with decoding.applied(adapted, limit, turn, ends) as all_ends:
+                written.ends = all_ends
                 adapted.model.generate(
                     input_ids=batch,
                     attention_mask=mask,
