@@ -83,9 +83,8 @@ class _Chat:
                 _note(str(error))
 
     def _ask(self, turn: str) -> None:
-        kept = self.talk.messages
         done = _show(self.talk.ask(turn), "adapted: " if self.beside else "")
-        if done and self.beside and self.talk.messages is not kept:
+        if done and self.beside:
             _show(self.talk.base(), "base: ")
 
     def _command(self, line: str) -> None:

@@ -37,6 +37,7 @@ class Conversation:
     def __init__(self, adapted: AdaptedModel, system: str | None = None, **decoding: Any) -> None:
         self.adapted, self.decoding = adapted, Decoding(**decoding)
         self.messages: list[dict[str, str]] = []
+        self._asked: list[dict[str, str]] = []  # up to the user's last turn, whether or not it got an answer
         self.system: str | None = None
         self.begin_anew(system)
 
@@ -50,16 +51,19 @@ class Conversation:
             raise PromptError("The system message is empty.")
         encode(self.adapted, "Hello", system, chat=True, where="The system message")
         self._ends = turn_ends(self.adapted, [], chat=True)
-        self.system, self.messages = system, []
+        self.system, self.messages, self._asked = system, [], []
 
     def ask(self, text: str) -> Iterator[str]:
         """Yield the answer to a user's turn in pieces, and keep both; of an answer that is cut off, what was written.
+
+        A turn to which nothing is written is not kept.
 
         Raises:
             PromptError: at once: the turn is empty, or the conversation has grown beyond the model's window.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode(asked)
+        self._asked = asked
         return self._kept(asked, self._stream(ids, turn=len(self.messages)))
 
     def base(self) -> Iterator[str]:
@@ -68,9 +72,9 @@ class Conversation:
         Raises:
             ValueError: at once: nothing was asked yet, or there is no base beside the model.
         """
-        if not self.messages:
+        if not self._asked:
             raise ValueError("Nothing was asked yet.")
-        asked = self.messages[:-1]
+        asked = self._asked
         ids = self._encode(asked)
         with self.adapted.as_base():  # which says at once where there is none
             pass

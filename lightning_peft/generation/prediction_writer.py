@@ -15,6 +15,7 @@ from lightning_peft.generation.adapted import AdaptedModel
 from lightning_peft.generation.answers import BatchWriter
 from lightning_peft.generation.decoding import Decoding
 from lightning_peft.generation.prompt_file import answer_line, writing_answers
+from lightning_peft.generation.prompts import turn_ends
 from lightning_peft.models import CausalLM, Seq2SeqLM
 from lightning_peft.prompt_end import prompt_end, token_labels
 from lightning_peft.replaced import Handle, replaced
@@ -67,7 +68,8 @@ class PredictionWriter(BasePredictionWriter):
                 return original(batch, *more, **named)
             if not writers:
                 adapted = AdaptedModel(cast(Any, pl_module.backbone), pl_module.tokenizer)
-                writers.append(BatchWriter(adapted, self.decoding))
+                ends = turn_ends(adapted, [], chat=bool(adapted.tokenizer.chat_template))
+                writers.append(BatchWriter(adapted, self.decoding, ends))
             prompts = prompts_of(batch, _reads_all(pl_module))
             limit = int(batch.get("max_new_tokens", self.decoding.max_new_tokens))
             room = min(writers[0].room(ids) for ids in prompts)

@@ -73,9 +73,14 @@ def turn_ends(adapted: AdaptedModel, prompts: Iterable[Prompt], chat: bool) -> l
     """
     if not (chat or any(not isinstance(prompt, str) for prompt in prompts)):
         return []
+    from jinja2 import TemplateError
+
     content = "Yes"
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}]
-    text = str(adapted.tokenizer.apply_chat_template(turns, tokenize=False))
+    try:
+        text = str(adapted.tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError:  # it asks for more than these
+        return []
     behind = adapted.tokenizer(text.rpartition(content)[2], add_special_tokens=False)["input_ids"]
     return [token for token in list(behind)[:1] if token in adapted.tokenizer.all_special_ids]
 
