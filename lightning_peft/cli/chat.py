@@ -51,7 +51,10 @@ def main(args: list[str]) -> None:
         if parsed.beside_base:
             with talk.adapted.as_base():  # which says at once where there is none
                 pass
-        _Chat(talk, parsed.beside_base).run()
+        try:
+            _Chat(talk, parsed.beside_base).run()
+        except KeyboardInterrupt:  # while another program writes the turns
+            raise SystemExit(130) from None
 
 
 class _Chat:
@@ -67,13 +70,13 @@ class _Chat:
 
     def run(self) -> None:
         """Take turns until the input ends."""
-        _note(f"{self.talk.adapted.name} with {self._strengths()}; /help lists commands.")
+        _note(f"{self.talk.adapted.name}: {self._strengths()}; /help lists commands.")
         for line in _lines(sys.stdin):
             turn = line.strip()
-            if turn == "/quit":
-                return
             if not turn:
                 continue
+            if turn.split()[0] == "/quit":
+                return
             try:
                 if turn.startswith("/") and not turn.startswith("//"):
                     self._command(turn)

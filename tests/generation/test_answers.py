@@ -120,7 +120,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a role that is refused": (
         [[{"role": "tool", "content": "What"}, {"role": "user", "content": "What"}]],
         {},
-        r"is refused by the chat template of .*base \(no tools here\)\.$",
+        r"^The prompt is no chat for .*base: The chat template does not take .* tool, user: no tools here\.$",
     ),
 }
 
