@@ -72,8 +72,13 @@ class PredictionWriter(BasePredictionWriter):
                 writers.append(BatchWriter(adapted, self.decoding, ends))
             prompts = prompts_of(batch, _reads_all(pl_module))
             limit = int(batch.get("max_new_tokens", self.decoding.max_new_tokens))
-            room = min(writers[0].room(ids) for ids in prompts)
-            return writers[0].write(prompts, min(limit, room))
+            rooms = [min(limit, writers[0].room(ids)) for ids in prompts]
+            texts = [""] * len(prompts)
+            for room in sorted(set(rooms)):  # one that comes to the window's end ends no other
+                rows = [row for row, own in enumerate(rooms) if own == room]
+                for row, text in zip(rows, writers[0].write([prompts[row] for row in rows], room), strict=True):
+                    texts[row] = text
+            return texts
 
         self._answering = replaced(pl_module, "predict_step", answer)
 

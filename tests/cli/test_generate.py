@@ -24,12 +24,14 @@ def failure(*args: object) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["edit", "plain", "stack", "base"])
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("edit", PROMPTS[1]), ("plain", PROMPTS[0]), ("stack", PROMPTS[0]), ("base", PROMPTS[0])]
+)
 def test_one_prompt_is_answered_and_nothing_else_is_printed(
-    talker: Path, name: str, capsys: pytest.CaptureFixture[str]
+    talker: Path, name: str, prompt: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["generate", str(talker / name), PROMPTS[1], *NEW])
-    expected = answers(load(talker / name), PROMPTS[1:2], max_new_tokens=6)
+    main(["generate", str(talker / name), prompt, *NEW])
+    expected = answers(load(talker / name), [prompt], max_new_tokens=6)
     assert capsys.readouterr().out == f"{expected[0].strip(chr(10))}\n" != "\n"
 
 
