@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, TextIO
 
 from lightning_peft.cli.arguments import one_sentence, parser
 from lightning_peft.cli.generation_options import (
@@ -132,10 +132,10 @@ class _Chat:
         return ", ".join(f"{name} at {scale:g}" for name, scale in strengths.items()) or "no adapter"
 
 
-def _show(pieces: Iterator[str], before: str) -> bool:
+def _show(pieces: Generator[str, None, None], before: str) -> bool:
     """Print an answer as it is written; return whether it was not stopped by Ctrl-C."""
     begun = False
-    with closing(cast("Generator[str, None, None]", pieces)):
+    with closing(pieces):
         try:
             for piece in pieces:
                 if not begun and not piece.strip():

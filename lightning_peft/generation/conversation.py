@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
@@ -53,7 +53,7 @@ class Conversation:
         self._ends = turn_ends(self.adapted, [], chat=True)
         self.system, self.messages, self._asked = system, [], []
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Yield the answer to a user's turn in pieces, and keep both; of an answer that is cut off, what was written.
 
         A turn to which nothing is written is not kept.
@@ -66,7 +66,7 @@ class Conversation:
         self._asked = asked
         return self._kept(asked, self._stream(ids, turn=len(self.messages)))
 
-    def base(self) -> Iterator[str]:
+    def base(self) -> Generator[str, None, None]:
         """Yield the base's answer to the user's last turn, which is not kept.
 
         Raises:
@@ -80,14 +80,14 @@ class Conversation:
             pass
         return self._of_base(ids, turn=len(asked) - 1)
 
-    def _of_base(self, ids: list[int], turn: int) -> Iterator[str]:
+    def _of_base(self, ids: list[int], turn: int) -> Generator[str, None, None]:
         with self.adapted.as_base():
             yield from self._stream(ids, turn)
 
     def _stream(self, ids: list[int], turn: int) -> Generator[str, None, None]:
         return stream_tokens(self.adapted, ids, self.decoding, turn, self._ends)
 
-    def _kept(self, asked: list[dict[str, str]], pieces: Generator[str, None, None]) -> Iterator[str]:
+    def _kept(self, asked: list[dict[str, str]], pieces: Generator[str, None, None]) -> Generator[str, None, None]:
         written = ""
         try:
             with closing(pieces):

@@ -113,7 +113,7 @@ def test_strength_changes_between_turns(stacked: AdaptedModel) -> None:
 def test_of_an_answer_that_is_cut_off_what_was_written_is_kept(stacked: AdaptedModel) -> None:
     talk = Conversation(stacked, max_new_tokens=100)
     written = ""
-    with closing(talk.ask("Who")) as pieces:  # type: ignore[type-var]
+    with closing(talk.ask("Who")) as pieces:
         while not written.strip():
             written += next(pieces)
     assert talk.messages[-1] == {"role": "assistant", "content": written}
