@@ -258,6 +258,18 @@ class RowData(L.LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._held_out("test")
 
+    def predict_dataloader(self) -> DataLoader:
+        prompts = self.prompts()
+        if not prompts:
+            raise DataError(f"{self.path} has no prompts, so there is nothing to predict.")
+        return self._loader([self._asked(prompt, number) for number, prompt in enumerate(prompts)])
+
+    def _asked(self, prompt: str, number: int) -> Example:
+        """Return a prompt alone, to be answered."""
+        begins = self.encoder.bos_token and prompt.startswith(self.encoder.bos_token)
+        ids = list(self.encoder(prompt, add_special_tokens=not begins)["input_ids"])
+        return {"input_ids": ids, "prompt_end": len(ids) - 1, "group": number}
+
     def _held_out(self, part: Literal["val", "test"]) -> DataLoader | list[DataLoader]:
         examples = self.examples(part, "answers")
         return self._loader(examples) if examples else []
