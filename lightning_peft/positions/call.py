@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.positions.context import CallContext
-from lightning_peft.positions.past import Past, StateLengths
+from lightning_peft.positions.past import Past, StateLengths, used_columns
 from lightning_peft.positions.policies import PositionsError
 
 
@@ -66,6 +66,8 @@ def read_call(
     real = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
     if attention is not None:
         attention = attention.to(tokens.device)
+        if attention.shape[1] > length and not torch.compiler.is_compiling():
+            attention = attention[:, : used_columns(arguments, length)]
         real = attention[:, -length:].to(torch.bool)
 
     generation = None if decodes else context.generation

@@ -81,6 +81,22 @@ class StateLengths:
         return type(self), ()
 
 
+def used_columns(arguments: Mapping[str, Any], length: int) -> int | None:
+    """Return how many columns of a cache of a fixed size, which masks may be as wide as, are in use after a call.
+
+    Args:
+        arguments: of the call.
+        length: of the call, in tokens.
+
+    Returns:
+        None where there is no such cache.
+    """
+    cache = arguments.get("past_key_values")
+    if not getattr(cache, "is_compileable", False) or not _counts(cache):
+        return None
+    return int(cache.get_seq_length()) + length
+
+
 def leaves_state(output: Any) -> bool:
     """Return whether a model's output holds a state that does not count the tokens it has read."""
     return any(not _counts(state) for state in _states(output))
