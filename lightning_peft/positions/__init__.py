@@ -27,6 +27,7 @@ where its answer began cannot be known.
 """
 
 from lightning_peft.positions.answers import answering, answering_batch, calling, note_batch, plain_text
+from lightning_peft.positions.decoder import check_sites, outside_answers
 from lightning_peft.positions.policies import POLICIES, PlainTextWarning, Policy, PositionsError, check_policy
 from lightning_peft.positions.tracking import Positions, track, tracked, tracking, untrack
 
@@ -40,7 +41,9 @@ __all__ = [
     "answering_batch",
     "calling",
     "check_policy",
+    "check_sites",
     "note_batch",
+    "outside_answers",
     "plain_text",
     "track",
     "tracked",

@@ -91,7 +91,7 @@ def used_columns(arguments: Mapping[str, Any], length: int) -> int | None:
     Returns:
         None where there is no such cache.
     """
-    cache = arguments.get("past_key_values")
+    cache: Any = arguments.get("past_key_values")
     if not getattr(cache, "is_compileable", False) or not _counts(cache):
         return None
     return int(cache.get_seq_length()) + length

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.positions.call import Call, read_call, rows_of, wrong_mask
 from lightning_peft.positions.context import CallContext, Contexts
+from lightning_peft.positions.decoder import decoder_of
 from lightning_peft.positions.generation import config_of, generation_of
 from lightning_peft.positions.past import StateLengths, leaves_state
 from lightning_peft.positions.policies import PositionsError, warn_of_plain_text
@@ -47,7 +48,7 @@ class Positions(Contexts):
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             model.register_forward_hook(self.after_forward, always_call=True),
         ]
-        decoder = _decoder(model)
+        decoder = decoder_of(model)
         self._decodes = decoder is not None
         if decoder is not None:
             self._handles.append(decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
@@ -220,15 +221,6 @@ class Positions(Contexts):
 def _arguments(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the arguments of a module's `forward`, in order."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _decoder(model: nn.Module) -> nn.Module | None:
-    """Return the decoder of an encoder-decoder of transformers; None of any other model."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
 
 
 def track(model: nn.Module) -> Positions:
