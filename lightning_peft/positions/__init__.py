@@ -17,6 +17,11 @@ output predicts the first answer token. It comes from the first of these that is
    batch's labels say nothing;
 5. a call without a cached past: plain text, where every position is an answer position.
 
+A token's position id is here its number in its text, from 0, padding left out. A model's own position ids are that
+where there is one for each token; those of pictures (M-RoPE) are not, nor are those that `generate` of a model counts
+from 1. Then tokens are counted: by the attention mask, by what `generate` was given, by the length of the cache; where
+the past is the state of a recurrent model, which does not count, by the calls that left it.
+
 The prompt of an encoder-decoder is in its encoder, whose tokens a start counts, and all tokens of its decoder are the
 answer, the first being the last of its prompt.
 
