@@ -13,7 +13,7 @@ from lightning_peft.editing.contrast import LayerEdit, check_statements, data_ha
 from lightning_peft.editing.layers import layer_offsets_config
 from lightning_peft.editing.selection import Selection
 from lightning_peft.fitting.reading_edit import ReadingEdit, ReadingOptions
-from lightning_peft.positions import check_policy
+from lightning_peft.positions import check_policy, check_sites
 from lightning_peft.stack.computed import ComputedAdapter, saved_key
 from lightning_peft.stack.gates import check_gate
 
@@ -56,15 +56,11 @@ class EditLayers(ReadingEdit[LayerSite]):
         return f"{count // 2}:{count // 2 + 1}"
 
     def find_sites(self, backbone: nn.Module) -> Sequence[LayerSite]:
-        if self.positions != "all" and getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
-            raise ValueError(
-                f"Where an answer begins is not known in an encoder-decoder such as {type(backbone).__name__}: use "
-                'positions="all".'
-            )
         layers = _fixed(self.layers)
         if layers is None:
             layers = self.default_layers(len(Selection(sites=self.sites).find(backbone)))
         sites = Selection(sites=self.sites, layers=layers).find(backbone)
+        check_sites(self.positions, backbone, [site.name for site in sites])
         self.targets = [site for site in sites if isinstance(site, LayerSite)]
         return self.targets
 

@@ -13,6 +13,7 @@ from lightning_peft.backbone import counts
 from lightning_peft.backbone.structure import blocks
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 from lightning_peft.fitting.law_example import LawExample
+from lightning_peft.positions import check_sites, outside_answers
 
 if TYPE_CHECKING:
     # not from peft: LightningCLI runs this block, and peft brings bitsandbytes, whose AdamW makes the name ambiguous
@@ -29,7 +30,8 @@ class HeadOffsets(AdapterCallback):
     computes what the saved edit does. Trainable parameters: `heads * head_dim`.
 
     Args:
-        heads: `(layer, head)` pairs, both 0-based; default every head. Layers are counted over all attentions.
+        heads: `(layer, head)` pairs, both 0-based; default every head, of an encoder-decoder whose answers alone are
+            moved those of its decoder. Layers are counted over all attentions.
         alpha: the strength.
         positions: `"all"` tokens, where the offset is a bias and can be merged; only those from the `"answer"`'s
             beginning on; or only `"generated"` ones.
@@ -99,16 +101,11 @@ def head_config(
     """Return the configuration of trained head offsets on a backbone; the arguments are those of `HeadOffsets`.
 
     Raises:
-        ValueError: heads that are not there, or answers of an encoder-decoder.
+        ValueError: heads that are not there, or answers at heads of an encoder.
     """
     from lightning_peft.backbone.heads import head_sites
     from lightning_peft.editing.heads import head_offsets_config
 
-    if positions != "all" and getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"Where an answer begins is not known in an encoder-decoder such as {type(backbone).__name__}: use "
-            'positions="all".'
-        )
     sites = head_sites(backbone, pattern or _projections(backbone), num_heads)
     pairs = None if heads is None else [(int(layer), int(head)) for layer, head in heads]
     for layer, head in pairs or ():
@@ -117,6 +114,11 @@ def head_config(
                 f"There is no head {head} in layer {layer}: the model has {len(sites)} layers of "
                 f"{sites[0].num_heads} heads."
             )
+    if pairs is None and positions != "all":  # an encoder-decoder's answers are in its decoder
+        outside = set(outside_answers(backbone, [site.name for site in sites]))
+        sites = [site for site in sites if site.name not in outside]
+    moved = range(len(sites)) if pairs is None else {layer for layer, _ in pairs}
+    check_sites(positions, backbone, [sites[layer].name for layer in moved])
     return head_offsets_config(sites, pairs, alpha, positions)
 
 

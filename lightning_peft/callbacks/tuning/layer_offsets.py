@@ -10,6 +10,7 @@ from torch import nn
 from lightning_peft.backbone import counts
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 from lightning_peft.fitting.law_example import LawExample
+from lightning_peft.positions import check_sites, outside_answers
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig  # as in lora.py
@@ -22,7 +23,8 @@ class LayerOffsets(AdapterCallback):
 
     Args:
         sites: whose output is moved: `"block"`, `"attention"` or `"mlp"`.
-        layers: which, by number from 0, or a window such as `"8:16"`; default all.
+        layers: which, by number from 0, or a window such as `"8:16"`; default all, of an encoder-decoder whose answers
+            alone are moved those of its decoder.
         alpha: the strength.
         positions: `"all"` tokens, where the offset can be merged (of blocks, where nothing follows the residual sum);
             only those from the `"answer"`'s beginning on; or only `"generated"` ones.
@@ -61,13 +63,12 @@ class LayerOffsets(AdapterCallback):
         from lightning_peft.editing.layers import layer_offsets_config
         from lightning_peft.editing.selection import Selection
 
-        if self.positions != "all" and getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
-            raise ValueError(
-                f"Where an answer begins is not known in an encoder-decoder such as {type(backbone).__name__}: use "
-                'positions="all".'
-            )
         layers = tuple(self.layers) if isinstance(self.layers, list) else self.layers
         sites = Selection(sites=self.sites, layers=layers).find(backbone)
+        if self.positions != "all" and layers is None:  # an encoder-decoder's answers are in its decoder
+            outside = set(outside_answers(backbone, [site.name for site in sites]))
+            sites = [site for site in sites if site.name not in outside]
+        check_sites(self.positions, backbone, [site.name for site in sites])
         return layer_offsets_config(sites, self.alpha, self.positions)  # type: ignore[arg-type]
 
     def trainable_parameters(self, backbone: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tuning import QUIET, Language, base_weights, fit, one_sentence
 
 from lightning_peft import adapters, load_adapter, save_adapter
-from lightning_peft.callbacks import ITI, HeadOffsets
+from lightning_peft.callbacks import ITI, HeadOffsets, LayerOffsets
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
@@ -94,9 +94,23 @@ def test_what_iti_computes_can_be_trained_further_on_the_same_heads() -> None:
     assert type(adapters(module).parts[0].config) is type(trained.make_config(tiny("llama"))) and len(chosen) == 3
 
 
-def test_answers_of_an_encoder_decoder_are_one_sentence() -> None:
-    with pytest.raises(ValueError, match=r"^Where an answer begins is not known in an encoder-decoder") as error:
-        fit(Language("t5"), HeadOffsets(positions="answer"))
+@pytest.mark.parametrize("callback", [HeadOffsets, LayerOffsets])
+def test_answers_of_an_encoder_decoder_are_trained_in_its_decoder(callback: Any) -> None:
+    module = Language("t5")
+    fit(module, callback(positions="answer"))
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert trained and all(name.startswith("model.decoder.") for name in trained)
+    assert any(parameter.any() for parameter in module.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "callback", [HeadOffsets(heads=[(0, 1)], positions="answer"), LayerOffsets(layers=[0, 3], positions="answer")]
+)
+def test_answers_in_an_encoder_are_one_sentence(callback: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^The answer of an encoder-decoder such as T5.* for 1 sites in its enc"
+    ) as error:
+        fit(Language("t5"), callback)
     assert one_sentence(str(error.value))
 
 
