@@ -17,6 +17,7 @@ from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.backbone.modules import uncompiled
 from lightning_peft.editing.capture import Capture
+from lightning_peft.editing.intervals import wilson
 from lightning_peft.effects.slices import TextSettings
 from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.batch_keys import check_keys, check_labels, labels_and_groups
@@ -250,6 +251,18 @@ class ReadingEdit(Edit, Generic[S]):
         record = {**made.record, "max_kl": found.record(asked)}
         return stack.put(self.name, ComputedAdapter(config, made.tensors, record))
 
+    def report_lines(self, module: L.LightningModule, stack: AdapterStack) -> tuple[list[tuple[str, str]], str]:
+        lines, advice = super().report_lines(module, stack)
+        record = stack[self.name].record
+        if isinstance(within := record.get("max_kl"), Mapping):
+            share = f"{within['strength']:.4g} of the {within['asked']:g} asked for"
+            lines.append(("strength", f"{share}, within max_kl={within['budget']:g} on its texts"))
+        if (accuracy := getattr(self.edit_, "accuracy", None)) is not None and self._done:
+            lines.append(("probes", describe_accuracy(accuracy, self.edit_.record)))
+        if self.max_kl is None:
+            advice = f"{advice[:-1]}, and {type(self).__name__}(max_kl=0.5) takes the largest strength within a budget."
+        return lines, advice
+
     @property
     def _needs_tokenizer(self) -> bool:
         texts = self.kl_texts
@@ -296,6 +309,28 @@ class ReadingEdit(Edit, Generic[S]):
         if self._capture is not None:
             self._capture.__exit__(None, None, None)
             self._capture = None
+
+
+def describe_accuracy(accuracy: Tensor, record: Mapping[str, Any]) -> str:
+    """Say how well probes tell labels apart on held-out groups, with Wilson's interval of the best one.
+
+    Its n is the number of groups, since statements of one group are not independent; being the best of many, it is
+    likely to be somewhat worse on others.
+
+    Args:
+        accuracy: `[layers, heads]`.
+        record: of the edit, with its `validation_questions` and chosen `heads`.
+
+    Example:
+        >>> describe_accuracy(torch.tensor([[0.5, 0.9]]), {"validation_questions": 10, "heads": [[0, 1]]})
+        'best head 0.90 [0.60, 0.98] on 10 held-out groups, the best of 2; the chosen 1 on average 0.90'
+    """
+    best, groups = float(accuracy.max()), int(record["validation_questions"])
+    low, high = wilson(best, groups)
+    chosen = [float(accuracy[layer, head]) for layer, head in record["heads"]]
+    mean = f"the chosen {len(chosen)} on average {sum(chosen) / len(chosen):.2f}"
+    interval = f"{best:.2f} [{low:.2f}, {high:.2f}]"
+    return f"best head {interval} on {groups} held-out groups, the best of {accuracy.numel()}; {mean}"
 
 
 def edit(
