@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -207,32 +207,37 @@ class _Measured:
         self.tokens = sum(len(rows) for rows, _ in self.places)
         self.lower = LowerBlocks(blocks_below(stack, name))
         self.outputs: list[list[Any]] = [[] for _ in batches]
-        self.base: list[Predictions | None] = [self._base(i) for i in range(len(batches))]
-        if self.lower.below and not self._same_without_lower_blocks():
+        predicted = self._predicted(0)
+        # what is larger than hidden states, logits of every token, is not kept
+        self.base: list[Predictions | None] = [predicted if predicted.head is not None else None]
+        for i in range(1, len(batches)):
+            later = self._predicted(i)
+            self.base.append(later if later.head is not None else None)
+        if self.lower.below and not self._same_without_lower_blocks(predicted):
             self.outputs = [[] for _ in batches]
         self.logprobs: dict[tuple[int, int], Tensor] = {}
-        self._left = _KEPT_BYTES
+        self._left, self._keeping = _KEPT_BYTES, False
 
     def kl(self, strength: float) -> float:
         """Return KL(base ‖ adapted) at a strength of the adapter's dial, in nats a token."""
         self.stack.scale(strength, self.name)
         return sum(self._sum(i) for i in range(len(self.batches))) / self.tokens
 
-    def _base(self, i: int) -> Predictions | None:
-        """Return what the base predicts of a batch; None where that is logits of every token, too large to keep."""
+    def _predicted(self, i: int) -> Predictions:
+        """Run the base on a batch, and keep what its lower blocks give."""
+        self.outputs[i].clear()
         with self.stack.disabled(self.name), self.lower.kept(self.outputs[i]):
-            base = Predictions(self.backbone, *self.batches[i])
-        del self.outputs[i][:-1]
-        return None if base.head is None else base
+            return Predictions(self.backbone, *self.batches[i])
 
-    def _same_without_lower_blocks(self) -> bool:
-        """Try on the first batch whether what lies above the lower blocks needs nothing of them but their output."""
+    def _same_without_lower_blocks(self, whole: Predictions) -> bool:
+        """Try on the first batch, after the others, whether what lies above needs only the lower blocks' output.
+
+        Whatever else they leave behind is then another batch's.
+        """
 
         def difference() -> float:
-            with self.stack.disabled(self.name):
-                whole = self.base[0] or Predictions(self.backbone, *self.batches[0])
-                with self.lower.left_out(self.outputs[0]):
-                    again = Predictions(self.backbone, *self.batches[0])
+            with self.stack.disabled(self.name), self.lower.left_out(self.outputs[0]):
+                again = Predictions(self.backbone, *self.batches[0])
             real = self.batches[0][1].bool()
             one, other = whole.kept[real].float(), again.kept[real].float()
             return float((one - other).abs().max() / one.abs().max().clamp(min=1e-9))
@@ -243,9 +248,9 @@ class _Measured:
         rows, columns = self.places[i]
         with self.lower.left_out(self.outputs[i]):
             adapted = Predictions(self.backbone, *self.batches[i])
-        base = self.base[i] or self._base(i)
-        if base is None:
-            with self.stack.disabled(self.name):
+        base = self.base[i]
+        if base is None and (i, 0) not in self.logprobs:
+            with self.stack.disabled(self.name), self.lower.left_out(self.outputs[i]):
                 base = Predictions(self.backbone, *self.batches[i])
         total = 0.0
         for start in range(0, len(rows), _CHUNK):
@@ -254,14 +259,18 @@ class _Measured:
             total += float((before.exp() * (before - after)).sum())
         return total
 
-    def _base_logprobs(self, i: int, start: int, base: Predictions, at: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the base's log-probabilities of some tokens, kept as far as there is room."""
+    def _base_logprobs(self, i: int, start: int, base: Predictions | None, at: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the base's log-probabilities of some tokens, kept as far as there is room for the whole batch's."""
         if (i, start) in self.logprobs:
             return self.logprobs[i, start]
-        with nullcontext() if base.head is None else self.stack.disabled(self.name):
+        assert base is not None
+        with self.stack.disabled(self.name):
             logprobs = base.logprobs(*at)
-        if logprobs.nbytes <= self._left:
-            self._left -= logprobs.nbytes
+        if start == 0:
+            size = logprobs.nbytes // len(logprobs) * len(self.places[i][0])
+            self._keeping = size <= self._left
+            self._left -= size if self._keeping else 0
+        if self._keeping:
             self.logprobs[i, start] = logprobs
         return logprobs
 
