@@ -255,7 +255,9 @@ class AdapterCallback(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(summary(pl_module, self.stack, edits), step=0)
             if self.report or (self.report is None and shows):
-                self._report = ClosingReport(self.report if isinstance(self.report, ReportSettings) else ReportSettings())
+                self._report = ClosingReport(
+                    self.report if isinstance(self.report, ReportSettings) else ReportSettings()
+                )
         # Lightning warns of modules in evaluation mode when training starts, and we choose that mode right after
         self.stack.backbone.train()
 
@@ -374,9 +376,7 @@ class AdapterCallback(Callback):
     def _shows_summary(self, trainer: L.Trainer) -> bool:
         return any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer))
 
-    def _give_report(
-        self, trainer: L.Trainer, module: L.LightningModule, original: Callable[[], None]
-    ) -> None:
+    def _give_report(self, trainer: L.Trainer, module: L.LightningModule, original: Callable[[], None]) -> None:
         original()
         report, self._report = self._report, None
         if report is not None and self.stack is not None:

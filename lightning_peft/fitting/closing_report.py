@@ -167,7 +167,9 @@ class ClosingReport:
             lines.append(("validation", metrics))
         if measured.kl is not None:
             tokens = sum(measured.kl.tokens)
-            lines.append(("KL to base", f"{measured.kl.mean:.3g} nats a token, at this strength, on {tokens} of neutral text"))
+            lines.append(
+                ("KL to base", f"{measured.kl.mean:.3g} nats a token, at this strength, on {tokens} of neutral text")
+            )
         lines += [("not measured", note) for note in measured.notes]
         for sample in measured.samples:
             lines += [("prompt", sample.prompt), ("  before", sample.before), ("  after", sample.after)]

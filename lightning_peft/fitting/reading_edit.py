@@ -155,7 +155,12 @@ class ReadingEdit(Edit, Generic[S]):
     # -- in fit ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and self.max_kl is not None and self._text_tokenizer(pl_module) is None and self._needs_tokenizer:
+        if (
+            stage == "fit"
+            and self.max_kl is not None
+            and self._text_tokenizer(pl_module) is None
+            and self._needs_tokenizer
+        ):
             raise ValueError(
                 f"{type(self).__name__}(max_kl={self.max_kl:g}) measures text, but {type(pl_module).__name__} has no "
                 "attribute tokenizer: set it, or give kl_texts as rows of tokens."

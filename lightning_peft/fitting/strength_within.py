@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,7 +61,7 @@ class StrengthWithin:
     def monotone(self) -> bool:
         """Whether KL rose with every strength that was tried."""
         values = [kl for _, kl in self.tried]
-        return all(low <= high for low, high in zip(values, values[1:], strict=False))
+        return all(low <= high for low, high in itertools.pairwise(values))
 
     def record(self, asked: float) -> dict[str, Any]:
         """Return what an adapter's record holds of it, JSON-able; `asked` is the strength that was asked for."""
@@ -202,7 +203,9 @@ class _Measured:
         check_lengths(self.backbone, [n for b in batches for n in lengths_of(b)], "neutral texts", cut=True)
         window, device = context_window(self.backbone), next(self.backbone.parameters()).device
         limit = None if window is None else window.tokens
-        self.batches = [(b["input_ids"][:, :limit].to(device), b["attention_mask"][:, :limit].to(device)) for b in batches]
+        self.batches = [
+            (b["input_ids"][:, :limit].to(device), b["attention_mask"][:, :limit].to(device)) for b in batches
+        ]
         self.places = [(mask[:, :-1] * mask[:, 1:]).nonzero(as_tuple=True) for _, mask in self.batches]
         self.tokens = sum(len(rows) for rows, _ in self.places)
         self.lower = LowerBlocks(blocks_below(stack, name))

@@ -164,7 +164,9 @@ def test_a_report_that_fails_is_one_warning(
 def test_above_one_nat_it_says_what_to_do(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     module = talking(tiny_tokenizer)
     module.backbone.lm_head.weight.data *= 40  # so that it is sure of what it says, and can be far from it
-    with pytest.warns(UserWarning, match=r"^With 'caa' the model is .* it often writes gibberish\. .*CAA\(max_kl=0\.5\)"):
+    with pytest.warns(
+        UserWarning, match=r"^With 'caa' the model is .* it often writes gibberish\. .*CAA\(max_kl=0\.5\)"
+    ):
         fit(module, CAA(multiplier=50.0, report=SMALL))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -184,7 +184,9 @@ def test_on_half_precision_and_other_adapters_below(tiny_tokenizer: PreTrainedTo
 
 
 def test_a_strength_that_is_within_the_budget_is_kept_and_said(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.warns(UserWarning, match=r"^Adapter 'caa' keeps the strength asked for, 0\.001: at KL .* is within max"):
+    with pytest.warns(
+        UserWarning, match=r"^Adapter 'caa' keeps the strength asked for, 0\.001: at KL .* is within max"
+    ):
         put = caa(tiny("llama"), tiny_tokenizer, multiplier=0.001, max_kl=0.5, kl_texts=ROWS)
     assert put.config.alpha == 0.001 and put.record["max_kl"]["tried"] == [[0.001, put.record["max_kl"]["kl"]]]
 
