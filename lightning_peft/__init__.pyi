@@ -7,6 +7,7 @@ from .fitting.checkpoints import load_from_checkpoint as load_from_checkpoint
 from .fitting.fabric import load_trained as load_trained
 from .fitting.fabric import trained_only as trained_only
 from .fitting.reading_edit import edit as edit
+from .fitting.strength_within import strength_within as strength_within
 from .positions import answering as answering
 from .positions import plain_text as plain_text
 from .stack.adapter_files.baking import bake as bake

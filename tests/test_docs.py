@@ -72,6 +72,7 @@ def test_the_cost_of_an_edit_is_measured_on_the_model_and_in_its_folder(
     assert costs[0] == 0 and costs[2] == pytest.approx(made["change"].mean) and costs == sorted(costs)
     assert made["mass"].shape == (6,) and bool(made["mass"].isfinite().all() and made["mass"].any())
     assert len(made["answers"]) == 3 and all(made["answers"])
+    assert 0 < made["within"]["kl"] <= 0.1 and 0 < made["found"].kl <= 0.05
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 import lightning as L
@@ -20,6 +21,7 @@ from lightning_peft.fitting.activation_checkpointing import checkpoint_blocks
 from lightning_peft.fitting.alive import PATIENCE, Reached
 from lightning_peft.fitting.batch_keys import check_keys, check_learnable
 from lightning_peft.fitting.checkpoint_hooks import hook_checkpoints
+from lightning_peft.fitting.closing_report import ClosingReport, ReportSettings
 from lightning_peft.fitting.complete import check_complete
 from lightning_peft.fitting.fabric import keep_modes
 from lightning_peft.fitting.find_backbone import building_hooks, find_backbone, forget, when_built
@@ -28,11 +30,11 @@ from lightning_peft.fitting.frozen import check_frozen
 from lightning_peft.fitting.law_example import LawExample
 from lightning_peft.fitting.lightning_private import starts_processes, state_key
 from lightning_peft.fitting.precision import check_precise, forget_precise, keep_precise
-from lightning_peft.fitting.report import print_table, summary
+from lightning_peft.fitting.report import describe_trained, print_table, summary
 from lightning_peft.fitting.same_hook import same_as
 from lightning_peft.fitting.train_modes import set_modes, stop_input_gradients
 from lightning_peft.positions import Positions, note_batch
-from lightning_peft.replaced import Handle
+from lightning_peft.replaced import Handle, replaced
 from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.configs import conflicts
 from lightning_peft.stack.injection.head_training import saved_heads, with_heads
@@ -53,18 +55,22 @@ class EditOptions(TypedDict, total=False):
             model, or the only child with parameters; where that is ambiguous an error lists the candidates.
         name: the adapter's name, of several adapters the beginning of their names; default the method's.
         strict_base: refuse a checkpoint that was made on another base model (the default), instead of warning once.
+        report: whether `fit` ends with a short report: what was trained or edited, KL on neutral text, two answers
+            before and after, the checkpoint, the next commands. Default: where Lightning prints its model summary.
+            `ReportSettings` choose the texts.
     """
 
     backbone: str | None
     name: str
     strict_base: bool
+    report: bool | ReportSettings | None
 
 
 class AdapterOptions(EditOptions, total=False):
     """The arguments of every callback that trains an adapter, besides those of its method.
 
     Args:
-        backbone, name, strict_base: as `EditOptions`.
+        backbone, name, strict_base, report: as `EditOptions`.
         backbone_dropout: keep the dropout of the frozen backbone in training. By default the backbone runs in
             evaluation mode, so that it is deterministic; its BatchNorm statistics never move.
         gradient_checkpointing: keep only the input of each block that backward passes (those from the first adapter
@@ -130,6 +136,9 @@ class AdapterCallback(Callback):
         self.train_head = options.get("train_head", not self.computed)
         self.strict_base = options.get("strict_base", True)
         self.check_finite = options.get("check_finite", True)
+        self.report = options.get("report")
+        self._report: ClosingReport | None = None  # of the fit that runs, in the process that prints it
+        self._reporting: list[Handle] = []
         self._checkpointed: list[Handle] = []
         self._noted: list[Positions] = []
         self._first: Any = None  # the first training batch, while it is trained on
@@ -238,11 +247,17 @@ class AdapterCallback(Callback):
         check_complete(pl_module, find_stacks(pl_module))
         self._trained = strategies.trained_names(pl_module)
         stop_input_gradients(self.stack.backbone)
+        self._report = None
         if trainer.is_global_zero:
-            if any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer)):
-                print_table(pl_module, self.stack)
+            edits, shows = self._numbers_to_edit(self.stack), self._shows_summary(trainer)
+            if shows:
+                print_table(pl_module, self.stack, edits)
             for logger in trainer.loggers:
-                logger.log_metrics(summary(pl_module, self.stack), step=0)
+                logger.log_metrics(summary(pl_module, self.stack, edits), step=0)
+            if self.report or (self.report is None and shows):
+                self._report = ClosingReport(
+                    self.report if isinstance(self.report, ReportSettings) else ReportSettings()
+                )
         # Lightning warns of modules in evaluation mode when training starts, and we choose that mode right after
         self.stack.backbone.train()
 
@@ -285,6 +300,7 @@ class AdapterCallback(Callback):
             self._check_finite()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop_reporting()
         forget(pl_module)
         read_back.forget(trainer)
         self._stop_checkpointing()
@@ -293,6 +309,7 @@ class AdapterCallback(Callback):
         strategies.release(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stop_reporting()
         read_back.stop(trainer)
         self._stop_checkpointing()
         strategies.release(pl_module)
@@ -302,6 +319,8 @@ class AdapterCallback(Callback):
     ) -> None:
         check_keys(type(self).__name__, self.batch_keys, batch)
         self._first = batch if self._first is _NO_BATCH else None
+        if self._report is not None:
+            self._report.note(batch, validating=False)
         self._note_answers(batch)
         if not self.computed and self._optimized != optimizers.held(trainer.optimizers):
             self._check_frozen(trainer, pl_module)  # a callback that unfreezes gives the optimizer a group
@@ -325,8 +344,14 @@ class AdapterCallback(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         keep_out_of_averages(trainer, pl_module)
+        if self._report is not None:
+            # after the other callbacks: some write the last checkpoint now, or put an average in the weights' place
+            by = functools.partial(self._give_report, trainer, pl_module)
+            self._reporting.append(replaced(pl_module, "on_train_end", by, once=True))
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        if self._report is not None:
+            self._report.note(batch, validating=True)
         self._note_answers(batch)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -334,6 +359,34 @@ class AdapterCallback(Callback):
 
     on_test_batch_start = on_predict_batch_start = same_as("on_validation_batch_start")
     on_test_batch_end = on_predict_batch_end = same_as("on_validation_batch_end")
+
+    # -- what is reported --------------------------------------------------------------------------------------------
+
+    def report_lines(self, module: L.LightningModule, stack: AdapterStack) -> tuple[list[tuple[str, str]], str]:
+        """Return what the report says of this callback: headings and texts; and what to do where KL is large."""
+        lines = [("trained", line) for line in describe_trained(module, stack, self.names)]
+        dial = all(stack[name].scaling for name in self.names)
+        dialled = "adapters(module).scale(0.5) turns it down; " if dial else ""
+        return lines, f"{dialled}train for fewer steps, or at a smaller learning rate."
+
+    def _numbers_to_edit(self, stack: AdapterStack) -> dict[str, int]:
+        """Return how many numbers of each adapter fit computes, where it computes them."""
+        return {}
+
+    def _shows_summary(self, trainer: L.Trainer) -> bool:
+        return any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer))
+
+    def _give_report(self, trainer: L.Trainer, module: L.LightningModule, original: Callable[[], None]) -> None:
+        original()
+        report, self._report = self._report, None
+        if report is not None and self.stack is not None:
+            stack = self.stack
+            report.give(trainer, module, stack, self.names, lambda: self.report_lines(module, stack))
+
+    def _stop_reporting(self) -> None:
+        self._report = None
+        while self._reporting:
+            self._reporting.pop().remove()
 
     # -- what they do ------------------------------------------------------------------------------------------------
 

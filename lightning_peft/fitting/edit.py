@@ -107,6 +107,26 @@ class Edit(AdapterCallback):
                     "one whole pass over the training data."
                 )
 
+    # -- what is reported --------------------------------------------------------------------------------------------
+
+    def planned_numbers(self, stack: AdapterStack) -> int:
+        """Return how many numbers will be computed."""
+        return sum(tensor.numel() for tensor in stack.tensors(stack[self.name]).values())
+
+    def computed_numbers(self, stack: AdapterStack) -> str:
+        """Say how many numbers were computed, and of what."""
+        places = len(stack[self.name].injection.places())
+        return f"{self.planned_numbers(stack):,} numbers in {places} module{'s' * (places != 1)}"
+
+    def report_lines(self, module: L.LightningModule, stack: AdapterStack) -> tuple[list[tuple[str, str]], str]:
+        numbers = f"{self.name}: {self.computed_numbers(stack)}; nothing was trained"
+        if not self._done:
+            numbers = f"{self.name}: nothing was computed, since the edit came with a checkpoint"
+        return [("edited", numbers)], f"adapters(module).scale(0.5, {self.name!r}) turns it down."
+
+    def _numbers_to_edit(self, stack: AdapterStack) -> dict[str, int]:
+        return {self.name: self.planned_numbers(stack)}
+
     # -- taking over the module's training ---------------------------------------------------------------------------
 
     def _take_over(self, module: L.LightningModule) -> None:

@@ -16,6 +16,7 @@ from lightning_peft.fitting.reading_edit import ReadingEdit, ReadingOptions
 from lightning_peft.positions import check_policy, check_sites
 from lightning_peft.stack.computed import ComputedAdapter, saved_key
 from lightning_peft.stack.gates import check_gate
+from lightning_peft.stack.stack import AdapterStack
 
 if TYPE_CHECKING:
     from lightning_peft.stack.configs import PeftConfig  # as in lora.py
@@ -84,6 +85,13 @@ class EditLayers(ReadingEdit[LayerSite]):
 
     def count(self, made: ComputedAdapter) -> int:
         return self.edit_.vectors.numel()
+
+    def computed_numbers(self, stack: AdapterStack) -> str:
+        if self.edit_ is None:
+            return super().computed_numbers(stack)
+        layers = f"{len(self.targets)} layer{'s' * (len(self.targets) != 1)}"
+        where = f"in {layers}" if self.operation == "add" else f"taken out of {layers}"
+        return f"{self.edit_.vectors.numel():,} numbers {where}"
 
     def _config(self, tokens: int) -> PeftConfig:
         options = {"operation": self.operation, "tokens": tokens, **self.gate}

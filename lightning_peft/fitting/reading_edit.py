@@ -17,13 +17,23 @@ from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.backbone.modules import uncompiled
 from lightning_peft.editing.capture import Capture
+from lightning_peft.editing.intervals import wilson
+from lightning_peft.effects.slices import TextSettings
 from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.batch_keys import check_keys, check_vocabulary, column, labels_and_groups
 from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
 from lightning_peft.fitting.find_backbone import find_backbone
 from lightning_peft.fitting.seen_texts import SeenTexts
+from lightning_peft.fitting.strength_within import (
+    StrengthWithin,
+    check_max_kl,
+    check_measurable,
+    strength_within,
+    warn_of,
+)
 from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.computed import ComputedAdapter
+from lightning_peft.stack.configs import with_scale
 from lightning_peft.stack.stack import AdapterStack, stack_of
 
 if TYPE_CHECKING:
@@ -34,11 +44,27 @@ Tokenizer = Callable[..., Mapping[str, Any]]
 S = TypeVar("S", HeadSite, LayerSite)
 
 
-class ReadingOptions(EditOptions, total=False):
+class StrengthOptions(EditOptions, total=False):
+    """The arguments of every edit whose strength may be found by what it costs, besides those of its method.
+
+    Args:
+        backbone, name, strict_base, report: as `EditOptions`.
+        max_kl: the budget of KL(base ‖ adapted) on neutral text, in nats a token. The strength is then the largest
+            within it, up to the one that is asked for; the adapter's record says how it was found. Default: the
+            strength asked for, whatever it costs. See `lightning_peft.strength_within`.
+        kl_texts: the texts of `max_kl`: strings, rows of tokens, or `TextSettings`, which say how much of neutral text
+            is drawn, and whose. Default: 1,024 tokens of the package's prose.
+    """
+
+    max_kl: float | None
+    kl_texts: TextSettings | list[str] | list[list[int]] | None
+
+
+class ReadingOptions(StrengthOptions, total=False):
     """The arguments of every edit that reads labelled texts, besides those of its method.
 
     Args:
-        backbone, name, strict_base: as `EditOptions`.
+        backbone, name, strict_base, report, max_kl, kl_texts: as `StrengthOptions`.
         label_key: the key of a batch under which it says which texts are wanted: 1 for those that are (true), 0 for
             those that are not, `[B]`. Default `"label"`.
         group_key: the key under which it says which texts belong together when they are split or paired, as those about
@@ -62,6 +88,7 @@ class ReadingEdit(Edit, Generic[S]):
 
     Attributes:
         edit_: after `fit` the result that `edit` keeps there, on every rank.
+        within_: the `StrengthWithin` that was found for `max_kl`; None without.
 
     Example:
         >>> from lightning_peft.editing import caa_vectors, layer_offsets_config, layer_sites
@@ -82,8 +109,19 @@ class ReadingEdit(Edit, Generic[S]):
     batch_keys: tuple[str, ...] = ("input_ids", "label", "group")
     batch_size = 16  # texts of a call, without a Trainer
 
-    def __init__(self, *, label_key: str = "label", group_key: str = "group", **options: Unpack[EditOptions]) -> None:
+    def __init__(
+        self,
+        *,
+        label_key: str = "label",
+        group_key: str = "group",
+        max_kl: float | None = None,
+        kl_texts: TextSettings | list[str] | list[list[int]] | None = None,
+        **options: Unpack[EditOptions],
+    ) -> None:
+        check_max_kl(max_kl)
         super().__init__(**options)
+        self.max_kl, self.kl_texts = max_kl, kl_texts
+        self.within_: StrengthWithin | None = None
         self.label_key, self.group_key = label_key, group_key
         names = {"label": label_key, "group": group_key}
         self.batch_keys = tuple(names.get(key, key) for key in self.batch_keys)
@@ -118,9 +156,27 @@ class ReadingEdit(Edit, Generic[S]):
 
     # -- in fit ------------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if (
+            stage == "fit"
+            and self.max_kl is not None
+            and self._text_tokenizer(pl_module) is None
+            and self._needs_tokenizer
+        ):
+            raise ValueError(
+                f"{type(self).__name__}(max_kl={self.max_kl:g}) measures text, but {type(pl_module).__name__} has no "
+                "attribute tokenizer: set it, or give kl_texts as rows of tokens."
+            )
+        super().setup(trainer, pl_module, stage)
+
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         self._sites = self.find_sites(backbone)
-        return self.empty_config(self._sites)
+        config: Any = self.empty_config(self._sites)
+        if self.max_kl is not None:
+            check_measurable(backbone)
+            with_scale(config, 0.5)  # raises where the method has no dial
+            config.by_default = ("alpha", "lora_alpha")  # an adapter that is there has the strength that was found
+        return config
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -168,7 +224,62 @@ class ReadingEdit(Edit, Generic[S]):
 
         adapter, self.edit_ = from_rank_zero(trainer, make)
         stack.put(self.name, adapter)
-        trainer.lightning_module.log("edited_parameters", float(self.count(adapter)), rank_zero_only=True)
+        module = trainer.lightning_module
+        if self.max_kl is not None:
+            self._stop_reading()
+            tokenizer = self._text_tokenizer(module)
+            self.limit(stack, adapter, tokenizer, lambda kl: from_rank_zero(trainer, lambda: kl))
+            assert self.within_ is not None
+            module.log("edit_scale", self.within_.scale, rank_zero_only=True)
+            module.log("edit_kl", self.within_.kl, rank_zero_only=True)
+        module.log("edited_parameters", float(self.count(adapter)), rank_zero_only=True)
+
+    def limit(
+        self,
+        stack: AdapterStack,
+        made: ComputedAdapter,
+        tokenizer: Any,
+        share: Callable[[float], float] = float,
+    ) -> Adapter:
+        """Put the computed adapter on in place of itself, with the largest strength that is within `max_kl`.
+
+        Args:
+            stack: with the adapter on it.
+            made: the adapter at the strength asked for.
+            tokenizer: for `kl_texts`, where they are strings.
+            share: as of `strength_within`.
+        """
+        assert self.max_kl is not None
+        found = self.within_ = strength_within(
+            stack.backbone, self.max_kl, tokenizer, self.name, self.kl_texts, share=share
+        )
+        config: Any = with_scale(made.config, found.scale)
+        asked = getattr(made.config, "alpha", 1.0)
+        warn_of(found, self.name, asked)
+        config.by_default = ("alpha", "lora_alpha")
+        record = {**made.record, "max_kl": found.record(asked)}
+        return stack.put(self.name, ComputedAdapter(config, made.tensors, record))
+
+    def report_lines(self, module: L.LightningModule, stack: AdapterStack) -> tuple[list[tuple[str, str]], str]:
+        lines, advice = super().report_lines(module, stack)
+        record = stack[self.name].record
+        if isinstance(within := record.get("max_kl"), Mapping):
+            share = f"{within['strength']:.4g} of the {within['asked']:g} asked for"
+            lines.append(("strength", f"{share}, within max_kl={within['budget']:g} on its texts"))
+        if (accuracy := getattr(self.edit_, "accuracy", None)) is not None and self._done:
+            lines.append(("probes", describe_accuracy(accuracy, self.edit_.record)))
+        if self.max_kl is None:
+            advice = f"{advice[:-1]}, and {type(self).__name__}(max_kl=0.5) takes the largest strength within a budget."
+        return lines, advice
+
+    @property
+    def _needs_tokenizer(self) -> bool:
+        texts = self.kl_texts
+        return texts is None or isinstance(texts, TextSettings) or any(isinstance(text, str) for text in texts)
+
+    def _text_tokenizer(self, module: L.LightningModule) -> Any:
+        """Return the tokenizer of texts that are not in the batches; None where there is none."""
+        return getattr(module, "tokenizer", None)
 
     def count(self, made: ComputedAdapter) -> int:
         """Return how many numbers were computed."""
@@ -207,9 +318,34 @@ class ReadingEdit(Edit, Generic[S]):
 
     def end(self) -> None:
         self._rows, self._held, self._labels, self._texts = [], [], set(), SeenTexts()
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
         if self._capture is not None:
             self._capture.__exit__(None, None, None)
             self._capture = None
+
+
+def describe_accuracy(accuracy: Tensor, record: Mapping[str, Any]) -> str:
+    """Say how well probes tell labels apart on held-out groups, with Wilson's interval of the best one.
+
+    Its n is the number of groups, since statements of one group are not independent; being the best of many, it is
+    likely to be somewhat worse on others.
+
+    Args:
+        accuracy: `[layers, heads]`.
+        record: of the edit, with its `validation_questions` and chosen `heads`.
+
+    Example:
+        >>> describe_accuracy(torch.tensor([[0.5, 0.9]]), {"validation_questions": 10, "heads": [[0, 1]]})
+        'best head 0.90 [0.60, 0.98] on 10 held-out groups, the best of 2; the chosen 1 on average 0.90'
+    """
+    best, groups = float(accuracy.max()), int(record["validation_questions"])
+    low, high = wilson(best, groups)
+    chosen = [float(accuracy[layer, head]) for layer, head in record["heads"]]
+    mean = f"the chosen {len(chosen)} on average {sum(chosen) / len(chosen):.2f}"
+    interval = f"{best:.2f} [{low:.2f}, {high:.2f}]"
+    return f"best head {interval} on {groups} held-out groups, the best of {accuracy.numel()}; {mean}"
 
 
 def edit(
@@ -254,6 +390,17 @@ def edit(
     try:
         with frozen(stack.backbone), stack.disabled(method.name) if method.name in stack else nullcontext():
             rows = method.read(stack.backbone, tokenizer, texts, *columns)
-        return stack.put(method.name, method.edit(*rows, method._sites))
+        made = method.edit(*rows, method._sites)
+        put = stack.put(method.name, made)
+        return put if method.max_kl is None else _limited(stack, made, tokenizer, method)
     finally:
         method.end()
+
+
+def _limited(stack: AdapterStack, made: ComputedAdapter, tokenizer: Tokenizer, method: ReadingEdit[Any]) -> Adapter:
+    """Return the adapter within the method's budget; on an error it is taken off."""
+    try:
+        return method.limit(stack, made, tokenizer)
+    except Exception:
+        stack.remove(method.name)
+        raise

@@ -33,6 +33,9 @@ _LATER: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None,),
     "sigma_texts": (None,),
     "tokenizer": (None,),
+    "max_kl": (None,),
+    "kl_texts": (None,),
+    "report": (None,),
     "reads": ("output", "input"),
 }
 _BATCH_SIZE = 16  # that a row of that release had written

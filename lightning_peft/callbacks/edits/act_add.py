@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.editing.collect import capture_texts
 from lightning_peft.editing.contrast import LayerEdit, act_add_vectors
-from lightning_peft.fitting.adapter_callback import EditOptions
 from lightning_peft.fitting.edit_layers import EditLayers
-from lightning_peft.fitting.reading_edit import Tokenizer
+from lightning_peft.fitting.reading_edit import StrengthOptions, Tokenizer
 from lightning_peft.stack.stack import AdapterStack
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class ActAdd(EditLayers):
         positions: Literal["all", "prompt", "answer", "generated"] = "all",
         sites: Literal["block", "attention", "mlp"] = "block",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
-        **options: Unpack[EditOptions],
+        **options: Unpack[StrengthOptions],
     ) -> None:
         if positions not in ("all", "prompt", "answer", "generated"):
             raise ValueError(f"positions must be all, prompt, answer or generated, got {positions!r}.")
@@ -100,6 +99,9 @@ class ActAdd(EditLayers):
                 "ActAdd needs a tokenizer for its prompts: give the LightningModule one, or ActAdd(tokenizer=…)."
             )
         return tokenizer
+
+    def _text_tokenizer(self, module: L.LightningModule) -> Any:
+        return self._tokenizer(module)
 
     def _read_prompts(self, backbone: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         captured = capture_texts(backbone, self._sites, self._prompts, "all", share=False)  # as in ITI

@@ -173,6 +173,15 @@ class ITI(ReadingEdit[HeadSite]):
     def count(self, made: ComputedAdapter) -> int:
         return self.edit_.directions.numel()
 
+    def planned_numbers(self, stack: AdapterStack) -> int:
+        return self.num_heads * self._sites[0].head_dim
+
+    def computed_numbers(self, stack: AdapterStack) -> str:
+        if self.edit_ is None:
+            return super().computed_numbers(stack)
+        heads, layers = self.edit_.heads, len({layer for layer, _ in self.edit_.heads})
+        return f"{self.edit_.directions.numel():,} numbers in {len(heads)} heads of {layers} layers"
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._check_sigma_texts()
