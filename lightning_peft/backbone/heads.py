@@ -100,9 +100,9 @@ def _by_structure(model: nn.Module) -> Iterator[tuple[str, Part]]:
     """Yield the output projection of every attention, block by block, and the part of the model it is in."""
     attending, named = [block for block in blocks(model) if block.attention], dict(base_modules(model))
     for block in attending:
-        for i, span in enumerate(block.attention):
+        for span in block.attention:
             _check_last(named, span)
-            yield span.last, "cross" if i else _part_of(block.name, attending)
+            yield span.last, "cross" if span in block.cross else _part_of(block.name, attending)
 
 
 def _check_last(named: dict[str, nn.Module], span: Span) -> None:
@@ -122,7 +122,7 @@ def _check_last(named: dict[str, nn.Module], span: Span) -> None:
 
 def _part_of(name: str, attending: Sequence[Block]) -> Part:
     """Return the part of the model a module is in; an encoder is one only where another stack looks at it."""
-    crossed = {block.stack for block in attending if len(block.attention) > 1}
+    crossed = {block.stack for block in attending if block.cross}
     return "encoder" if crossed and not any(name.startswith(f"{stack}.") for stack in crossed) else "self"
 
 
