@@ -114,4 +114,6 @@ def _is_whole(matrices: list[str], child: nn.Module, stream: int, shapes: Mappin
 def linear_only(names: Iterable[str], named: Mapping[str, nn.Module]) -> list[str]:
     """Return the matrices of a token mixer without its convolutions; all where it has no others."""
     names = list(names)
-    return [name for name in names if is_linear(getattr(named[name], "get_base_layer", lambda n=name: named[n])())] or names
+    return [
+        name for name in names if is_linear(getattr(named[name], "get_base_layer", lambda n=name: named[n])())
+    ] or names

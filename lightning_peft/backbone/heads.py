@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_peft.backbone.block_parts import is_inside
+from lightning_peft.backbone.language_model import part_names
 from lightning_peft.backbone.modules import base_modules
 from lightning_peft.backbone.structure import Block, Span, blocks, matrix_shape
 
@@ -64,7 +66,8 @@ def head_sites(
         pattern: for other architectures, a regular expression for the end of the projections' names.
         num_heads: for models without a configuration, how many heads enter each projection.
         part: only those sites, of an encoder-decoder; default all, in the order in which they run.
-        within: only those below this module, e.g. the language model of one that sees pictures too.
+        within: only those of this part of the model, `"vision"`, `"all"` or a submodule's name, see `part_names`.
+            Default the language model's, of one that sees pictures or hears too.
 
     Returns:
         One site an attention, first layer first.
@@ -85,7 +88,10 @@ def head_sites(
     else:
         ends_like = re.compile(rf"(?:^|.*\.)(?:{pattern})$")
         outputs = [(name, _part_of(name, ())) for name in sorted(filter(ends_like.match, named), key=_numbers)]
-    outputs = [(name, role) for name, role in outputs if within is None or name.startswith(f"{within}.")]
+    parts = part_names(model, within)
+    inside = outputs if parts is None else [(name, role) for name, role in outputs if is_inside(name, parts)]
+    # a pattern may name what is in no list of blocks
+    outputs = inside if inside or within is not None or pattern is None else outputs
     outputs = [(name, role) for name, role in outputs if part is None or role == part]
     if not outputs:
         raise ValueError(

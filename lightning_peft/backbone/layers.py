@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft.backbone.block_parts import is_inside
 from lightning_peft.backbone.heads import Part
+from lightning_peft.backbone.language_model import part_blocks
 from lightning_peft.backbone.modules import base_modules
 from lightning_peft.backbone.structure import Block, blocks, matrix_shape, width
 
@@ -40,7 +41,9 @@ class LayerSite:
         return (self.width,)
 
 
-def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None) -> list[LayerSite]:
+def layer_sites(
+    model: nn.Module, kind: Kind = "block", part: Part | None = None, within: str | None = None
+) -> list[LayerSite]:
     """Return the blocks of a model, or their attentions or feed-forward parts, in the order in which they stand.
 
     Args:
@@ -48,6 +51,7 @@ def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None
         kind: what is read. A block's output is what the next one gets; an attention's is its output projection's, a
             feed-forward part's that of the module, experts and all, or where it is none the last matrix's.
         part: only an encoder-decoder's `"encoder"` or its decoder (`"self"`; `"cross"` for its cross-attention).
+        within: as `head_sites`'.
 
     Raises:
         ValueError: an unknown kind, or no such part.
@@ -61,7 +65,7 @@ def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    named, all_blocks = dict(base_modules(model)), blocks(model)
+    named, all_blocks = dict(base_modules(model)), part_blocks(model, within)
     crossed = {block.stack for block in all_blocks if block.cross}
     sites: list[tuple[str, int, Part]] = []
     for block in all_blocks:
@@ -80,10 +84,14 @@ def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None
     return [LayerSite(name, i, kind, width, role) for i, (name, width, role) in enumerate(sites)]
 
 
-def stream_writers(model: nn.Module) -> list[str]:
+def stream_writers(model: nn.Module, within: str | None = None) -> list[str]:
     """Return the names of what writes to the residual stream: embeddings, output projections, feed-forward parts.
 
     A feed-forward part writes by its last matrix, or, where experts share it, as a whole.
+
+    Args:
+        model: the backbone.
+        within: as `head_sites`'.
 
     Raises:
         ValueError: there is no embedding of that width, as in a model of pictures.
@@ -95,13 +103,13 @@ def stream_writers(model: nn.Module) -> list[str]:
         >>> stream_writers(model)
         ['model.embed_tokens', 'model.layers.0.self_attn.o_proj', 'model.layers.0.mlp.down_proj']
     """
-    named, all_blocks, size = dict(base_modules(model)), blocks(model), width(model)
+    named, all_blocks = dict(base_modules(model)), part_blocks(model, within)
+    size = width(model, all_blocks)
+    others = {block.stack for block in blocks(model)}
     names = [
         name
         for name, module in named.items()
-        if isinstance(module, nn.Embedding)
-        and module.embedding_dim == size
-        and not any(name.startswith(f"{block.name}.") for block in all_blocks)
+        if isinstance(module, nn.Embedding) and module.embedding_dim == size and not is_inside(name, others)
     ]
     if not names:
         raise ValueError(f"{type(model).__name__} has no embedding of width {size} that writes to its residual stream.")

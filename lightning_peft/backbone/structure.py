@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -23,6 +24,7 @@ from lightning_peft.backbone.block_parts import (
 from lightning_peft.backbone.modules import base_modules, is_matrix
 
 __all__ = ["Block", "Span", "blocks", "is_fused", "matrix_shape", "width"]
+
 
 @dataclass(frozen=True)
 class Span:
@@ -164,7 +166,15 @@ def _block(
     mlp = feed_forward(name, rest, stream, shapes, named)
     spans = [[Span(output_last(names, stream, shapes)) for names in parts if names] for parts in (attending, mixing)]
     return Block(
-        name, stack, number, tuple(spans[0]), Span(mlp) if mlp else None, tuple(experts), module, tuple(spans[1]), stream
+        name,
+        stack,
+        number,
+        tuple(spans[0]),
+        Span(mlp) if mlp else None,
+        tuple(experts),
+        module,
+        tuple(spans[1]),
+        stream,
     )
 
 
@@ -172,14 +182,19 @@ def _unnumbered(span: Span) -> str:
     return re.sub(r"\d+", "", span.last)
 
 
-def width(backbone: nn.Module) -> int:
+def width(backbone: nn.Module, members: Sequence[Block] | None = None) -> int:
     """Return the width of the backbone's residual stream: what most blocks' last matrices give.
+
+    Args:
+        backbone: any module.
+        members: the blocks; default all.
 
     Raises:
         ValueError: the backbone has no blocks.
     """
     named = dict(base_modules(backbone))
-    outputs = Counter(matrix_shape(named[span.last])[1] for block in blocks(backbone) for span in block.spans())
+    chosen = blocks(backbone) if members is None else members
+    outputs = Counter(matrix_shape(named[span.last])[1] for block in chosen for span in block.spans())
     if not outputs:
         raise ValueError(f"{type(backbone).__name__} has no repeated blocks.")
     return outputs.most_common(1)[0][0]
