@@ -197,7 +197,10 @@ def _tables(part: nn.Module, backbone: nn.Module, limit: int | None) -> list[nn.
     if limit is None or not getattr(_text_config(backbone), "position_biased_input", True):  # else relative alone
         return []
     find: Any = getattr(backbone, "get_input_embeddings", None)
-    tokens = find() if callable(find) else None
+    try:
+        tokens = find() if callable(find) else None
+    except NotImplementedError:  # as of a decoder that transformers wraps
+        tokens = None
     embeddings = [module for module in part.modules() if isinstance(module, nn.Embedding) and module is not tokens]
     return [table for table in embeddings if limit <= table.num_embeddings <= limit + _SPARE]
 

@@ -77,6 +77,9 @@ def _objection(reading: Reading, sequences: Sequence[Sequence[int]], encoder_dec
 def _device(backbone: nn.Module) -> torch.device:
     """Return the device of the embedding, to which tokens go wherever the layers are."""
     find = getattr(backbone, "get_input_embeddings", None)
-    table = find() if callable(find) else None
+    try:
+        table = find() if callable(find) else None
+    except NotImplementedError:  # as of a decoder that transformers wraps
+        table = None
     parameter = next((table if isinstance(table, nn.Module) else backbone).parameters())
     return torch.device("cpu") if parameter.device.type == "meta" else parameter.device

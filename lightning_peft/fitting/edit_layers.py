@@ -59,8 +59,8 @@ class EditLayers(ReadingEdit[LayerSite]):
     def find_sites(self, backbone: nn.Module) -> Sequence[LayerSite]:
         layers = _fixed(self.layers)
         if layers is None:
-            layers = self.default_layers(len(Selection(sites=self.sites).find(backbone)))
-        sites = Selection(sites=self.sites, layers=layers).find(backbone)
+            layers = self.default_layers(len(Selection(sites=self.sites, within=self.within).find(backbone)))
+        sites = Selection(sites=self.sites, layers=layers, within=self.within).find(backbone)
         check_sites(self.positions, backbone, [site.name for site in sites])
         self.targets = [site for site in sites if isinstance(site, LayerSite)]
         return self.targets

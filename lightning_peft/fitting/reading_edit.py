@@ -34,6 +34,7 @@ from lightning_peft.fitting.strength_within import (
 from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.computed import ComputedAdapter
 from lightning_peft.stack.configs import with_scale
+from lightning_peft.stack.outer_generate import heed_outer_generate
 from lightning_peft.stack.stack import AdapterStack, stack_of
 
 if TYPE_CHECKING:
@@ -69,10 +70,13 @@ class ReadingOptions(StrengthOptions, total=False):
             those that are not, `[B]`. Default `"label"`.
         group_key: the key under which it says which texts belong together when they are split or paired, as those about
             one question: integers `[B]`. Default `"group"`.
+        within: the part of the model whose layers or heads are read and moved: `"vision"`, `"audio"`, `"all"`, or a
+            submodule's name such as `"model.visual"`. Default the language model, of one that sees or hears too.
     """
 
     label_key: str
     group_key: str
+    within: str | None
 
 
 class ReadingEdit(Edit, Generic[S]):
@@ -84,11 +88,11 @@ class ReadingEdit(Edit, Generic[S]):
     give.
 
     Args:
-        label_key, group_key, **options: see `ReadingOptions`.
+        label_key, group_key, within, **options: see `ReadingOptions`.
 
     Attributes:
         edit_: after `fit` the result that `edit` keeps there, on every rank.
-        within_: the `StrengthWithin` that was found for `max_kl`; None without.
+        strength_: the `StrengthWithin` that was found for `max_kl`; None without.
 
     Example:
         >>> from lightning_peft.editing import caa_vectors, layer_offsets_config, layer_sites
@@ -116,12 +120,13 @@ class ReadingEdit(Edit, Generic[S]):
         group_key: str = "group",
         max_kl: float | None = None,
         kl_texts: TextSettings | list[str] | list[list[int]] | None = None,
+        within: str | None = None,
         **options: Unpack[EditOptions],
     ) -> None:
         check_max_kl(max_kl)
         super().__init__(**options)
-        self.max_kl, self.kl_texts = max_kl, kl_texts
-        self.within_: StrengthWithin | None = None
+        self.max_kl, self.kl_texts, self.within = max_kl, kl_texts, within
+        self.strength_: StrengthWithin | None = None
         self.label_key, self.group_key = label_key, group_key
         names = {"label": label_key, "group": group_key}
         self.batch_keys = tuple(names.get(key, key) for key in self.batch_keys)
@@ -229,9 +234,9 @@ class ReadingEdit(Edit, Generic[S]):
             self._stop_reading()
             tokenizer = self._text_tokenizer(module)
             self.limit(stack, adapter, tokenizer, lambda kl: from_rank_zero(trainer, lambda: kl))
-            assert self.within_ is not None
-            module.log("edit_scale", self.within_.scale, rank_zero_only=True)
-            module.log("edit_kl", self.within_.kl, rank_zero_only=True)
+            assert self.strength_ is not None
+            module.log("edit_scale", self.strength_.scale, rank_zero_only=True)
+            module.log("edit_kl", self.strength_.kl, rank_zero_only=True)
         module.log("edited_parameters", float(self.count(adapter)), rank_zero_only=True)
 
     def limit(
@@ -250,7 +255,7 @@ class ReadingEdit(Edit, Generic[S]):
             share: as of `strength_within`.
         """
         assert self.max_kl is not None
-        found = self.within_ = strength_within(
+        found = self.strength_ = strength_within(
             stack.backbone, self.max_kl, tokenizer, self.name, self.kl_texts, share=share
         )
         config: Any = with_scale(made.config, found.scale)
@@ -383,16 +388,19 @@ def edit(
         )
     named = type(method).__name__
     columns = column(named, label, "label", len(texts)), column(named, group, "group", len(texts))
+    backbone = model
     if isinstance(model, L.LightningModule):
-        model = model.get_submodule(find_backbone(model, method.backbone) or "")
-    stack = stack_of(uncompiled(model))
+        backbone = model.get_submodule(find_backbone(model, method.backbone) or "")
+    stack = stack_of(uncompiled(backbone))
     method.make_config(stack.backbone)
     try:
         with frozen(stack.backbone), stack.disabled(method.name) if method.name in stack else nullcontext():
             rows = method.read(stack.backbone, tokenizer, texts, *columns)
         made = method.edit(*rows, method._sites)
         put = stack.put(method.name, made)
-        return put if method.max_kl is None else _limited(stack, made, tokenizer, method)
+        adapter = put if method.max_kl is None else _limited(stack, made, tokenizer, method)
+        heed_outer_generate(model)
+        return adapter
     finally:
         method.end()
 

@@ -116,7 +116,7 @@ def test_every_reading_edit_has_it_and_its_folder_the_strength(
     model = tiny("llama")
     put = edit(model, tiny_tokenizer, TEXTS, LABEL, GROUP, method)
     within = json.loads(json.dumps(put.record))["max_kl"]
-    assert method.within_ is not None and 0 < within["kl"] <= 0.01 and put.scale == 1.0
+    assert method.strength_ is not None and 0 < within["kl"] <= 0.01 and put.scale == 1.0
     assert put.config.alpha == within["strength"] and abs(within["strength"]) < abs(within["asked"])
     assert kl(model, method.name, ROWS).mean == pytest.approx(within["kl"], rel=1e-5)
     other = tiny("llama")
@@ -139,8 +139,8 @@ def test_fit_finds_it_and_a_checkpoint_keeps_it(tmp_path: Path) -> None:
     module, made, method = run()
     part = adapters(module)["caa"]
     assert method.multiplier if hasattr(method, "multiplier") else method.alpha == 30.0
-    assert part.config.alpha == method.within_.scale * 30.0 and part.record["max_kl"]["kl"] <= 0.05
-    assert made.callback_metrics["edit_kl"] == pytest.approx(method.within_.kl)
+    assert part.config.alpha == method.strength_.scale * 30.0 and part.record["max_kl"]["kl"] <= 0.05
+    assert made.callback_metrics["edit_kl"] == pytest.approx(method.strength_.kl)
     again = run()[0]
     assert adapters(again)["caa"].config.alpha == part.config.alpha  # deterministic
     made.save_checkpoint(tmp_path / "edit.ckpt")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.backbone.structure import blocks
+from lightning_peft.backbone.language_model import part_blocks
 from lightning_peft.files.atomic import new_file
 from lightning_peft.stack.adapter_files.baking import acting, changes, everywhere, own_parameters
 from lightning_peft.stack.adapter_files.divergence import Divergence, divergence
@@ -56,7 +56,11 @@ class ControlVector:
 
 
 def export_control_vector(
-    model: nn.Module, adapter: str | Path, file: str | Path, batches: Iterable[Mapping[str, Tensor]] = ()
+    model: nn.Module,
+    adapter: str | Path,
+    file: str | Path,
+    batches: Iterable[Mapping[str, Tensor]] = (),
+    strict_base: bool = True,
 ) -> ControlVector:
     """Write a saved edit as a control vector for llama.cpp, and measure how its effect differs from the edit's.
 
@@ -67,13 +71,14 @@ def export_control_vector(
         adapter: a folder that `load_adapter` reads.
         file: where to write; a file there is replaced.
         batches: texts to measure on; see `divergence`.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
 
     Raises:
         AdapterError: the adapter cannot be read or is for another base.
         ValueError: the edit is no shift of the residual stream, as a LoRA is not, or the gguf package is not installed.
     """
     writer = _import_writer()
-    with everywhere(model, adapter) as positions:
+    with everywhere(model, adapter, strict_base) as positions:
         before = {name: parameter.data for name, parameter in own_parameters(model).items()}
         vectors, first_moved = _by_block(model, changes(model), before)
         tokens = torch.arange(8, device=next(model.parameters()).device)[None]
@@ -105,7 +110,7 @@ def adding(model: nn.Module, vectors: Mapping[int, Tensor]) -> Iterator[None]:
         return after
 
     with ExitStack() as hooks:
-        for block in blocks(model):
+        for block in part_blocks(model):
             if block.number in vectors:
                 hook = block.module.register_forward_hook(shift(vectors[block.number]))
                 hooks.callback(hook.remove)
@@ -116,7 +121,7 @@ def _by_block(
     model: nn.Module, changed: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> tuple[dict[int, Tensor], bool]:
     """Return the shift of the residual stream that changed biases make, by block."""
-    model_blocks = blocks(model)
+    model_blocks = part_blocks(model)
     if len({block.stack for block in model_blocks}) != 1 or len(model_blocks) < 2:
         raise ValueError(f"{type(model).__name__} is not one stack of blocks, which alone llama.cpp's vectors are for.")
     places = {f"{span.last}.bias": block.number for block in model_blocks for span in block.spans()}
@@ -154,7 +159,7 @@ def _write(writer: Any, file: Path, vectors: Mapping[int, Tensor], model: Any) -
     with new_file(file) as path:
         written = writer(path, "controlvector")
         written.add_string("controlvector.model_hint", str(model.config.model_type))
-        written.add_int32("controlvector.layer_count", len(blocks(model)))
+        written.add_int32("controlvector.layer_count", len(part_blocks(model)))
         for number, vector in vectors.items():
             written.add_tensor(f"direction.{number}", vector.cpu().numpy())
         written.write_header_to_file()
