@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.backbone.language_model import part_blocks
 from lightning_peft.backbone.modules import is_linear, is_matrix
 from lightning_peft.backbone.structure import Span, blocks, matrix_shape, width
 from lightning_peft.backbone.targets import matching
@@ -77,7 +78,7 @@ def biases(backbone: Any) -> int:
 
 def last_blocks(backbone: nn.Module) -> int:
     """Count every parameter of the last block; of an encoder and a decoder both."""
-    last = {block.stack: block.module for block in blocks(backbone)}
+    last = {block.stack: block.module for block in part_blocks(backbone)}
     return sum(parameter.numel() for module in last.values() for parameter in module.parameters())
 
 

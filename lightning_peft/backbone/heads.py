@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_peft.backbone.block_parts import is_inside
+from lightning_peft.backbone.language_model import part_names
 from lightning_peft.backbone.modules import base_modules
 from lightning_peft.backbone.structure import Block, Span, blocks, matrix_shape
 
@@ -64,7 +66,8 @@ def head_sites(
         pattern: for other architectures, a regular expression for the end of the projections' names.
         num_heads: for models without a configuration, how many heads enter each projection.
         part: only those sites, of an encoder-decoder; default all, in the order in which they run.
-        within: only those below this module, e.g. the language model of one that sees pictures too.
+        within: only those of this part of the model, `"vision"`, `"all"` or a submodule's name, see `part_names`.
+            Default the language model's, of one that sees pictures or hears too.
 
     Returns:
         One site an attention, first layer first.
@@ -85,7 +88,10 @@ def head_sites(
     else:
         ends_like = re.compile(rf"(?:^|.*\.)(?:{pattern})$")
         outputs = [(name, _part_of(name, ())) for name in sorted(filter(ends_like.match, named), key=_numbers)]
-    outputs = [(name, role) for name, role in outputs if within is None or name.startswith(f"{within}.")]
+    parts = part_names(model, within)
+    inside = outputs if parts is None else [(name, role) for name, role in outputs if is_inside(name, parts)]
+    # a pattern may name what is in no list of blocks
+    outputs = inside if inside or within is not None or pattern is None else outputs
     outputs = [(name, role) for name, role in outputs if part is None or role == part]
     if not outputs:
         raise ValueError(
@@ -100,9 +106,9 @@ def _by_structure(model: nn.Module) -> Iterator[tuple[str, Part]]:
     """Yield the output projection of every attention, block by block, and the part of the model it is in."""
     attending, named = [block for block in blocks(model) if block.attention], dict(base_modules(model))
     for block in attending:
-        for i, span in enumerate(block.attention):
+        for span in block.attention:
             _check_last(named, span)
-            yield span.last, "cross" if i else _part_of(block.name, attending)
+            yield span.last, "cross" if span in block.cross else _part_of(block.name, attending)
 
 
 def _check_last(named: dict[str, nn.Module], span: Span) -> None:
@@ -122,7 +128,7 @@ def _check_last(named: dict[str, nn.Module], span: Span) -> None:
 
 def _part_of(name: str, attending: Sequence[Block]) -> Part:
     """Return the part of the model a module is in; an encoder is one only where another stack looks at it."""
-    crossed = {block.stack for block in attending if len(block.attention) > 1}
+    crossed = {block.stack for block in attending if block.cross}
     return "encoder" if crossed and not any(name.startswith(f"{stack}.") for stack in crossed) else "self"
 
 

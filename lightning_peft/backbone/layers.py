@@ -7,7 +7,9 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_peft.backbone.block_parts import is_inside
 from lightning_peft.backbone.heads import Part
+from lightning_peft.backbone.language_model import part_blocks
 from lightning_peft.backbone.modules import base_modules
 from lightning_peft.backbone.structure import Block, blocks, matrix_shape, width
 
@@ -39,7 +41,9 @@ class LayerSite:
         return (self.width,)
 
 
-def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None) -> list[LayerSite]:
+def layer_sites(
+    model: nn.Module, kind: Kind = "block", part: Part | None = None, within: str | None = None
+) -> list[LayerSite]:
     """Return the blocks of a model, or their attentions or feed-forward parts, in the order in which they stand.
 
     Args:
@@ -47,6 +51,7 @@ def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None
         kind: what is read. A block's output is what the next one gets; an attention's is its output projection's, a
             feed-forward part's that of the module, experts and all, or where it is none the last matrix's.
         part: only an encoder-decoder's `"encoder"` or its decoder (`"self"`; `"cross"` for its cross-attention).
+        within: as `head_sites`'.
 
     Raises:
         ValueError: an unknown kind, or no such part.
@@ -60,20 +65,18 @@ def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    named, all_blocks = dict(base_modules(model)), blocks(model)
-    crossed = {block.stack for block in all_blocks if len(block.attention) > 1}
+    named, all_blocks = dict(base_modules(model)), part_blocks(model, within)
+    crossed = {block.stack for block in all_blocks if block.cross}
     sites: list[tuple[str, int, Part]] = []
     for block in all_blocks:
         role: Part = "encoder" if crossed and block.stack not in crossed else "self"
         if kind == "attention":
-            for i, span in enumerate(block.attention):
-                sites.append((span.last, matrix_shape(named[span.last])[1], "cross" if i else role))
+            for span in block.attention:
+                sites.append((span.last, matrix_shape(named[span.last])[1], "cross" if span in block.cross else role))
             continue
-        inner = [*block.attention, *([block.mlp] if block.mlp else [])]
-        if not inner:
-            continue
+        inner = block.spans()
         name = block.name if kind == "block" else _mlp(block, named)
-        if name is not None:
+        if inner and name is not None:
             sites.append((name, matrix_shape(named[inner[0].last])[1], role))
     sites = [site for site in sites if part is None or site[2] == part]
     if not sites:
@@ -81,10 +84,14 @@ def layer_sites(model: nn.Module, kind: Kind = "block", part: Part | None = None
     return [LayerSite(name, i, kind, width, role) for i, (name, width, role) in enumerate(sites)]
 
 
-def stream_writers(model: nn.Module) -> list[str]:
+def stream_writers(model: nn.Module, within: str | None = None) -> list[str]:
     """Return the names of what writes to the residual stream: embeddings, output projections, feed-forward parts.
 
     A feed-forward part writes by its last matrix, or, where experts share it, as a whole.
+
+    Args:
+        model: the backbone.
+        within: as `head_sites`'.
 
     Raises:
         ValueError: there is no embedding of that width, as in a model of pictures.
@@ -96,18 +103,18 @@ def stream_writers(model: nn.Module) -> list[str]:
         >>> stream_writers(model)
         ['model.embed_tokens', 'model.layers.0.self_attn.o_proj', 'model.layers.0.mlp.down_proj']
     """
-    named, all_blocks, size = dict(base_modules(model)), blocks(model), width(model)
+    named, all_blocks = dict(base_modules(model)), part_blocks(model, within)
+    size = width(model, all_blocks)
+    others = {block.stack for block in blocks(model)}
     names = [
         name
         for name, module in named.items()
-        if isinstance(module, nn.Embedding)
-        and module.embedding_dim == size
-        and not any(name.startswith(f"{block.name}.") for block in all_blocks)
+        if isinstance(module, nn.Embedding) and module.embedding_dim == size and not is_inside(name, others)
     ]
     if not names:
         raise ValueError(f"{type(model).__name__} has no embedding of width {size} that writes to its residual stream.")
     for block in all_blocks:
-        names += [span.last for span in block.attention]
+        names += [span.last for span in (*block.attention, *block.mixers)]
         if block.mlp is not None:
             experts = any(p.dim() > 2 for p in block.module.parameters())
             names.append((_mlp(block, named) if experts else None) or block.mlp.last)
@@ -115,14 +122,14 @@ def stream_writers(model: nn.Module) -> list[str]:
 
 
 def _mlp(block: Block, named: dict[str, nn.Module]) -> str | None:
-    """Return the one child of a block with matrices but no attention; else the feed-forward part's last matrix."""
-    attention = [name for span in block.attention for name in span.matrices]
-    children = [
-        f"{block.name}.{name}"
-        for name, child in block.module.named_children()
-        if any(p.dim() > 1 for p in child.parameters())
-    ]
-    others = [name for name in children if not any(matrix.startswith(f"{name}.") for matrix in attention)]
-    if len(others) == 1 and others[0] in named:
-        return others[0]
+    """Return the one child of a block that is its feed-forward part; else that part's last matrix."""
+    inside = [*block.experts, *(block.mlp.matrices if block.mlp else ())]
+    children = {name.removeprefix(f"{block.name}.").partition(".")[0] for name in inside} or {
+        name for name, child in block.module.named_children() if any(p.dim() > 1 for p in child.parameters())
+    }
+    mixing = [name for span in (*block.attention, *block.mixers) for name in span.matrices]
+    children = {child for child in children if not any(is_inside(name, [f"{block.name}.{child}"]) for name in mixing)}
+    name = f"{block.name}.{next(iter(children))}" if len(children) == 1 else None
+    if name in named:
+        return name
     return block.mlp.last if block.mlp else None

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lightning_peft.backbone.block_parts import (
+    attends,
+    convolves_tokens,
+    feed_forward,
+    is_fused,
+    is_inside,
+    linear_only,
+    norm_size,
+    outermost,
+    output_last,
+    stream_width,
+)
 from lightning_peft.backbone.modules import base_modules, is_matrix
 
-# transformers, timm and most hand-written models call the class of their attention one of these, and of their experts
-_ATTENTION = re.compile(r"Attention|Attn|MHA")
-_EXPERTS = re.compile(r"Expert|MoE|Moe")
+__all__ = ["Block", "Span", "blocks", "is_fused", "matrix_shape", "width"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,9 @@ class Block:
         experts: full names of the feed-forward part's parameters that hold one matrix for each of several experts,
             as transformers fuses them; what is beside them, such as a shared expert, is in `mlp`.
         module: the block itself.
+        mixers: one span for each other part that mixes tokens, as a state-space layer in the place of an attention.
+            Where the blocks of a list are nothing else, as Mamba's, these are their feed-forward parts.
+        stream: the width of the residual stream.
     """
 
     name: str
@@ -56,17 +70,26 @@ class Block:
     mlp: Span | None
     experts: tuple[str, ...]
     module: nn.Module
+    mixers: tuple[Span, ...] = ()
+    stream: int = 0
 
     def spans(self) -> tuple[Span, ...]:
-        return self.attention if self.mlp is None else (*self.attention, self.mlp)
+        mixing = (*self.attention, *self.mixers)
+        return mixing if self.mlp is None else (*mixing, self.mlp)
+
+    @property
+    def cross(self) -> tuple[Span, ...]:
+        """Its attentions to another part's output: those behind the first that are not called as that is."""
+        return tuple(span for span in self.attention[1:] if _unnumbered(span) != _unnumbered(self.attention[0]))
 
 
 def blocks(backbone: nn.Module) -> list[Block]:
     """Return the backbone's repeated blocks, in order; an encoder's before its decoder's.
 
-    They are the children of the outermost lists (`nn.ModuleList`, `nn.Sequential`) whose children are all of one
-    class and hold matrices; names are those without adapters. Within a block a submodule whose class is called an
-    attention is one, and what remains is the feed-forward part.
+    They are the children of the outermost lists (`nn.ModuleList`, `nn.Sequential`) whose children hold matrices and
+    are of one class, or, as in hybrids, of several that come again and again; names are those without adapters. Within
+    a block a submodule whose class is called an attention is one, another that convolves over tokens is a mixer, and
+    what remains is the feed-forward part.
 
     Args:
         backbone: any module, with or without adapters.
@@ -87,63 +110,91 @@ def blocks(backbone: nn.Module) -> list[Block]:
         inside = any(name == stack or name.startswith(f"{stack}.") for stack in stacks)
         if isinstance(module, nn.ModuleList | nn.Sequential) and not inside and _is_stack(module):
             stacks.append(name)
-    return [
-        _block(f"{stack}.{number}", stack, number, child, named)
-        for stack in stacks
-        for number, child in enumerate(named[stack].children())
-    ]
+    return [block for stack in stacks for block in _blocks_of(stack, named)]
 
 
 def _is_stack(module: nn.Module) -> bool:
     children = list(module.children())
-    return (
-        # tuners may give a block a class of its own, under the same name
-        len({type(child).__qualname__ for child in children}) == 1
-        and not any(is_matrix(child) for child in children)
-        and any(is_matrix(m) for m in children[0].modules())
-    )
+    # tuners may give a block a class of its own, under the same name
+    classes = {type(child).__qualname__: child for child in children}
+    if not children or any(is_matrix(child) for child in children):
+        return False
+    if not all(any(is_matrix(m) for m in child.modules()) for child in classes.values()):
+        return False
+    # of several classes may also be the stages of a network, which hold lists, or convolve
+    return len(classes) == 1 or (len(children) > len(classes) and all(map(_is_layer, classes.values())))
 
 
-def _block(name: str, stack: str, number: int, module: nn.Module, named: dict[str, nn.Module]) -> Block:
+def _is_layer(module: nn.Module) -> bool:
+    return not isinstance(module, nn.ModuleList | nn.Sequential) and any(norm_size(m) for m in module.modules())
+
+
+def _blocks_of(stack: str, named: dict[str, nn.Module]) -> list[Block]:
+    children = list(named[stack].children())
+    shapes = {n: matrix_shape(m) for n, m in named.items() if n.startswith(f"{stack}.") and is_matrix(m)}
+    stream = stream_width(children, shapes.values())
+    members = [_block(f"{stack}.{i}", stack, i, child, stream, shapes, named) for i, child in enumerate(children)]
+    if any(block.attention or block.mlp or block.experts for block in members):
+        return members
+    return [replace(block, mlp=block.mixers[-1], mixers=block.mixers[:-1]) for block in members if block.mixers]
+
+
+def _block(
+    name: str,
+    stack: str,
+    number: int,
+    module: nn.Module,
+    stream: int,
+    shapes: dict[str, tuple[int, int]],
+    named: dict[str, nn.Module],
+) -> Block:
     inside = {n: m for n, m in named.items() if n.startswith(f"{name}.")}
-    attentions: list[str] = []
-    for n, m in inside.items():
-        if _ATTENTION.search(type(m).__name__) and not any(n.startswith(f"{a}.") for a in attentions):
-            attentions.append(n)
-    matrices = [n for n, m in inside.items() if is_matrix(m)]
-    stream = Counter(matrix_shape(named[n])[0] for n in matrices).most_common(1)[0][0] if matrices else 0
-    inner = [tuple(n for n in matrices if n.startswith(f"{a}.")) for a in attentions]
-    spans = tuple(Span(_output_last(names, stream, named)) for names in inner if names)
-    rest = tuple(n for n in matrices if not any(n.startswith(f"{a}.") for a in attentions))
+    matrices = [n for n in inside if n in shapes]
+    attentions = outermost(inside, attends)
+    mixers = outermost({n: m for n, m in inside.items() if not is_inside(n, attentions)}, convolves_tokens)
+    mixers = [mixer for mixer in mixers if not any(is_inside(attention, [mixer]) for attention in attentions)]
+    attending = [[n for n in matrices if is_inside(n, [part])] for part in attentions]
+    mixing = [linear_only([n for n in matrices if is_inside(n, [part])], named) for part in mixers]
+    rest = [n for n in matrices if not is_inside(n, [*attentions, *mixers])]
     experts = [
         f"{n}.{key}"
         for n, m in inside.items()
-        if not any(f"{n}.".startswith(f"{a}.") for a in attentions)
+        if not is_inside(n, [*attentions, *mixers])
         for key, parameter in m.named_parameters(recurse=False)
         if is_fused(m, parameter)
     ]
-    return Block(name, stack, number, spans, Span(rest) if rest else None, tuple(experts), module)
+    mlp = feed_forward(name, rest, stream, shapes, named)
+    spans = [[Span(output_last(names, stream, shapes)) for names in parts if names] for parts in (attending, mixing)]
+    return Block(
+        name,
+        stack,
+        number,
+        tuple(spans[0]),
+        Span(mlp) if mlp else None,
+        tuple(experts),
+        module,
+        tuple(spans[1]),
+        stream,
+    )
 
 
-def is_fused(owner: nn.Module, parameter: nn.Parameter) -> bool:
-    """Return whether a parameter holds a matrix for each of several experts, `[experts, ., .]`."""
-    return parameter.dim() == 3 and _EXPERTS.search(type(owner).__name__) is not None
+def _unnumbered(span: Span) -> str:
+    return re.sub(r"\d+", "", span.last)
 
 
-def _output_last(names: tuple[str, ...], stream: int, named: dict[str, nn.Module]) -> tuple[str, ...]:
-    """Move the matrix that gives the stream's width to the end: Phi-3 registers it before the fused input one."""
-    output = next((n for n in reversed(names) if matrix_shape(named[n])[1] == stream), names[-1])
-    return (*(n for n in names if n != output), output)
-
-
-def width(backbone: nn.Module) -> int:
+def width(backbone: nn.Module, members: Sequence[Block] | None = None) -> int:
     """Return the width of the backbone's residual stream: what most blocks' last matrices give.
+
+    Args:
+        backbone: any module.
+        members: the blocks; default all.
 
     Raises:
         ValueError: the backbone has no blocks.
     """
     named = dict(base_modules(backbone))
-    outputs = Counter(matrix_shape(named[span.last])[1] for block in blocks(backbone) for span in block.spans())
+    chosen = blocks(backbone) if members is None else members
+    outputs = Counter(matrix_shape(named[span.last])[1] for block in chosen for span in block.spans())
     if not outputs:
         raise ValueError(f"{type(backbone).__name__} has no repeated blocks.")
     return outputs.most_common(1)[0][0]

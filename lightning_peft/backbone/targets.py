@@ -6,10 +6,11 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from lightning_peft.backbone.block_parts import is_inside
 from lightning_peft.backbone.defaults import (
     all_linear,
     default_targets,
@@ -18,11 +19,14 @@ from lightning_peft.backbone.defaults import (
     takes_adapters,
 )
 from lightning_peft.backbone.fused import read_by_kernels
+from lightning_peft.backbone.language_model import part_blocks, part_names
 from lightning_peft.backbone.modules import base_modules, standalone_name
 from lightning_peft.backbone.nearest_names import nearest_clause
 from lightning_peft.backbone.structure import blocks
 
-Within = Literal["attention", "mlp"]
+# a kind of part of each block, a part of the model, or both
+Within = str | list[str]
+KINDS = ("attention", "mlp")
 ALL_LINEAR = "all-linear"  # peft's word
 
 
@@ -88,7 +92,9 @@ def choose_targets(
         target_modules: names or ends of names, a regular expression for whole names, or `"all-linear"`; default: see
             `default_targets`, or with `within` every matrix of that part.
         layers: which blocks; default all.
-        within: only modules in the blocks' attention, or only those in their feed-forward parts.
+        within: `"attention"` or `"mlp"`: only modules in these parts of blocks. `"vision"`, `"all"` or a submodule's
+            name: those of another part of the model, where `layers` and `within` mean by default its language model,
+            see `backbone.language_model`. A list of one of each: both.
 
     Returns:
         What was given where nothing restricts it, else full names.
@@ -129,7 +135,9 @@ def choose_with_experts(
     Raises:
         ValueError: as `choose_targets`.
     """
-    inside = None if within is None else _parts(backbone, within)
+    kind, part = split_within(within)
+    inside = None if kind is None else _parts(backbone, kind, part)
+    prefixes = None if layers is None and within is None else part_names(backbone, part)
     modules, parameters = target_modules, target_parameters
     shorthand = isinstance(modules, str) and modules.lower() == ALL_LINEAR
     if shorthand and layers is None and inside is None and is_every_linear(backbone):
@@ -139,17 +147,25 @@ def choose_with_experts(
     elif modules is None:
         modules = default_targets(backbone) if inside is None else [name for name in inside if inside[name]]
     if parameters is None:
-        whole = shorthand or (target_modules is None and within == "mlp")
+        whole = shorthand or (target_modules is None and kind == "mlp")
         parameters = [name for block in blocks(backbone) for name in block.experts] if whole else []
     parameters = _full_names(backbone, parameters)
-    if layers is None and inside is None and not shorthand:
+    if layers is None and inside is None and prefixes is None and not shorthand:
         return modules, parameters
     unknown, names = matching(backbone, modules)
+    if prefixes is not None:
+        names = [name for name in names if is_inside(name, prefixes)]
+        parameters = [name for name in parameters if is_inside(name, prefixes)]
+        if not names and not unknown and not parameters:
+            raise ValueError(
+                f"None of the target modules is in {part or 'the language model'}, of which are "
+                f'{", ".join(prefixes)}: name the part of the model that holds them, e.g. within="vision".'
+            )
     if inside is not None:
         names = [name for name in names if name in inside]
         parameters = [name for name in parameters if name in inside]
         if not names and not unknown and not parameters:
-            raise ValueError(f"None of the target modules is in the {within} of a block.")
+            raise ValueError(f"None of the target modules is in the {kind} of a block.")
     if layers is not None:
         in_layers = _in_layers(names + parameters, layers, checked=not unknown)
         names, parameters = [n for n in names if n in in_layers], [n for n in parameters if n in in_layers]
@@ -180,13 +196,29 @@ def _full_names(backbone: nn.Module, parameters: list[str]) -> list[str]:
     return full_names
 
 
-def _parts(backbone: nn.Module, within: Within) -> dict[str, bool]:
+def split_within(within: Within | None) -> tuple[str | None, str | None]:
+    """Return the kind of part of a block, `"attention"` or `"mlp"`, and the part of the model that `within` names.
+
+    Raises:
+        ValueError: it names two of one sort.
+
+    Example:
+        >>> split_within("mlp"), split_within(["vision", "attention"])
+        (('mlp', None), ('attention', 'vision'))
+    """
+    names = [] if within is None else [within] if isinstance(within, str) else list(within)
+    kinds = [name for name in names if name in KINDS]
+    parts = [name for name in names if name not in KINDS]
+    if len(kinds) > 1 or len(parts) > 1:
+        raise ValueError(f'within takes "attention" or "mlp", and the name of one part of the model, got {within!r}.')
+    return next(iter(kinds), None), next(iter(parts), None)
+
+
+def _parts(backbone: nn.Module, within: str, part: str | None) -> dict[str, bool]:
     """Return the names of the matrices in all blocks' parts of this kind, in order; True where one is a module."""
-    if within not in ("attention", "mlp"):
-        raise ValueError(f'within must be "attention" or "mlp", got {within!r}.')
     is_module: dict[str, bool] = {}
     named, unreached = dict(base_modules(backbone)), read_by_kernels(backbone)
-    for block in blocks(backbone):
+    for block in part_blocks(backbone, part):
         spans = block.attention if within == "attention" else (block.mlp,) if block.mlp else ()
         names = [name for span in spans for name in span.matrices if name not in unreached]
         is_module |= dict.fromkeys((name for name in names if takes_adapters(named[name])), True)

@@ -14,6 +14,7 @@ from lightning_peft.fitting.find_backbone import find_backbone
 from lightning_peft.fitting.same_hook import same_as
 from lightning_peft.positions import Positions, check_policy, note_batch
 from lightning_peft.stack.checks import check_scale
+from lightning_peft.stack.outer_generate import heed_outer_generate
 
 
 class Steer(L.Callback):
@@ -64,6 +65,7 @@ class Steer(L.Callback):
             raise ValueError("A saved adapter cannot be put on a sharded model: evaluate with another strategy.")
         steered = steering(backbone, self.adapter, self.scale, self.positions)
         steered.__enter__()
+        heed_outer_generate(pl_module)
         self._steering, self._steered = steered, backbone
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

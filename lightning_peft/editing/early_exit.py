@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.language_model import part_blocks
 from lightning_peft.backbone.modules import uncompiled
-from lightning_peft.backbone.structure import blocks
 
 _TOLERANCE = 1e-3  # of the largest logit: the modules found must give what the model gives, to this
 _TOKENS = 8  # of the trial
@@ -60,7 +60,7 @@ def find_early_exit(backbone: nn.Module) -> EarlyExit:
     """
     outer: Any = uncompiled(backbone)
     model: Any = uncompiled(getattr(outer, "get_base_model", lambda: outer)())  # looks into a PeftModel
-    all_blocks = blocks(model)
+    all_blocks = part_blocks(model)
     if len({block.stack for block in all_blocks}) != 1 or not hasattr(model, "get_input_embeddings"):
         raise ValueError(
             f"{type(model).__name__} is no causal language model of transformers with one stack of blocks, so its "

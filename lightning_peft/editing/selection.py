@@ -25,7 +25,8 @@ class Selection:
             default all.
         positions: which tokens, in the language of `lightning_peft.tokens`; an edit's adapter takes the same text.
         part: of an encoder-decoder: `"encoder"`, `"self"` or `"cross"`.
-        within: only sites below this module.
+        within: only sites of this part of the model: `"vision"`, `"all"` or a submodule's name; default the language
+            model's.
         pattern: for heads of unknown architectures, as in `head_sites`.
         num_heads: the same.
 
@@ -79,11 +80,7 @@ num_heads=None)
         if self.sites == "heads":
             candidates += head_sites(model, self.pattern, self.num_heads, self.part, self.within)
         else:
-            candidates += [
-                site
-                for site in layer_sites(model, self.sites, self.part)  # type: ignore[arg-type]
-                if self.within is None or site.name.startswith(f"{self.within}.")
-            ]
+            candidates += layer_sites(model, self.sites, self.part, self.within)  # type: ignore[arg-type]
         if isinstance(self.layers, str):
             chosen = candidates[_window(self.layers)]
         elif self.layers is not None:

@@ -36,6 +36,7 @@ from lightning_peft.replaced import Handle
 from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.configs import conflicts
 from lightning_peft.stack.injection.head_training import saved_heads, with_heads
+from lightning_peft.stack.outer_generate import heed_outer_generate
 from lightning_peft.stack.stack import AdapterStack, find_stacks, stack_of
 
 if TYPE_CHECKING:
@@ -348,6 +349,7 @@ class AdapterCallback(Callback):
             strategies.check_whole(module, stack.backbone, type(self).__name__)
         with strategies.same_on_every_rank(module, stack):
             parts = [self._place(stack, name, config) for name, config in self._configs(stack).items()]
+        heed_outer_generate(module)
         if isinstance(module, L.LightningModule):
             hook_checkpoints(module, stack, self.check_finite)
         return parts

@@ -26,6 +26,7 @@ from lightning_peft.stack.adapter_files.folder import AdapterError, check_finite
 from lightning_peft.stack.adapter_files.saving import add_read, read_config
 from lightning_peft.stack.configs import conflicts, different_fields
 from lightning_peft.stack.injection.head_training import saved_heads, without_heads
+from lightning_peft.stack.outer_generate import heed_outer_generate
 from lightning_peft.stack.stack import AdapterStack, check_same_keys, find_stacks, stack_of
 
 # the entries of a Lightning checkpoint that hold module weights; the second is written by weight-averaging callbacks
@@ -145,6 +146,7 @@ def restore_adapters(
         heads = saved_heads(read_config(part["config"], source) for part in described["parts"])
         stack.check_base(described["fingerprint"], source, heads)
         _rebuild(stack, described["parts"], source)
+    heed_outer_generate(module)
     stacks, tensors = find_stacks(module), state_tensors(module)
     names, noted = checkpoint_names(module, stacks, tensors), checkpoint[META].get("outside", {})
     for entry in _STATES:

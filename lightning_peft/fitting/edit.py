@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler
 from lightning_peft.fitting.adapter_callback import AdapterCallback, EditOptions, by_name
 from lightning_peft.fitting.lightning_private import count_step, is_last_batch
 from lightning_peft.replaced import Handle, replaced
+from lightning_peft.stack.outer_generate import heed_outer_generate
 from lightning_peft.stack.stack import AdapterStack
 
 T = TypeVar("T")
@@ -87,6 +88,7 @@ class Edit(AdapterCallback):
         if not self._done and is_last_batch(trainer):
             assert self.stack is not None
             self.compute(self.stack, trainer)
+            heed_outer_generate(pl_module)
             self.end()
             self.stack.enable(True, self.name)
             self._done = True

@@ -63,8 +63,8 @@ class EditLayers(ReadingEdit[LayerSite]):
             )
         layers = _fixed(self.layers)
         if layers is None:
-            layers = self.default_layers(len(Selection(sites=self.sites).find(backbone)))
-        sites = Selection(sites=self.sites, layers=layers).find(backbone)
+            layers = self.default_layers(len(Selection(sites=self.sites, within=self.within).find(backbone)))
+        sites = Selection(sites=self.sites, layers=layers, within=self.within).find(backbone)
         self.targets = [site for site in sites if isinstance(site, LayerSite)]
         return self.targets
 

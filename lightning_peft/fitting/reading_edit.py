@@ -23,6 +23,7 @@ from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
 from lightning_peft.fitting.find_backbone import find_backbone
 from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.computed import ComputedAdapter
+from lightning_peft.stack.outer_generate import heed_outer_generate
 from lightning_peft.stack.stack import AdapterStack, stack_of
 
 if TYPE_CHECKING:
@@ -42,10 +43,13 @@ class ReadingOptions(EditOptions, total=False):
             those that are not, `[B]`. Default `"label"`.
         group_key: the key under which it says which texts belong together when they are split or paired, as those about
             one question: integers `[B]`. Default `"group"`.
+        within: the part of the model whose layers or heads are read and moved: `"vision"`, `"audio"`, `"all"`, or a
+            submodule's name such as `"model.visual"`. Default the language model, of one that sees or hears too.
     """
 
     label_key: str
     group_key: str
+    within: str | None
 
 
 class ReadingEdit(Edit, Generic[S]):
@@ -57,7 +61,7 @@ class ReadingEdit(Edit, Generic[S]):
     give.
 
     Args:
-        label_key, group_key, **options: see `ReadingOptions`.
+        label_key, group_key, within, **options: see `ReadingOptions`.
 
     Attributes:
         edit_: after `fit` the result that `edit` keeps there, on every rank.
@@ -81,9 +85,16 @@ class ReadingEdit(Edit, Generic[S]):
     batch_keys: tuple[str, ...] = ("input_ids", "label", "group")
     batch_size = 16  # texts of a call, without a Trainer
 
-    def __init__(self, *, label_key: str = "label", group_key: str = "group", **options: Unpack[EditOptions]) -> None:
+    def __init__(
+        self,
+        *,
+        label_key: str = "label",
+        group_key: str = "group",
+        within: str | None = None,
+        **options: Unpack[EditOptions],
+    ) -> None:
         super().__init__(**options)
-        self.label_key, self.group_key = label_key, group_key
+        self.label_key, self.group_key, self.within = label_key, group_key, within
         names = {"label": label_key, "group": group_key}
         self.batch_keys = tuple(names.get(key, key) for key in self.batch_keys)
         self.edit_: Any = None
@@ -235,13 +246,16 @@ def edit(
         )
     columns = torch.as_tensor(label).long(), torch.as_tensor(group)
     check_labels(type(method).__name__, columns[0])
+    backbone = model
     if isinstance(model, L.LightningModule):
-        model = model.get_submodule(find_backbone(model, method.backbone) or "")
-    stack = stack_of(uncompiled(model))
+        backbone = model.get_submodule(find_backbone(model, method.backbone) or "")
+    stack = stack_of(uncompiled(backbone))
     method.make_config(stack.backbone)
     try:
         with frozen(stack.backbone), stack.disabled(method.name) if method.name in stack else nullcontext():
             rows = method.read(stack.backbone, tokenizer, texts, *columns)
-        return stack.put(method.name, method.edit(*rows, method._sites))
+        adapter = stack.put(method.name, method.edit(*rows, method._sites))
+        heed_outer_generate(model)
+        return adapter
     finally:
         method.end()

@@ -35,6 +35,8 @@ _LATER: dict[str, tuple[Any, ...]] = {
     "tokenizer": (None,),
     "reads": ("output", "input"),
 }
+# callbacks that meant the whole model then, and had no `within`
+_WITHOUT_PARTS = {"ActAdd", "HeadGains", "HeadOffsets", "LayerOffsets", "LoFiT", "MEMIT", "ROME"}
 _BATCH_SIZE = 16  # that a row of that release had written
 
 
@@ -242,4 +244,6 @@ def _as_in_the_first_release(settings: Any) -> Any:
         if not callback.computed:
             shared |= {"backbone_dropout": False, "gradient_checkpointing": False}
         values["init_args"] = shared | dict(values.get("init_args") or {})
+        if values["init_args"].get("within", "") is None and callback.__name__ in _WITHOUT_PARTS:
+            del values["init_args"]["within"]
     return {name: _as_in_the_first_release(value) for name, value in values.items()}

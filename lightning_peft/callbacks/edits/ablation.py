@@ -59,9 +59,9 @@ class Ablation(StatementLayers):
     def find_sites(self, backbone: nn.Module) -> Sequence[LayerSite]:
         sites = super().find_sites(backbone)
         if self.where == "writes":
-            self.targets = [replace(sites[0], name=name) for name in stream_writers(backbone)]
+            self.targets = [replace(sites[0], name=name) for name in stream_writers(backbone, self.within)]
         else:
-            self.targets = layer_sites(backbone, self.where)
+            self.targets = layer_sites(backbone, self.where, within=self.within)
         return sites
 
     def vectors(self, activations: Tensor, label: Tensor, group: Tensor) -> Tensor:

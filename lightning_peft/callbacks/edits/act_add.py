@@ -37,7 +37,7 @@ class ActAdd(EditLayers):
             block `l - 1` here.
         positions: the phase at whose beginning the vectors are added: `"all"` (the text's front, the paper's),
             `"prompt"`, `"answer"` or `"generated"`.
-        sites: as `CAA`'s.
+        sites, within: as `CAA`'s.
         tokenizer: for the prompts: a tokenizer, or its name or folder.
 
     Attributes:
@@ -60,13 +60,14 @@ class ActAdd(EditLayers):
         positions: Literal["all", "prompt", "answer", "generated"] = "all",
         sites: Literal["block", "attention", "mlp"] = "block",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
+        within: str | None = None,
         **options: Unpack[EditOptions],
     ) -> None:
         if positions not in ("all", "prompt", "answer", "generated"):
             raise ValueError(f"positions must be all, prompt, answer or generated, got {positions!r}.")
         if prompt_add == prompt_sub:
             raise ValueError(f"Both prompts are {prompt_add!r}, and between them there is no difference to add.")
-        super().__init__(sites, layers, coeff, positions, **options)
+        super().__init__(sites, layers, coeff, positions, within=within, **options)
         self.prompt_add, self.prompt_sub, self.tokenizer = prompt_add, prompt_sub, tokenizer
         self._prompts: list[list[int]] = []
 

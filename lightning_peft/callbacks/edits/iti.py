@@ -112,7 +112,7 @@ class ITI(ReadingEdit[HeadSite]):
         self._sigma_activations: Tensor | None = None
 
     def find_sites(self, backbone: nn.Module) -> Sequence[HeadSite]:
-        return head_sites(backbone, self.pattern, self.heads_per_layer)
+        return head_sites(backbone, self.pattern, self.heads_per_layer, within=self.within)
 
     def empty_config(self, sites: Sequence[HeadSite]) -> PeftConfig:
         available = sum(site.num_heads for site in sites)

@@ -58,6 +58,7 @@ class KnowledgeEditing(Edit):
         prefixes: int | list[str],
         seed: int,
         reference: bool,
+        within: str | None,
         **options: Unpack[EditOptions],
     ) -> None:
         if not 0.0 <= shrinkage <= 1.0:
@@ -68,7 +69,7 @@ class KnowledgeEditing(Edit):
         if not self.facts:
             raise ValueError("There is no fact to rewrite: give at least one.")
         self.layers, self.search, self.shrinkage = layers, search, shrinkage
-        self.prefixes, self.seed, self.reference = prefixes, seed, reference
+        self.prefixes, self.seed, self.reference, self.within = prefixes, seed, reference, within
         self.edit_: KnowledgeEdit | None = None
         self.trace_: Tensor | None = None
         self._tokenizer: Any = None
@@ -98,19 +99,19 @@ class KnowledgeEditing(Edit):
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         if self.layers is None:  # which ones is known when the edit is computed
-            count = len(memory_sites(backbone))
+            count = len(memory_sites(backbone, within=self.within))
             layers = list(range(count))[max(count // 6 - self._count + 1, 0) : count // 6 + 1]
         else:
             layers = self.layers
-        sites = memory_sites(backbone, layers)
+        sites = memory_sites(backbone, layers, self.within)
         return lora_config(backbone, [site.name for site in sites], len(self.facts))
 
     def begin(self, stack: AdapterStack) -> None:
         layers = self.layers
         if layers is None:
-            self.trace_ = causal_trace(stack.backbone, self._tokenizer, self.facts, seed=self.seed)
+            self.trace_ = causal_trace(stack.backbone, self._tokenizer, self.facts, seed=self.seed, within=self.within)
             layers = choose_layers(self.trace_, self._count)
-        self._moments = KeyMoments(memory_sites(stack.backbone, layers))
+        self._moments = KeyMoments(memory_sites(stack.backbone, layers, self.within))
         self._texts = []
         self._capture = Capture(stack.backbone, self._moments.sites, "all").__enter__()
 
@@ -177,6 +178,8 @@ class ROME(KnowledgeEditing):
             before the prompt, each as a sentence of its own.
         seed: of the excerpts and of the trace's noise.
         reference: compute the edit as the authors' code does, where that differs (see docs/methods/rome.md).
+        within: the part of the model whose blocks are meant, see `lightning_peft.backbone.language_model`; default the
+            language model.
 
     Attributes:
         edit_: the computed `KnowledgeEdit` after `fit`.
@@ -203,11 +206,12 @@ class ROME(KnowledgeEditing):
         prefixes: int | list[str] = 5,
         seed: int = 0,
         reference: bool = False,
+        within: str | None = None,
         **options: Unpack[EditOptions],
     ) -> None:
         search = Search(v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor)
         layers = None if layer is None else [layer]
-        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, reference, **options)
+        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, reference, within, **options)
 
     @property
     def _count(self) -> int:
@@ -225,7 +229,7 @@ class MEMIT(KnowledgeEditing):
     share; the LoRA adapter has the rank of the number of facts on each layer.
 
     Args:
-        facts, numbers, shrinkage, prefixes, seed, reference: as `ROME`.
+        facts, numbers, shrinkage, prefixes, seed, reference, within: as `ROME`.
         layers: which blocks, from 0, ascending; default five that end where the causal trace is largest.
         mom2_update_weight: λ, how much what is held already counts; default the keys' width.
         v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor: as `ROME`; the bound is here in norms of
@@ -255,12 +259,13 @@ class MEMIT(KnowledgeEditing):
         prefixes: int | list[str] = 5,
         seed: int = 0,
         reference: bool = False,
+        within: str | None = None,
         **options: Unpack[EditOptions],
     ) -> None:
         if layers is not None and layers != sorted(set(layers)):
             raise ValueError(f"The layers must be given in ascending order, each once, but they are {layers}.")
         search = Search(v_num_grad_steps, v_lr, v_weight_decay, clamp_norm_factor, kl_factor)
-        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, reference, **options)
+        super().__init__(facts, numbers, layers, search, shrinkage, prefixes, seed, reference, within, **options)
         if mom2_update_weight is not None and mom2_update_weight <= 0:
             raise ValueError(f"mom2_update_weight must be above 0, got {mom2_update_weight}.")
         self.mom2_update_weight = mom2_update_weight

@@ -38,6 +38,7 @@ class HeadGains(AdapterCallback):
         seed: of the random directions.
         pattern: of the control, see `HeadOffsets`.
         num_heads: for models without a configuration, how many heads enter each projection.
+        within: see `HeadOffsets`.
         **options: see `AdapterOptions`.
 
     Example:
@@ -58,23 +59,24 @@ class HeadGains(AdapterCallback):
         seed: int = 0,
         pattern: str | None = None,
         num_heads: int | None = None,
+        within: str | None = None,
         **options: Unpack[AdapterOptions],
     ) -> None:
         check_heads(heads, positions, init_from)
         super().__init__(**options)
         self.init_from, self.heads, self.positions, self.seed = init_from, heads, positions, seed
-        self.pattern, self.num_heads = pattern, num_heads
+        self.pattern, self.num_heads, self.within = pattern, num_heads, within
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         if self.init_from is not None:
             config = read_edit(self.init_from)[0]
         else:
-            config = head_config(backbone, self.heads, 1.0, self.positions, self.pattern, self.num_heads)
+            config = head_config(backbone, self.heads, 1.0, self.positions, self.pattern, self.num_heads, self.within)
         config.parameters = "gains"
         return config
 
     def trainable_parameters(self, backbone: nn.Module) -> int:
-        return sum(site.num_heads for site in head_sites(backbone))
+        return sum(site.num_heads for site in head_sites(backbone, within=self.within))
 
     def _place(self, stack: AdapterStack, name: str, config: PeftConfig) -> Adapter:
         new = name not in stack

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from torch import Tensor, nn
 
 from lightning_peft.backbone import counts
-from lightning_peft.backbone.structure import blocks
+from lightning_peft.backbone.language_model import part_blocks
 from lightning_peft.fitting.adapter_callback import AdapterCallback, AdapterOptions
 from lightning_peft.fitting.law_example import LawExample
 
@@ -38,6 +38,8 @@ class HeadOffsets(AdapterCallback):
         pattern: a regular expression for the end of the names of the attention's output projections. Default: the
             last matrix of each attention in the backbone's blocks.
         num_heads: for models without a configuration, how many heads enter each of them.
+        within: the part of the model whose heads are meant, see `lightning_peft.backbone.language_model`; default the
+            language model.
         **options: see `AdapterOptions`.
 
     Example:
@@ -61,19 +63,20 @@ class HeadOffsets(AdapterCallback):
         init_from: str | None = None,
         pattern: str | None = None,
         num_heads: int | None = None,
+        within: str | None = None,
         **options: Unpack[AdapterOptions],
     ) -> None:
         check_heads(heads, positions, init_from)
         super().__init__(**options)
         self.init_from, self.heads, self.alpha, self.positions = init_from, heads, alpha, positions
-        self.pattern, self.num_heads = pattern, num_heads
+        self.pattern, self.num_heads, self.within = pattern, num_heads, within
         if positions != "all":
             self.exempt = {"merge": "a bias acts at every position"}
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
         if self.init_from is not None:
             return read_edit(self.init_from)[0]
-        return head_config(backbone, self.heads, self.alpha, self.positions, self.pattern, self.num_heads)
+        return head_config(backbone, self.heads, self.alpha, self.positions, self.pattern, self.num_heads, self.within)
 
     def trainable_parameters(self, backbone: nn.Module) -> int:
         return sum(counts.attention_inputs(backbone))
@@ -95,6 +98,7 @@ def head_config(
     positions: str,
     pattern: str | None,
     num_heads: int | None,
+    within: str | None = None,
 ) -> HeadOffsetsConfig:
     """Return the configuration of trained head offsets on a backbone; the arguments are those of `HeadOffsets`.
 
@@ -109,7 +113,7 @@ def head_config(
             f"Where an answer begins is not known in an encoder-decoder such as {type(backbone).__name__}: use "
             'positions="all".'
         )
-    sites = head_sites(backbone, pattern or _projections(backbone), num_heads)
+    sites = head_sites(backbone, pattern or _projections(backbone, within), num_heads, within=within)
     pairs = None if heads is None else [(int(layer), int(head)) for layer, head in heads]
     for layer, head in pairs or ():
         if not (0 <= layer < len(sites) and 0 <= head < sites[layer].num_heads):
@@ -152,7 +156,7 @@ def check_heads(heads: list[tuple[int, int]] | None, positions: str, init_from: 
         raise ValueError(f"heads must be pairs of a layer and a head, got {heads}.")
 
 
-def _projections(backbone: nn.Module) -> str | None:
+def _projections(backbone: nn.Module, within: str | None) -> str | None:
     """Return a pattern for the last matrices of all attentions, or None where the blocks' structure shows none."""
-    names = [span.last for block in blocks(backbone) for span in block.attention]
+    names = [span.last for block in part_blocks(backbone, within) for span in block.attention]
     return "|".join(re.escape(name) for name in names) or None

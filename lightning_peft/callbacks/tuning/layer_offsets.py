@@ -26,6 +26,8 @@ class LayerOffsets(AdapterCallback):
         alpha: the strength.
         positions: `"all"` tokens, where the offset can be merged (of blocks, where nothing follows the residual sum);
             only those from the `"answer"`'s beginning on; or only `"generated"` ones.
+        within: the part of the model whose layers are meant, see `lightning_peft.backbone.language_model`; default the
+            language model.
         **options: see `AdapterOptions`.
 
     Example:
@@ -48,12 +50,13 @@ class LayerOffsets(AdapterCallback):
         layers: list[int] | str | None = None,
         alpha: float = 1.0,
         positions: Literal["all", "answer", "generated"] = "all",
+        within: str | None = None,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if positions not in ("all", "answer", "generated"):
             raise ValueError(f'positions must be "all", "answer" or "generated", got {positions!r}.')
         super().__init__(**options)
-        self.sites, self.layers, self.alpha, self.positions = sites, layers, alpha, positions
+        self.sites, self.layers, self.alpha, self.positions, self.within = sites, layers, alpha, positions, within
         if positions != "all":
             self.exempt = {"merge": "a bias acts at every position"}
 
@@ -67,7 +70,7 @@ class LayerOffsets(AdapterCallback):
                 'positions="all".'
             )
         layers = tuple(self.layers) if isinstance(self.layers, list) else self.layers
-        sites = Selection(sites=self.sites, layers=layers).find(backbone)
+        sites = Selection(sites=self.sites, layers=layers, within=self.within).find(backbone)
         return layer_offsets_config(sites, self.alpha, self.positions)  # type: ignore[arg-type]
 
     def trainable_parameters(self, backbone: nn.Module) -> int:

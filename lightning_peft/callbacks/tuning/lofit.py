@@ -43,6 +43,7 @@ class LoFiT(MultiPhase):
             beginning on; or only `"generated"` ones.
         pattern: see `HeadOffsets`.
         num_heads: for models without a configuration, how many heads enter each projection.
+        within: see `HeadOffsets`.
         **options: see `AdapterOptions`.
 
     Raises:
@@ -70,6 +71,7 @@ class LoFiT(MultiPhase):
         positions: Literal["all", "answer", "generated"] = "all",
         pattern: str | None = None,
         num_heads: int | None = None,
+        within: str | None = None,
         **options: Unpack[AdapterOptions],
     ) -> None:
         if not 0.0 < share <= 1.0:
@@ -82,12 +84,14 @@ class LoFiT(MultiPhase):
         super().__init__(**options)
         self.share, self.select_steps, self.l1 = share, select_steps, l1
         self.heads, self.alpha, self.positions = heads, alpha, positions
-        self.pattern, self.num_heads = pattern, num_heads
+        self.pattern, self.num_heads, self.within = pattern, num_heads, within
         self.steps, self.turn = [], 0
         self.exempt = {"merge": "before heads are chosen they are scaled, which no bias computes"}
 
     def make_config(self, backbone: nn.Module) -> PeftConfig:
-        config = head_config(backbone, self.heads, self.alpha, self.positions, self.pattern, self.num_heads)
+        config = head_config(
+            backbone, self.heads, self.alpha, self.positions, self.pattern, self.num_heads, self.within
+        )
         config.parameters = "lofit"
         return config
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from torch import nn
 
 from lightning_peft.backbone import counts
-from lightning_peft.backbone.structure import blocks, matrix_shape
+from lightning_peft.backbone.language_model import part_blocks
+from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.callbacks.tuning.bitfit import BitFit
 from lightning_peft.callbacks.tuning.composite import Composite
 from lightning_peft.callbacks.tuning.lora import LoRA
@@ -109,7 +110,7 @@ class Strata(Composite):
         if self.rank is None:
             return None
         (_, trained, adapted), count = self._strata(backbone), 0
-        for block in blocks(backbone):
+        for block in part_blocks(backbone):
             count += counts.biases(block.module) if block.number in {*trained, *adapted} else 0
             names = [name for span in block.attention for name in span.matrices] if block.number in adapted else []
             for inputs, outputs in (matrix_shape(backbone.get_submodule(name)) for name in names):
@@ -118,7 +119,7 @@ class Strata(Composite):
 
     def _strata(self, backbone: nn.Module) -> list[list[int]]:
         """Return the numbers of each stratum's blocks."""
-        count = max((block.number + 1 for block in blocks(backbone)), default=0)
+        count = max((block.number + 1 for block in part_blocks(backbone)), default=0)
         bounds = self.boundaries or tuple(count * i // self.count for i in range(1, self.count))
         strata = [list(range(a, b)) for a, b in itertools.pairwise((0, *bounds, count))]
         if any(not strata[_stratum(key)] for key in self.methods):

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.heads import HeadSite
+from lightning_peft.backbone.language_model import part_blocks
 from lightning_peft.backbone.quantization import is_quantized
-from lightning_peft.backbone.structure import blocks, matrix_shape, width
+from lightning_peft.backbone.structure import matrix_shape, width
 from lightning_peft.editing.facts.prompt_tokens import Tokenizer
 from lightning_peft.editing.ranks import of_all_ranks
 from lightning_peft.editing.reading import Way, read_texts
 
 
-def memory_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[HeadSite]:
+def memory_sites(model: nn.Module, layers: Sequence[int] | None = None, within: str | None = None) -> list[HeadSite]:
     """Find each block's matrix that leads from the feed-forward part back to the residual stream.
 
     Its input is a key and its output a value, in the reading of Geva et al. 2021, arXiv:2012.14913. It is found by
@@ -25,6 +26,7 @@ def memory_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[
     Args:
         model: a causal language model, with or without adapters.
         layers: which blocks, from 0; default all.
+        within: of which part of the model, see `part_blocks`; default its language model.
 
     Returns:
         Sites whose input is read as one head of the full width.
@@ -41,13 +43,13 @@ def memory_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[
     generates = getattr(model, "can_generate", None)
     if callable(generates) and not generates():
         raise ValueError(f"{type(model).__name__} does not predict next tokens: facts are edited in language models.")
-    all_blocks = blocks(model)
-    if len({block.stack for block in all_blocks}) != 1:
+    all_blocks = part_blocks(model, within)
+    if len({block.stack for block in all_blocks}) != 1:  # an encoder's, say
         raise ValueError(f"Facts are edited in a model with one list of blocks; {type(model).__name__} has not one.")
     numbers = range(len(all_blocks)) if layers is None else layers
     if outside := [layer for layer in numbers if not 0 <= layer < len(all_blocks)]:
         raise ValueError(f"The model has layers 0 to {len(all_blocks) - 1}, but layer {outside[0]} was asked for.")
-    stream, sites = width(model), []
+    stream, sites = width(model, all_blocks), []
     for layer in numbers:
         block = all_blocks[layer]
         if block.mlp is None or len(block.mlp.matrices) > 3:

@@ -63,7 +63,7 @@ def compute_memit(
     if reference and values is not None:
         raise ValueError("The authors search for values otherwise than find_values: leave values out with reference.")
     covariances = [moments.matrix(i, shrinkage) for i in range(len(sites))]
-    stream = blocks(model)[layers[-1]].name
+    stream = next(block.name for block in blocks(model) if sites[-1].name.startswith(f"{block.name}."))
     _check_added(model, tokenizer, facts[0], sites[-1].name, stream)
     settings = {
         "layers": layers,

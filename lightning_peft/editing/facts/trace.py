@@ -24,6 +24,7 @@ def causal_trace(
     samples: int = 3,
     window: int | None = None,
     seed: int = 0,
+    within: str | None = None,
 ) -> Tensor:
     """Measure the average indirect effect of each layer's feed-forward outputs at the subject's last token.
 
@@ -40,11 +41,12 @@ def causal_trace(
         samples: how many noises a fact.
         window: how many layers are put back together; default a fifth of them, as the authors' 10 of 48.
         seed: of the noise.
+        within: as `memory_sites`'.
 
     Returns:
         `[layers]`, differences of probabilities.
     """
-    sites = memory_sites(model)
+    sites = memory_sites(model, within=within)
     count = len(sites)
     half = (max(count // 5, 1) if window is None else window) / 2
     table: Any = model.get_input_embeddings()  # type: ignore[operator]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.backbone.structure import blocks
+from lightning_peft.backbone.language_model import part_blocks
 from lightning_peft.files.atomic import new_file
 from lightning_peft.stack.adapter_files.baking import acting, changes, everywhere, own_parameters
 from lightning_peft.stack.adapter_files.divergence import Divergence, divergence
@@ -105,7 +105,7 @@ def adding(model: nn.Module, vectors: Mapping[int, Tensor]) -> Iterator[None]:
         return after
 
     with ExitStack() as hooks:
-        for block in blocks(model):
+        for block in part_blocks(model):
             if block.number in vectors:
                 hook = block.module.register_forward_hook(shift(vectors[block.number]))
                 hooks.callback(hook.remove)
@@ -116,7 +116,7 @@ def _by_block(
     model: nn.Module, changed: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> tuple[dict[int, Tensor], bool]:
     """Return the shift of the residual stream that changed biases make, by block."""
-    model_blocks = blocks(model)
+    model_blocks = part_blocks(model)
     if len({block.stack for block in model_blocks}) != 1 or len(model_blocks) < 2:
         raise ValueError(f"{type(model).__name__} is not one stack of blocks, which alone llama.cpp's vectors are for.")
     places = {f"{span.last}.bias": block.number for block in model_blocks for span in block.spans()}
@@ -154,7 +154,7 @@ def _write(writer: Any, file: Path, vectors: Mapping[int, Tensor], model: Any) -
     with new_file(file) as path:
         written = writer(path, "controlvector")
         written.add_string("controlvector.model_hint", str(model.config.model_type))
-        written.add_int32("controlvector.layer_count", len(blocks(model)))
+        written.add_int32("controlvector.layer_count", len(part_blocks(model)))
         for number, vector in vectors.items():
             written.add_tensor(f"direction.{number}", vector.cpu().numpy())
         written.write_header_to_file()

@@ -14,6 +14,7 @@ from lightning_peft.stack.adapter_files.folder import CONFIG, AdapterError, adap
 from lightning_peft.stack.configs import config_from_json, with_scale
 from lightning_peft.stack.injection.head_training import saved_heads
 from lightning_peft.stack.injection.registry import injection_for
+from lightning_peft.stack.outer_generate import heed_outer_generate
 from lightning_peft.stack.stack import AdapterStack, adapters, find_stacks, stack_of
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def load_adapter(
             for part in reversed(added):
                 stack.remove(part.name)
             raise
+    heed_outer_generate(backbone)
     return added
 
 

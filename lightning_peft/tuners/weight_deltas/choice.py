@@ -7,9 +7,10 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_peft.backbone.language_model import part_blocks
 from lightning_peft.backbone.modules import is_matrix
 from lightning_peft.backbone.structure import Block, blocks
-from lightning_peft.backbone.targets import Layers, Within
+from lightning_peft.backbone.targets import Layers, Within, split_within
 from lightning_peft.tuners.weight_deltas.owners import Place, places
 
 Biases = Literal["all", "query_and_second_mlp"]
@@ -26,7 +27,8 @@ def choose_parameters(
     Args:
         backbone: any module, with or without adapters; parameters that modules share are named once.
         layers: which blocks, see `structure.blocks`; default everything, what stands outside the blocks too.
-        within: only the matrices of the blocks' attention, or of their feed-forward parts, and those matrices' biases.
+        within: only the matrices of the blocks' attention, or of their feed-forward parts, and those matrices' biases;
+            or another part of the model, see `backbone.targets.choose_targets`.
 
     Raises:
         ValueError: the backbone has no blocks, not that many or not these, or none with such a part.
@@ -84,7 +86,7 @@ def choose_top(backbone: nn.Module, k: int, final_norm: bool = True, head: bool 
         ValueError: the backbone has fewer blocks.
     """
     chosen = choose_parameters(backbone, Layers(last=k))
-    stacks = dict.fromkeys(block.stack for block in blocks(backbone))
+    stacks = dict.fromkeys(block.stack for block in part_blocks(backbone))
     every = [where[0] for where in places(backbone)]
     inside = [any(place.full_name.startswith(f"{stack}.") for stack in stacks) for place in every]
     after = [place for i, place in enumerate(every) if not inside[i] and any(inside[:i])]
@@ -117,22 +119,21 @@ def _chosen(
     every = [where[0] for where in places(backbone, missing)]
     if layers is None and within is None:
         return every
-    some = _some_blocks(backbone, layers)
-    if within is None:
+    kind, part = split_within(within)
+    some = _some_blocks(backbone, layers, part)
+    if kind is None:
         starts = tuple(f"{block.name}." for block in some)
         return [place for place in every if place.full_name.startswith(starts)]
-    if within not in ("attention", "mlp"):
-        raise ValueError(f'within must be "attention" or "mlp", got {within!r}.')
-    spans = [span for b in some for span in (b.attention if within == "attention" else filter(None, (b.mlp,)))]
+    spans = [span for b in some for span in (b.attention if kind == "attention" else filter(None, (b.mlp,)))]
     owners = {name for span in spans for name in span.matrices}
-    experts = {name for block in some for name in block.experts} if within == "mlp" else set()
+    experts = {name for block in some for name in block.experts} if kind == "mlp" else set()
     if not owners and not experts:
-        raise ValueError(f"{type(backbone).__name__} has no block with {within} in it.")
+        raise ValueError(f"{type(backbone).__name__} has no block with {kind} in it.")
     return [p for p in every if p.full_name.rpartition(".")[0] in owners or p.full_name in experts]
 
 
-def _some_blocks(backbone: nn.Module, layers: Layers | list[int] | None) -> list[Block]:
-    every = blocks(backbone)
+def _some_blocks(backbone: nn.Module, layers: Layers | list[int] | None, part: str | None) -> list[Block]:
+    every = part_blocks(backbone, part)
     if not every:
         raise ValueError(f"{type(backbone).__name__} has no repeated blocks to choose among.")
     if layers is None:
