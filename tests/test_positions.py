@@ -14,11 +14,11 @@ from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from lightning_peft import bake, positions, save_adapter, steering
+from lightning_peft import bake, save_adapter, steering
 from lightning_peft.editing import head_offsets_config, head_sites, layer_offsets_config, layer_sites
 from lightning_peft.editing.reading import Way, read_texts
 from lightning_peft.effects import cross_entropy, kl
-from lightning_peft.positions import PlainTextWarning, PositionsError, answering, plain_text, track
+from lightning_peft.positions import PlainTextWarning, PositionsError, answering, plain_text, policies, track
 from lightning_peft.stack.stack import AdapterStack, stack_of
 
 
@@ -165,7 +165,7 @@ def test_plain_text_is_edited_everywhere(tokens: Tensor) -> None:
 @pytest.fixture
 def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process in which no edit has acted on plain text yet."""
-    monkeypatch.setattr(positions, "_warned", False)
+    monkeypatch.setattr(policies, "_warned", False)
 
 
 def plain_text_warnings(caught: list[warnings.WarningMessage]) -> list[str]:
@@ -234,7 +234,7 @@ def test_plain_text_is_no_more_than_what_stands_in_for_other_signs(tokens: Tenso
         by_labels = model(input_ids=tokens, labels=labels).logits
         with plain_text(model):
             assert torch.equal(model(input_ids=tokens, labels=labels).logits, by_labels)
-    assert not any(vars(track(model)._context).values())
+    assert not any(vars(track(model).known).values())
 
 
 def test_a_cached_past_without_a_start_is_an_error(tokens: Tensor) -> None:
@@ -279,7 +279,7 @@ def test_nothing_is_left_over_from_a_call(tokens: Tensor) -> None:
     with torch.no_grad(), answering(model, start=torch.tensor([4])):
         model(input_ids=tokens)
     positions = track(model)
-    assert positions._call is None and not any(vars(positions._context).values())
+    assert positions.running.seen is None and not any(vars(positions.known).values())
 
 
 def on_it(model: nn.Module) -> dict[str, object]:

@@ -112,7 +112,7 @@ def test_labels_of_the_batch_stand_behind_what_is_known_of_the_call(tokens: Tens
         warnings.simplefilter("ignore", PlainTextWarning)
         torch.testing.assert_close(model(tokens[:, :7]).logits, by_start[0][:, :7])  # of another shape
     note_batch(noted, model, None)
-    assert not any(vars(track(model)._context).values())
+    assert not any(vars(track(model).known).values())
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ def test_blocks_that_run_again_see_their_own_call_whatever_thread_runs_them(reen
     with ThreadPoolExecutor(2) as pool:
         for found, right in zip(pool.map(backward, losses), expected, strict=True):
             torch.testing.assert_close(found, right)
-    assert not track(model)._recalled
+    assert not track(model).running.recalled
 
 
 def test_backward_passes_of_two_threads_at_a_time_do_not_meet(tokens: Tensor) -> None:
