@@ -4,8 +4,8 @@ python benchmarks/gpu_check.py [--output check.json] [--only lora qlora] [--seco
 python benchmarks/gpu_check.py --tiny                # the same on a small model, on a CPU too
 
 LoRA in bfloat16; QLoRA on NF4 with a paged optimizer; ITI computed and generating on an NF4 base; a model spread by
-`device_map`; `torch.compile`. Peak memory of training stands beside what `plan` says it would take. It prints a table and
-ends with a JSON; it exits with 1 where a part fails.
+`device_map`; `torch.compile`. Peak memory of training stands beside what `plan` says it would take. It prints a table
+and a JSON, and exits with 1 where a part fails.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import lightning as L  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import lightning as L
+import torch
+from torch import Tensor, nn
 
-from lightning_peft import adapters  # noqa: E402
-from lightning_peft.backbone.shapes import shapes_only  # noqa: E402
-from lightning_peft.callbacks import ITI, LoRA, QLoRA, Quantize  # noqa: E402
-from lightning_peft.planning.estimate import plan  # noqa: E402
+from lightning_peft import adapters
+from lightning_peft.backbone.shapes import shapes_only
+from lightning_peft.callbacks import ITI, LoRA, QLoRA, Quantize
+from lightning_peft.planning.estimate import plan
 
 
 @dataclass(frozen=True)

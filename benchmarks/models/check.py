@@ -36,7 +36,7 @@ from lightning_peft.testing.shrunk import WORDS
 
 RELATIVE = 1e-4  # of the largest logit
 NATS = 1e-4
-NEW_TOKENS, PROMPT, PADS = 3, 10, 3
+NEW_TOKENS, PROMPT, PADS = 2, 10, 3
 HEADS, ALPHA, MULTIPLIER = 6, 5.0, 2.0
 
 
@@ -75,6 +75,8 @@ def check(model: Any, sees_pictures: bool) -> dict[str, Any]:
     base, unable = {}, {}
     for name, inputs in cases.items():
         for cached in (True, False):
+            if name == "padded" and not cached:
+                continue
             way = f"{name}, {'with' if cached else 'without'} cache"
             try:
                 base[way] = (inputs, cached, write(model, inputs, cached, NEW_TOKENS))
@@ -85,6 +87,9 @@ def check(model: Any, sees_pictures: bool) -> dict[str, Any]:
     for name, make in (("iti", iti), ("caa", caa)):
         if not base:
             row[name] = Outcome("none", f"it does not generate: {next(iter(unable.values()))}").json()
+            continue
+        if not any(way.startswith("text") for way in base):
+            row[name] = Outcome("none", f"it writes no text without a picture: {next(iter(unable.values()))}").json()
             continue
         row[name] = _attempt(lambda make=make, name=name: _steering(model, make, edits, name, base, encodes)).json()
     row["bake"] = _attempt(lambda: _baking(model, edits.get("iti"))).json()
@@ -112,7 +117,7 @@ def statements() -> tuple[list[list[int]], Tensor, Tensor]:
 
 def iti(model: Any, encodes: bool) -> Edit:
     """Compute head offsets by the package's functions."""
-    sites = head_sites(model, part="self" if encodes else None)
+    sites = head_sites(model, part="self")  # of decoders alone too, which have idle cross-attentions
     rows, label, group = statements()
     values = _read(model, sites, rows, encodes)
     made = compute_iti(values, label, group, num_heads=min(HEADS, values.shape[1] * values.shape[2]))
@@ -126,11 +131,13 @@ def iti(model: Any, encodes: bool) -> Edit:
 
 def caa(model: Any, encodes: bool) -> Edit:
     """Compute layer offsets by the package's functions."""
-    sites = layer_sites(model, part="self" if encodes else None)
+    sites = layer_sites(model, part="self")
     rows, label, group = statements()
     vectors = caa_vectors(_read(model, sites, rows, encodes), label, group)
     config = layer_offsets_config(sites, MULTIPLIER, "answer")
-    tensors = {saved_key(site.name, "layer_edits.layer_offsets"): v[None] for site, v in zip(sites, vectors, strict=True)}
+    tensors = {
+        saved_key(site.name, "layer_edits.layer_offsets"): v[None] for site, v in zip(sites, vectors, strict=True)
+    }
     plain = {site.name: MULTIPLIER * v for site, v in zip(sites, vectors, strict=True)}
     return Edit(ComputedAdapter(config, tensors), Vectors(plain, to_input=False))
 

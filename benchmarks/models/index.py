@@ -3,8 +3,8 @@
 python benchmarks/models/index.py [--task causal image] [--types llama gemma3_text …] [--again] [--write]
 
 Each type is built from its default configuration, shrunk by `lightning_peft.testing.shrunk`, with random weights, in a
-process of its own that may take `--seconds` and `--gibibytes`. What is known is kept in `docs/results/models`; a type is
-run once unless `--again` says so. `--write` makes `docs/models.md` of it.
+process of its own that may take `--seconds` and `--gibibytes`. Rows are kept in `docs/results/models`: a type is run
+once unless `--again` says so, and several commands may run at once. `--write` makes `docs/models.md` of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch  # noqa: E402
 
 from benchmarks.models.check import NATS, RELATIVE, check, sentence  # noqa: E402
 from benchmarks.models.page import page, terminal  # noqa: E402
-from lightning_peft.files.atomic import new_file  # noqa: E402
+from lightning_peft.files.atomic import locked, new_file  # noqa: E402
 from lightning_peft.testing.shrunk import shrunk_config, shrunk_model  # noqa: E402
 
 TASKS = ("causal", "image")
@@ -116,25 +116,32 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # else each collection in a process looks at all of it
     warnings.simplefilter("ignore")
-    results: dict[str, dict[str, Any]] = {}
-    for task in TASKS:
-        file = FOLDER / f"{task}.json"
-        results[task] = json.loads(file.read_text()) if file.exists() else {}
-        if task not in options.task:
-            continue
-        for kind in types(task):
-            chosen = kind in options.types if options.types else True
-            if not chosen or (kind in results[task] and not options.again):
-                continue
-            results[task][kind] = run_bounded(task, kind, options.seconds, options.gibibytes)
-            print(terminal(task, kind, results[task][kind]), flush=True)
-            FOLDER.mkdir(parents=True, exist_ok=True)
-            lines = (f"{json.dumps(k)}: {json.dumps(results[task][k])}" for k in sorted(results[task]))
-            with new_file(file) as new:
-                new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    for task in options.task:
+        for kind in options.types or types(task):
+            if kind in types(task) and (options.again or kind not in kept(task)):
+                row = run_bounded(task, kind, options.seconds, options.gibibytes)
+                keep(task, kind, row)
+                print(terminal(task, kind, row), flush=True)
     if options.write:
         with new_file(PAGE) as new:
-            new.write_text(page(results, transformers.__version__, RELATIVE, NATS))
+            new.write_text(page({task: kept(task) for task in TASKS}, transformers.__version__, RELATIVE, NATS))
+
+
+def kept(task: str) -> dict[str, dict[str, Any]]:
+    """Return the rows that are kept, by type."""
+    file = FOLDER / f"{task}.json"
+    rows: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    return rows
+
+
+def keep(task: str, kind: str, row: dict[str, Any]) -> None:
+    """Add a row to those that are kept; several commands may do so at once."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with locked(FOLDER):
+        rows = kept(task) | {kind: row}
+        with new_file(FOLDER / f"{task}.json") as new:
+            lines = (f"{json.dumps(k)}: {json.dumps(rows[k], ensure_ascii=False)}" for k in sorted(rows))
+            new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -26,15 +26,17 @@ fields mean (`lightning_peft.testing.shrunk`), with random weights, so that all 
 queries, experts and towers are there. On each, what the package does is compared with plain hooks and plain scoring
 that know nothing of it:
 
-| column | what is equal to what |
-|---|---|
-| ITI, CAA | greedy text and its logits (to {relative:g} of the largest) under head offsets and under layer offsets at positions `"answer"`, from the last prompt token on, and the same vectors added by hooks; for two prompts, for two of which one is padded on the left, and for a picture with words, each with a cache and without, as far as the model itself writes so |
-| baked ITI, baked CAA | the logits of the folder that `bake` writes, loaded by transformers alone, and of hooks at every position |
-| packed scoring | log-probabilities of answers (to {nats:g} nats), without and with ITI, packed and each row in a call of its own; *plain*: the scorer says that the model cannot be packed, and goes row by row |
+- *ITI*, *CAA*: greedy text and its logits, to {relative:g} of the largest, under head offsets and under layer offsets
+  from the last prompt token on, and the same vectors added by hooks. For two prompts, and for a picture with words, each
+  with a cache and without; for two prompts of which one is padded on the left; as far as the model itself writes so.
+- *baked ITI*, *baked CAA*: the logits of the folder that `bake` writes, loaded by transformers alone, and of hooks at
+  every position.
+- *packed scoring*: log-probabilities of answers, to {nats:g} nats, without an edit and with ITI, packed and each row in
+  a call of its own. *plain*: the scorer warns that the model cannot be packed, and goes row by row.
 
-*yes*: equal. *no*: the package says in a sentence that it cannot. **differs**, **fails**: it does not say so. –: there is
-nothing to compare with. The sentences stand below each table. Tiny random models show that the mechanics are right on an
-architecture; whether an edit does anybody good on a model of that type is another question.
+*yes*: equal. *no*: the package says in a sentence that it cannot. **differs**, **fails**: it does not say so. –: there
+is nothing to compare with. The sentences stand below each table. Tiny random models show that the mechanics are right
+on an architecture; whether an edit does any good on a model of that type is another question.
 
 ```sh
 python benchmarks/models/index.py --write
@@ -85,7 +87,12 @@ def _count(outcomes: Sequence[Sequence[str]]) -> str:
     """Return how many are equal, refused and wrong."""
     ends = [outcome for outcome, _ in outcomes]
     wrong = sum(end in ("differs", "raises") for end in ends)
-    named = [(ends.count("equal"), "yes"), (ends.count("refused"), "no"), (wrong, "**wrong**"), (ends.count("none"), "–")]
+    named = [
+        (ends.count("equal"), "yes"),
+        (ends.count("refused"), "no"),
+        (wrong, "**wrong**"),
+        (ends.count("none"), "–"),
+    ]
     return ", ".join(f"{number} {name}" for number, name in named if number)
 
 
@@ -149,7 +156,9 @@ def _no_picture(row: Row) -> bool:
 
 def _general(sentence: str) -> str:
     """Return a sentence without what differs between models, so that those that say the same stand together."""
-    sentence = re.sub(r"\b(model|transformer|backbone|bert|roberta|decoder|gpt_neox|language_model)\.[\w.]+", "…", sentence)
+    sentence = re.sub(
+        r"\b(model|transformer|backbone|bert|roberta|decoder|gpt_neox|language_model)\.[\w.]+", "…", sentence
+    )
     sentence = re.sub(r"\b\w*(For\w+|LMHead\w*|DecoderLayer|Layer|Block|Wrapper)\b", "…", sentence)
     sentence = re.sub(r"\s*\[\w+\.py:\d+\]", "", sentence)
     return re.sub(r"\d+(\.\d+)?e[+-]\d+|\b\d+\b", "n", sentence).strip() or "no reason given"

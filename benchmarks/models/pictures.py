@@ -69,7 +69,9 @@ def _forms(accepts: set[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield "patches and their places", {"pixel_values": patches, "image_position_ids": places}
 
 
-def _with_tokens(model: Any, accepts: set[str], values: dict[str, Tensor], count: int | None) -> dict[str, Tensor] | None:
+def _with_tokens(
+    model: Any, accepts: set[str], values: dict[str, Tensor], count: int | None
+) -> dict[str, Tensor] | None:
     """Return the inputs with as many image tokens as the picture has features; None where there is no such token.
 
     How many these are is what the model says of one too few.

@@ -38,7 +38,12 @@ def _ends_a_module(model: Any, name: str, inputs: Mapping[str, Tensor]) -> bool:
         for handle in handles:
             handle.remove()
     own, outer = outputs.get(name), outputs.get(around)
-    return own is not None and outer is not None and own.numel() == outer.numel() and torch.equal(own.flatten(), outer.flatten())
+    return (
+        own is not None
+        and outer is not None
+        and own.numel() == outer.numel()
+        and torch.equal(own.flatten(), outer.flatten())
+    )
 
 
 def missed_blocks(model: nn.Module, names: Sequence[str]) -> str:

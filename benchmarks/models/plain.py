@@ -1,4 +1,4 @@
-"""Steering and scoring as one writes them by hand, with hooks, knowing nothing of the package: what it is compared with.
+"""Steering and scoring as one writes them by hand, with hooks, knowing nothing of the package.
 
 A vector is added to a block's output, or to what goes into an attention's output projection, from the last prompt token
 on. The first call of `generate` is the prompt; later ones have one token, or, without a cache, prompt and all that came

@@ -155,7 +155,15 @@ class _Shrinking:
             return self._token(name)
         if name in _LAYERS:
             return len(kept) if kept and value == level.layers else min(value, level.new_layers)
-        if name in ("head_dim", "swa_head_dim", "d_kv", "kv_channels", "attention_head_size", "d_head", "global_head_dim"):
+        if name in (
+            "head_dim",
+            "swa_head_dim",
+            "d_kv",
+            "kv_channels",
+            "attention_head_size",
+            "d_head",
+            "global_head_dim",
+        ):
             rope = values.get("qk_rope_head_dim") or 0
             if value and value == rope:
                 return 16
@@ -165,7 +173,9 @@ class _Shrinking:
         for pattern, rule in _RULES:
             if pattern.fullmatch(name):
                 return min(value, rule) if isinstance(rule, int) else rule(value, level)
-        if re.search(r"hidden_size|_dim$|^dim|width|n_embd|d_model|hidden_dim|_channels?$|embedding_size|output_dim|embed", name):
+        if re.search(
+            r"hidden_size|_dim$|^dim|width|n_embd|d_model|hidden_dim|_channels?$|embedding_size|output_dim|embed", name
+        ):
             return self._width(value, level) if value > 16 else value
         return value
 
@@ -185,9 +195,9 @@ class _Shrinking:
         if name in ("short_factor", "long_factor"):
             return list(value[: max(len(value) * level.new_head // max(level.head, 1), 1)])
         if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            if re.search(r"(indexes|indices|_idxs?|_ids|_layers|_index|layer)$", name) and max(value) <= level.layers:
-                if kept and level.layers:
-                    return sorted({min(v * len(kept) // level.layers, len(kept) - 1) if v >= 0 else v for v in value})
+            counts_layers = re.search(r"(indexes|indices|_idxs?|_ids|_layers|_index|layer)$", name)
+            if counts_layers and kept and max(value) <= level.layers:
+                return sorted({min(v * len(kept) // level.layers, len(kept) - 1) if v >= 0 else v for v in value})
             if re.search(r"suppress", name):
                 return []
         return [self._entry(name, v, level, values, kept) for v in value]
@@ -269,9 +279,15 @@ _RULES: list[tuple[re.Pattern[str], _Rule]] = [
         (r".*chunk_size.*|.*chunk_length", lambda value, level: min(value, 8)),
         (r".*(sliding_window|window_size|attention_window|local_attention|window_len|window_size)", 8),
         # layers
-        (r"attn_layer_period|.*sliding_window_pattern|global_attn_every_n_layers|no_rope_layer_interval|layer_group_size", 2),
+        (
+            r"attn_layer_period|.*sliding_window_pattern|global_attn_every_n_layers|no_rope_layer_interval|layer_group_size",
+            2,
+        ),
         (r"attn_layer_offset|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|moe_layer_start_index", 1),
-        (r"max_window_layers|moe_layer_end_index", lambda value, level: LAYERS // 2 if value < level.layers else LAYERS - 1),
+        (
+            r"max_window_layers|moe_layer_end_index",
+            lambda value, level: LAYERS // 2 if value < level.layers else LAYERS - 1,
+        ),
         (r"num_nextn_predict_layers", 0),
         # experts
         (r"(moe_)?num_(local_)?experts|n_routed_experts|zero_expert_num|moe_num_experts", EXPERTS),
@@ -288,7 +304,10 @@ _RULES: list[tuple[re.Pattern[str], _Rule]] = [
         (r"(vision_|video_)?(image|crop|max_image|min_image|max_img)_size|resolution", PICTURE),
         (r"patch_sizes?", PATCH),
         (r"num_position_embeddings|num_patches|image_seq_length|num_image_tokens|video_seq_length", _square),
-        (r"mm_tokens_per_image|num_query_tokens|.*soft_tokens_per_image|\w*n_latents|\w*num_latents|latent_query_num", 4),
+        (
+            r"mm_tokens_per_image|num_query_tokens|.*soft_tokens_per_image|\w*n_latents|\w*num_latents|latent_query_num",
+            4,
+        ),
         (r"posemb_grid_size|pos_emb_height|pos_emb_width", PICTURE // PATCH),
     )
 ]

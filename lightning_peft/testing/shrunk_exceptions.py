@@ -28,7 +28,7 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "paddleocr_vl": {"text_config.rope_parameters.mrope_section": [16, 8, 8]},
     "cohere_compass": {"text_config.rope_parameters": _ROTARY},
     "cohere_compass_text": {"rope_parameters": _ROTARY},
-    "dots3_note": {"text_config.head_dim": 32},
+    "dots3_note": {"text_config.head_dim": 32, "vision_config.adapter_input_size": 64},
     "dots3_note_text": {"head_dim": 32},
     "xmod": {"default_language": "en_XX"},
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
