@@ -186,7 +186,9 @@ class _Shrinking:
             return list(value)
         if re.search(r"_token_ids?$", name):
             return [2] if name.startswith("eos") else [self._token(f"{name}{i}") for i in range(len(value))]
-        if len(value) == level.layers and kept and not re.search("factor", name):
+        if kept and list(value) == list(range(level.layers)):
+            return list(range(len(kept)))
+        if kept and len(value) == level.layers and "factor" not in name:
             return [self._entry(name, value[i], level, values, kept) for i in kept]
         if "mrope_section" in name or "section" in name:
             return _shares([int(v) for v in value], level)
@@ -213,7 +215,7 @@ def _layers_to_keep(values: Mapping[str, Any], level: _Level) -> list[int]:
     count = level.layers
     if not count:
         return []
-    columns: list[Any] = [v for v in values.values() if isinstance(v, list | tuple) and len(v) == count]
+    columns: list[Any] = [v for v in values.values() if _has_entry_for_each(v, count)]
     special = [v for v in values.values() if isinstance(v, dict) and _by_layer(v)]
     columns += [[by_layer.get(i, by_layer.get(str(i))) for i in range(count)] for by_layer in special]
     kinds: dict[str, list[int]] = {}
@@ -222,6 +224,11 @@ def _layers_to_keep(values: Mapping[str, Any], level: _Level) -> list[int]:
     want = min(count, max(level.new_layers, len(kinds)))
     rounds = [i for place in range(count) for numbers in kinds.values() for i in numbers[place : place + 1]]
     return sorted(rounds[:want])
+
+
+def _has_entry_for_each(value: Any, layers: int) -> bool:
+    """Return whether a value is a list with an entry for each layer, and not the numbers of all layers themselves."""
+    return isinstance(value, list | tuple) and len(value) == layers and list(value) != list(range(layers))
 
 
 def _shares(sections: Sequence[int], level: _Level) -> list[int]:

@@ -16,7 +16,8 @@ def config(kind: str) -> Any:
 
 
 def test_sizes_are_small_and_grouped_queries_stay_grouped() -> None:
-    small = config("llama4_text")
+    small = config("llama4_text")  # which numbers the layers of experts, all of them
+    assert small.moe_layers == list(range(LAYERS))
     assert (small.num_hidden_layers, small.num_attention_heads, small.vocab_size) == (LAYERS, HEADS, VOCABULARY)
     assert config("mistral").num_key_value_heads == HEADS // 2
     assert config("phi").num_key_value_heads == HEADS  # of as many as there are heads
@@ -31,7 +32,7 @@ def test_every_kind_of_layer_is_kept(kind: str) -> None:
 
 
 def test_heads_wider_than_the_stream_stay_wider() -> None:
-    gemma, llama = config("gemma3_text"), config("llama")
+    gemma, llama = config("gemma"), config("llama")
     assert gemma.head_dim * gemma.num_attention_heads == 2 * gemma.hidden_size
     assert llama.head_dim * llama.num_attention_heads == llama.hidden_size
 
