@@ -28,7 +28,8 @@ that know nothing of it:
 
 - *ITI*, *CAA*: greedy text and its logits, to {relative:g} of the largest, under head offsets and under layer offsets
   from the last prompt token on, and the same vectors added by hooks. For two prompts, and for a picture with words,
-  each with a cache and without; for two prompts of which one is padded on the left; as far as the model itself writes so.
+  each with a cache and without; for two prompts of which one is padded on the left; as far as the model itself writes
+  so.
 - *baked ITI*, *baked CAA*: the logits of the folder that `bake` writes, loaded by transformers alone, and of hooks at
   every position.
 - *packed scoring*: log-probabilities of answers, to {nats:g} nats, without an edit and with ITI, packed and each row in
