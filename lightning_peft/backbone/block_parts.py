@@ -73,12 +73,14 @@ def stream_width(members: Collection[nn.Module], shapes: Iterable[Shape]) -> int
 def output_last(names: Iterable[str], stream: int, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """Move the matrix that gives a part's output to the end of its matrices, wherever it is registered.
 
-    It gives the stream's width and is no gate: Phi-3 registers it before the fused input one, MiniMax before its gate.
+    It gives the stream's width, is no gate and in no part of the part: Phi-3 registers it before the fused input one,
+    MiniMax before its gate, DeepSeek V3.2 before the indexer that chooses tokens.
     """
     names = tuple(names)
     wide = [name for name in names if shapes[name][1] == stream]
-    plain = [name for name in wide if not _GATE.search(name.rpartition(".")[2])]
-    output = (plain or wide or list(names))[-1]
+    plain = [name for name in wide if not _GATE.search(name.rpartition(".")[2])] or wide or list(names)
+    depth = min((name.count(".") for name in plain), default=0)
+    output = [name for name in plain if name.count(".") == depth][-1]
     return (*(name for name in names if name != output), output)
 
 

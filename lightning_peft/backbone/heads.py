@@ -92,6 +92,8 @@ def head_sites(
     inside = outputs if parts is None else [(name, role) for name, role in outputs if is_inside(name, parts)]
     # a pattern may name what is in no list of blocks
     outputs = inside if inside or within is not None or pattern is None else outputs
+    if part is None and _lacks_encoder(model):
+        outputs = [(name, role) for name, role in outputs if role != "cross"]
     outputs = [(name, role) for name, role in outputs if part is None or role == part]
     if not outputs:
         raise ValueError(
@@ -102,16 +104,24 @@ def head_sites(
     return [replace(site, layer=i, part=role) for i, (site, (_, role)) in enumerate(zip(sites, outputs, strict=True))]
 
 
+def _lacks_encoder(model: nn.Module) -> bool:
+    """Return whether a decoder stands alone, so that its attentions to an encoder's output do not run."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "is_encoder_decoder", None) is False and not any(
+        block.attention and not block.cross for block in blocks(model)
+    )
+
+
 def _by_structure(model: nn.Module) -> Iterator[tuple[str, Part]]:
     """Yield the output projection of every attention, block by block, and the part of the model it is in."""
     attending, named = [block for block in blocks(model) if block.attention], dict(base_modules(model))
     for block in attending:
         for span in block.attention:
-            _check_last(named, span)
+            _check_last(named, span, block.stream)
             yield span.last, "cross" if span in block.cross else _part_of(block.name, attending)
 
 
-def _check_last(named: dict[str, nn.Module], span: Span) -> None:
+def _check_last(named: dict[str, nn.Module], span: Span, stream: int) -> None:
     """Check that a projection of a kind of its own, no matrix to `blocks`, has not left its place to another."""
     paths = [name.split(".") for name in span.matrices]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
@@ -119,11 +129,16 @@ def _check_last(named: dict[str, nn.Module], span: Span) -> None:
     for name, module in named.items():
         inside = name.startswith(f"{attention}.") and not any(name.startswith(matrix) for matrix in span.matrices)
         unknown = inside and not isinstance(module, nn.Embedding)
-        if unknown and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        if unknown and any(_may_lead_to(stream, parameter) for parameter in module.parameters(recurse=False)):
             raise ValueError(
                 f"{name} is a {type(module).__name__}, which may be the output projection of {attention}: give the "
                 "end of the projections' names as a regular expression, the argument pattern."
             )
+
+
+def _may_lead_to(stream: int, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter may be a matrix to the stream; the shape of a packed one does not say it."""
+    return parameter.dim() > 1 and (stream in parameter.shape or not parameter.is_floating_point())
 
 
 def _part_of(name: str, attending: Sequence[Block]) -> Part:

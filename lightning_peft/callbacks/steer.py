@@ -29,6 +29,7 @@ class Steer(L.Callback):
         scale: the dial: 1 as saved, 0 equal to the model without it bit for bit, negative reversed.
         positions: which tokens an edit acts on, in place of those it was saved with; see `lightning_peft.tokens`.
         backbone: the submodule the adapter was made for; default as in `AdapterOptions`.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
 
     Raises:
         ValueError: the folder does not exist, or unknown positions; when evaluation starts, what
@@ -43,7 +44,12 @@ class Steer(L.Callback):
     """
 
     def __init__(
-        self, adapter: str | Path, scale: float = 1.0, positions: str | None = None, backbone: str | None = None
+        self,
+        adapter: str | Path,
+        scale: float = 1.0,
+        positions: str | None = None,
+        backbone: str | None = None,
+        strict_base: bool = True,
     ) -> None:
         if not Path(adapter).is_dir():
             raise ValueError(f"{adapter} is not a folder: name that of a saved adapter.")
@@ -51,6 +57,7 @@ class Steer(L.Callback):
         if positions is not None:
             check_policy(positions)
         self.adapter, self.scale, self.positions, self.backbone = adapter, scale, positions, backbone
+        self.strict_base = strict_base
         self._steering: AbstractContextManager[Any] | None = None
         self._steered: nn.Module | None = None
         self._noted: list[Positions] = []
@@ -63,7 +70,7 @@ class Steer(L.Callback):
         backbone: nn.Module = pl_module.get_submodule(name)
         if has_shards(backbone):
             raise ValueError("A saved adapter cannot be put on a sharded model: evaluate with another strategy.")
-        steered = steering(backbone, self.adapter, self.scale, self.positions)
+        steered = steering(backbone, self.adapter, self.scale, self.positions, self.strict_base)
         steered.__enter__()
         heed_outer_generate(pl_module)
         self._steering, self._steered = steered, backbone

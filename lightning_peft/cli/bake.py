@@ -33,24 +33,32 @@ def main(args: list[str]) -> Baked | ControlVector:
         action="store_true",
         help="do not compare what was written with the edit, for a model too large to be loaded twice, or in float32",
     )
+    options.add_argument(
+        "--no-strict-base",
+        action="store_true",
+        help="take another base than the adapter was made for, such as one with a token more or tuned further, with a "
+        "warning",
+    )
     parsed = options.parse_args(args[1:])
     with one_sentence("bake"):
         from lightning_peft.stack.adapter_files.bases import load_base
 
         if not Path(parsed.adapter).is_dir():
             raise FileNotFoundError(2, "", parsed.adapter)
-        model, base = load_base(parsed.adapter, parsed.base, parsed.dtype)
+        strict = not parsed.no_strict_base
+        model, base = load_base(parsed.adapter, parsed.base, parsed.dtype, strict)
         causal = model.can_generate() and not model.config.is_encoder_decoder
         batches = _answers(base, parsed.questions) if causal and parsed.questions > 0 else []
         if parsed.output.endswith(".gguf"):
             from lightning_peft.stack.adapter_files.control_vectors import export_control_vector
 
-            vector = export_control_vector(model, parsed.adapter, parsed.output, batches)
+            vector = export_control_vector(model, parsed.adapter, parsed.output, batches, strict)
             _print_vector(vector, parsed.output)
             return vector
         from lightning_peft.stack.adapter_files.baking import bake
 
-        baked = bake(model, parsed.adapter, parsed.output, batches, tokenizer=base, verify=not parsed.no_verify)
+        checks = {"verify": not parsed.no_verify, "strict_base": strict}
+        baked = bake(model, parsed.adapter, parsed.output, batches, tokenizer=base, **checks)
         _print_baked(baked, parsed.output)
         return baked
 

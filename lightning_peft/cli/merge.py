@@ -28,6 +28,12 @@ def main(args: list[str]) -> Path:
         action="store_true",
         help="unpickle the checkpoint, which runs code in it; only if you trust its author",
     )
+    options.add_argument(
+        "--no-strict-base",
+        action="store_true",
+        help="take another base than the adapter was made for, such as one with a token more or tuned further, with a "
+        "warning",
+    )
     parsed = options.parse_args(args[1:])
     with one_sentence("merge"), tempfile.TemporaryDirectory() as temporary:
         from lightning_peft.fitting.checkpoint_files import export_checkpoint, outside_backbones
@@ -40,7 +46,8 @@ def main(args: list[str]) -> Path:
         elif not source.is_dir():
             raise FileNotFoundError(2, "", str(source))
         try:
-            merged = merge_pretrained(source, parsed.folder, parsed.base, parsed.dtype, verify=not parsed.no_verify)
+            checks = {"verify": not parsed.no_verify, "strict_base": not parsed.no_strict_base}
+            merged = merge_pretrained(source, parsed.folder, parsed.base, parsed.dtype, **checks)
         except ValueError as error:  # which names the temporary folder
             raise ValueError(str(error).replace(str(source), parsed.adapter)) from error
         print(f"Wrote {parsed.folder}, a {merged.cls} that transformers loads by itself.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.backbone.layers import LayerSite
+from lightning_peft.backbone.streams import one_stream
 from lightning_peft.backbone.window import check_batch
 from lightning_peft.editing.forward import run_trunk
 from lightning_peft.tokens import Tokens
@@ -26,7 +27,7 @@ class Capture:
     Args:
         backbone: a transformers model (its trunk is run, not its head) or any module called with the batch's tensors.
         sites: from `head_sites` (the heads' outputs, where they enter the output projection) or from `layer_sites`;
-            all of one shape.
+            all of one shape, but heads, which may be of several sizes: then zeros follow the smaller ones' values.
         positions: which tokens, in the language of `lightning_peft.tokens`.
 
     Example:
@@ -42,8 +43,7 @@ class Capture:
     def __init__(self, backbone: nn.Module, sites: Sequence[Site], positions: str = "last") -> None:
         if not sites:
             raise ValueError("There is no site to read.")
-        if len(shapes := {site.shape for site in sites}) > 1:
-            raise ValueError(f"Sites of different shapes ({sorted(shapes)}) cannot be read into one tensor.")
+        self.shape = common_shape(sites)
         self.backbone = backbone
         self.sites = list(sites)
         self.positions = Tokens.parse(positions)
@@ -160,15 +160,43 @@ class Capture:
             encoder = site.part == "encoder"
             if encoder not in self._index:  # a picture, say: its patches are counted when they are seen
                 self._choose(encoder, x.new_ones(x.shape[:2]), None, None)
+            if isinstance(site, LayerSite):
+                x = one_stream(self.backbone, x)
+                if x.shape[-1] != site.width:
+                    raise ValueError(
+                        f"{site.name} gives {x.shape[-1]} features, not the {site.width} of the residual stream: read "
+                        'the sites "attention" or "mlp".'
+                    )
             x = x.reshape(-1, *site.shape)
             if len(x) != self._count.get(encoder, len(x)):
                 raise RuntimeError(
                     f"{site.name} saw {len(x)} tokens, but the call has {self._count[encoder]}: its tokens cannot be "
                     "told apart."
                 )
-            self._read[number] = x[self._index[encoder].to(x.device)].float().cpu()
+            self._read[number] = _padded(x[self._index[encoder].to(x.device)].float().cpu(), self.shape)
 
         return read
+
+
+def common_shape(sites: Sequence[Site]) -> tuple[int, ...]:
+    """Return the shape that what is read at one token of each site fits into.
+
+    Raises:
+        ValueError: layers of different widths.
+    """
+    shapes = {site.shape for site in sites}
+    if len(shapes) > 1 and not all(isinstance(site, HeadSite) for site in sites):
+        raise ValueError(f"Sites of different shapes ({sorted(shapes)}) cannot be read into one tensor.")
+    return tuple(map(max, zip(*shapes, strict=True)))
+
+
+def _padded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Put zeros behind values `[M, ...]` of a smaller shape."""
+    if values.shape[1:] == shape:
+        return values
+    whole = values.new_zeros(len(values), *shape)
+    whole[:, : values.shape[1], : values.shape[2]] = values
+    return whole
 
 
 HeadCapture = Capture  # by the name of what it reads most

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.editing.capture import Site
+from lightning_peft.editing.capture import Site, common_shape
 from lightning_peft.editing.ranks import of_all_ranks, rank_and_count
 from lightning_peft.editing.reading import Way, read_texts
 from lightning_peft.tokens import Tokens
@@ -92,7 +92,7 @@ def capture_texts(
     first = torch.tensor([0, *(len(places) for places in chosen)]).cumsum(0)
     text = torch.tensor([i for i, places in enumerate(chosen) for _ in places])
     place = torch.tensor([p for places in chosen for p in places])
-    shape = (len(text), len(sites), *sites[0].shape) if sites else (len(text), 0)
+    shape = (len(text), len(sites), *common_shape(sites)) if sites else (len(text), 0)
     rank, ranks = rank_and_count()
     way = Way(autocast, share, batch_size, row_tokens, rank, ranks)
     part = None if file is None else Path(f"{file}.part")

@@ -31,15 +31,16 @@ def head_offsets_config(
     """
     from lightning_peft.tuners.head_offsets import HeadOffsetsConfig
 
-    sizes = {site.head_dim for site in sites}
-    if len(sizes) != 1:
-        raise ValueError(f"Heads of different sizes ({sorted(sizes)}) cannot share one adapter.")
+    sizes = {site.name: site.head_dim for site in sites}
     chosen: dict[str, list[int]] | None = None
     if heads is not None:
         chosen = {}
         for layer, head in sorted(heads):
             chosen.setdefault(sites[layer].name, []).append(head)
     targets = None if chosen is not None else [site.name for site in sites]
+    edited = {name: size for name, size in sizes.items() if chosen is None or name in chosen}
+    # one number where it is the same everywhere, as folders have always had it
+    head_dim = next(iter(sizes.values())) if len(set(sizes.values())) == 1 else edited
     return HeadOffsetsConfig(
-        target_modules=targets, head_dim=sizes.pop(), heads=chosen, alpha=alpha, positions=positions, **options
+        target_modules=targets, head_dim=head_dim, heads=chosen, alpha=alpha, positions=positions, **options
     )

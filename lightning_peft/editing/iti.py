@@ -78,12 +78,18 @@ class HeadEdit:
     def offsets(self, sites: Sequence[HeadSite]) -> dict[str, Tensor]:
         """Return each edited site's `strength * sigma * direction` of its heads in ascending order, `[k, head_dim]`."""
         length = self.sigma if self.strength is None else self.strength * self.sigma
-        return self._by_site(sites, length[:, None] * self.directions)
+        offsets = self._by_site(sites, length[:, None] * self.directions)
+        return {site.name: offsets[site.name][:, : site.head_dim] for site in sites if site.name in offsets}
 
     def probes(self, sites: Sequence[HeadSite]) -> dict[str, Tensor]:
         """Return each edited site's probes of its heads in ascending order, `[k, head_dim + 1]`."""
         assert self.probe is not None
-        return self._by_site(sites, self.probe)
+        probes = self._by_site(sites, self.probe)
+        return {
+            site.name: torch.cat([probes[site.name][:, : site.head_dim], probes[site.name][:, -1:]], -1)
+            for site in sites
+            if site.name in probes
+        }
 
     def _by_site(self, sites: Sequence[HeadSite], vectors: Tensor) -> dict[str, Tensor]:
         by_site: dict[str, list[tuple[int, Tensor]]] = {}
@@ -91,6 +97,12 @@ class HeadEdit:
             by_site.setdefault(sites[layer].name, []).append((head, vector))
         ordered = {name: sorted(rows, key=lambda row: row[0]) for name, rows in by_site.items()}
         return {name: torch.stack([vector for _, vector in rows]) for name, rows in ordered.items()}
+
+
+def head_shapes(sites: Sequence[HeadSite]) -> list[tuple[int, ...]] | None:
+    """Return heads and head size of each site, for `compute_iti`; None where they are the same everywhere."""
+    shapes = [site.shape for site in sites]
+    return shapes if len(set(shapes)) > 1 else None
 
 
 def compute_iti(
@@ -105,6 +117,7 @@ def compute_iti(
     strength: str = "equal",
     sigma_activations: Tensor | None = None,
     reference: bool = False,
+    shapes: Sequence[tuple[int, ...]] | None = None,
 ) -> HeadEdit:
     """Fit a probe to every head, rank the heads on held-out questions, and compute direction and spread of the best.
 
@@ -131,6 +144,7 @@ def compute_iti(
         sigma_activations: `[M, layers, heads, head_dim]`, head outputs at the last token of other texts, of training
             questions too, from which to take sigma; default the statements.
         reference: compute what the authors' code computes; needs `sigma_activations`.
+        shapes: heads and head size of each layer, where these differ and zeros fill up the activations.
 
     Raises:
         ValueError: more heads asked for than there are, one class only, too few questions, rows that do not match,
@@ -138,8 +152,9 @@ def compute_iti(
     """
     _check(activations, truth, question_id, sigma_activations)
     layers, heads, width = activations.shape[1:]
-    if not 1 <= num_heads <= layers * heads:
-        raise ValueError(f"num_heads is {num_heads}, but the model has {layers * heads} heads ({layers} x {heads}).")
+    real = torch.tensor([[h < count for h in range(heads)] for count, *_ in shapes or [(heads,)] * layers]).flatten()
+    if not 1 <= num_heads <= int(real.sum()):
+        raise ValueError(f"num_heads is {num_heads}, but the model has {int(real.sum())} heads ({layers} x {heads}).")
     check_names(direction, strength)
     if reference and sigma_activations is None:
         raise ValueError("The authors' sigma is that of texts that end in a question: give sigma_activations.")
@@ -152,18 +167,21 @@ def compute_iti(
     probes = LogisticProbes(C=C, standardize=not reference).fit(x[train], truth[train])
     accuracy = probes.score(x[val], truth[val])
     if reference:
-        ranked = accuracy.argsort(stable=True).flip(0)[:num_heads].tolist()
+        ranked = accuracy.argsort(stable=True).flip(0)
+        ranked = ranked[real[ranked]][:num_heads].tolist()
     else:
         loss = probes.log_loss(x[val], truth[val])
-        ranked = sorted(range(layers * heads), key=lambda g: (-float(accuracy[g]), float(loss[g])))[:num_heads]
+        ranked = sorted(range(layers * heads), key=lambda g: (not real[g], -float(accuracy[g]), float(loss[g])))
+        ranked = ranked[:num_heads]
     chosen = torch.tensor(ranked)
 
     z = x[:, chosen]
-    directions = _directions(direction, z, truth, question_id, probes.coef_[chosen], seed)
+    sizes = None if shapes is None else [shapes[g // heads][1] for g in ranked]
+    directions = _in_heads(_directions(direction, z, truth, question_id, probes.coef_[chosen], seed), sizes)
     others = z if sigma_activations is None else sigma_activations.flatten(1, 2)[:, chosen].float()
     sigma = projection_std(others, directions)
     if direction == "random":  # of the same lengths, so that only the direction differs
-        directions = random_directions(num_heads, width, seed)
+        directions = _in_heads(random_directions(num_heads, width, seed), sizes)
     share = _shares(accuracy[chosen]) if strength == "accuracy" else None
     record = {
         "method": "iti",
@@ -184,6 +202,14 @@ def compute_iti(
     pairs = [(g // heads, g % heads) for g in ranked]
     gate = truth_gate(probes.coef_[chosen], probes.intercept_[chosen])
     return HeadEdit(pairs, directions, sigma, accuracy.reshape(layers, heads), record, share, gate)
+
+
+def _in_heads(directions: Tensor, sizes: Sequence[int] | None) -> Tensor:
+    """Return directions `[K, head_dim]` of length 1 that are zero where their heads are filled up."""
+    if sizes is None:
+        return directions
+    inside = torch.arange(directions.shape[1]) < torch.tensor(sizes)[:, None]
+    return unit(directions * inside)
 
 
 def check_names(direction: str, strength: str) -> None:

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_peft.backbone.streams import streams_first
 from lightning_peft.positions import Positions
 
 Gate = Literal["adaptive", "conditional"]
@@ -87,8 +88,14 @@ def check_mergeable(adapter: str, positions: str, gate: str | None) -> None:
 
 
 def where(positions: Positions, policy: str, x: Tensor) -> Tensor:
-    """Return the policy's mask in the current call, shaped to multiply onto `x [B, T, d]` (or `[B * T, d]`)."""
+    """Return the policy's mask in the current call, shaped to multiply onto `x [B, T, d]` (or `[B * T, d]`).
+
+    Of parallel streams, see `lightning_peft.backbone.streams`, x has four dimensions.
+    """
     mask = positions.mask(policy).to(x.device)
+    if x.dim() == 4 and x.shape[1 if streams_first(positions.model) else 0 :][:2] == mask.shape:
+        mask = mask.to(x.dtype)[..., None]  # parallel streams, each of which is moved
+        return mask if streams_first(positions.model) else mask[..., None]
     if mask.numel() * x.shape[-1] != x.numel():
         raise ValueError(
             f"The positions of this call have shape {tuple(mask.shape)}, which does not fit activations of shape "

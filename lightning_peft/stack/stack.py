@@ -50,6 +50,10 @@ _ATTRIBUTE = "_lightning_peft_stack"
 _EMPTY: WeakValueDictionary[int, AdapterStack] = WeakValueDictionary()
 
 
+class OtherBaseWarning(UserWarning):
+    """An adapter is loaded on another base model than it was made for."""
+
+
 class AdapterStack:
     """The adapters on one backbone, innermost first. `adapters(module)` gives the stack of a module.
 
@@ -434,10 +438,10 @@ class AdapterStack:
             problem = f"{source} was made for another base model: {difference}"
             if self.strict_base:
                 raise AdapterError(
-                    f"{problem}; a head that is built anew each time belongs in train_head, and strict_base=False "
-                    "loads it all the same."
+                    f"{problem}; a head that is built anew each time belongs in train_head, and strict_base=False (in "
+                    "commands --no-strict-base) loads it all the same."
                 )
-            warnings.warn(f"{problem}; it is loaded all the same.", stacklevel=2)
+            warnings.warn(f"{problem}; it is loaded all the same.", OtherBaseWarning, stacklevel=2)
         held = {*without(dict(expected), heads)["samples"]} if expected.get("samples") else set()
         lost = [
             head

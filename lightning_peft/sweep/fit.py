@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.collect import capture_tokens
-from lightning_peft.editing.iti import HeadEdit, compute_iti
+from lightning_peft.editing.iti import HeadEdit, compute_iti, head_shapes
 from lightning_peft.sweep.settings import Sweep
 from lightning_peft.sweep.texts import SplitTexts, Text
 
@@ -30,6 +30,7 @@ class Statements:
             labels |= texts.labels
         self._rows = {text: row for row, text in enumerate(labels)}
         self.activations = capture_tokens(backbone, sites, [tokens for _, tokens in labels])
+        self.shapes = head_shapes(sites)
         self.label = torch.tensor(list(labels.values()))
         self.group = torch.tensor([group for group, _ in labels])
 
@@ -51,6 +52,7 @@ def fit(plan: Sweep, statements: Statements, texts: SplitTexts) -> HeadEdit:
         val_fraction=plan.val_fraction,
         C=plan.C,
         seed=plan.seed,
+        shapes=statements.shapes,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.backbone.heads import HeadSite, head_sites
 from lightning_peft.editing.collect import capture_texts
 from lightning_peft.editing.heads import head_offsets_config
-from lightning_peft.editing.iti import REFERENCE_POSITIONS, HeadEdit, check_names, compute_iti
+from lightning_peft.editing.iti import REFERENCE_POSITIONS, HeadEdit, check_names, compute_iti, head_shapes
 from lightning_peft.fitting.reading_edit import ReadingEdit, ReadingOptions, Tokenizer, edit
 from lightning_peft.moved import warn_moved
 from lightning_peft.positions import check_policy
@@ -167,11 +167,12 @@ class ITI(ReadingEdit[HeadSite]):
             self.strength,
             self._sigma_activations,
             self.reference,
+            head_shapes(sites),
         )
         return self.edit_.adapter(sites, self.alpha, self.positions, **self.gate)
 
     def count(self, made: ComputedAdapter) -> int:
-        return self.edit_.directions.numel()
+        return sum(tensor.numel() for key, tensor in made.tensors.items() if key.endswith(".head_offsets"))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from lightning_peft.stack.adapter_files.example_inputs import find_probe, output
 from lightning_peft.stack.adapter_files.model_card import write_written_card, written_parts
 from lightning_peft.stack.adapter_files.verifying import HALF, Reference, Verification, digest, reference
 from lightning_peft.stack.adapter_files.verifying import verify as verify_folder
-from lightning_peft.stack.stack import find_stacks, stack_of
+from lightning_peft.stack.stack import OtherBaseWarning, find_stacks, stack_of
 from lightning_peft.stack.steering import reposition, steering
 
 
@@ -58,6 +59,7 @@ def bake(
     batches: Iterable[Mapping[str, Tensor]] = (),
     tokenizer: str | None = None,
     verify: bool = True,
+    strict_base: bool = True,
 ) -> Baked:
     """Bake a saved edit, or a stack that ends in one, into a transformers model, and save that.
 
@@ -77,6 +79,7 @@ def bake(
         tokenizer: a folder or a name on the hub whose tokenizer or processor, where it has one, is written too.
         verify: compare. The written model is loaded beside the given one, its weights mapped from the files where that
             is on a CPU, and one in half precision is float32 meanwhile; leave it out for what is too large for this.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
 
     Raises:
         AdapterError: the adapter cannot be read or is for another base.
@@ -105,7 +108,7 @@ def bake(
     output = Path(output)
     check_new(output)
     _check_model(model)
-    with everywhere(model, adapter) as positions:
+    with everywhere(model, adapter, strict_base) as positions:
         changed = changes(model)
         flags, added = find_flags(model, changed.keys() - own_parameters(model).keys())
         measured = divergence(model, batches, lambda: acting(positions), nullcontext)
@@ -140,7 +143,7 @@ def _notes(
 
 
 @contextmanager
-def everywhere(model: nn.Module, adapter: str | Path) -> Iterator[dict[Adapter, str]]:
+def everywhere(model: nn.Module, adapter: str | Path, strict_base: bool = True) -> Iterator[dict[Adapter, str]]:
     """Put a saved adapter on the model for a while, its edits at every position; yield the positions as saved.
 
     Afterwards it is the same bit for bit, whatever was merged meanwhile.
@@ -152,7 +155,7 @@ def everywhere(model: nn.Module, adapter: str | Path) -> Iterator[dict[Adapter, 
         if parameter is not None
     ]
     try:
-        with evaluating(model), steering(model, adapter) as parts:
+        with evaluating(model), steering(model, adapter, strict_base=strict_base) as parts:
             positions = {part: part.config.positions for part in parts if hasattr(part.config, "positions")}
             for part in positions:
                 reposition(part, "all")
@@ -282,7 +285,10 @@ def _edited(model: Any, adapter: str | Path, changed: Mapping[str, Tensor], zero
 
         def adapt(model: Any) -> None:
             change(dtype)  # in which the base is the one that the adapter was made for
-            adapted.enter_context(everywhere(model, adapter))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", OtherBaseWarning)
+                # whether the base is the adapter's has been checked
+                adapted.enter_context(everywhere(model, adapter, strict_base=False))
             change(torch.float32)
 
         def expected(model: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lightning_peft.backbone.shapes import shapes_only
 from lightning_peft.stack.adapter_files.folder import CONFIG, AdapterError, adapter_folders, read_folder
 from lightning_peft.stack.adapter_files.saving import load_adapter
+from lightning_peft.stack.stack import OtherBaseWarning
 
 # transformers' classes to try for the base, after the one its config names; the adapter's fingerprint tells which it is
 _CLASSES = (
@@ -37,13 +39,16 @@ def named_base(adapter: Path) -> str:
     raise AdapterError(f"{adapter / CONFIG} names no base model: give it with --base.")
 
 
-def load_base(adapter: str | Path, base: str | None = None, dtype: str = "auto") -> tuple[Any, str]:
+def load_base(
+    adapter: str | Path, base: str | None = None, dtype: str = "auto", strict_base: bool = True
+) -> tuple[Any, str]:
     """Load the pretrained transformers model that an adapter was made for, without the adapter.
 
     Args:
         adapter: a folder that `load_adapter` reads.
         base: a folder or a name on the hub; default: the one the adapter names.
         dtype: to load in; `"auto"` is the base's own.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
 
     Returns:
         The model, in evaluation mode, and the base's folder or name.
@@ -59,7 +64,7 @@ def load_base(adapter: str | Path, base: str | None = None, dtype: str = "auto")
     if getattr(config, "quantization_config", None) is not None:  # of which there are no shapes without its weights
         cls = next(_classes(config))
     else:
-        cls, _ = fitting_class(adapter, base, config)
+        cls, _ = fitting_class(adapter, base, config, strict_base)
     return cls.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).eval(), base
 
 
@@ -87,8 +92,10 @@ def base_config(adapter: Path, base: str) -> Any:
         ) from error
 
 
-def fitting_class(adapter: Path, base: str, config: Any) -> tuple[Any, Any]:
+def fitting_class(adapter: Path, base: str, config: Any, strict_base: bool = True) -> tuple[Any, Any]:
     """Return the class of model that the adapter was made for, and one with the adapter, both without values.
+
+    With `strict_base=False` it is the first in which the adapter has its places, and nothing is said of another base.
 
     Raises:
         ValueError: it was made for no class of model that the base has.
@@ -101,7 +108,9 @@ def fitting_class(adapter: Path, base: str, config: Any) -> tuple[Any, Any]:
             except (ValueError, OSError):  # this architecture has no such class
                 continue
             try:
-                load_adapter(trial, adapter)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", OtherBaseWarning)
+                    load_adapter(trial, adapter, strict_base=strict_base)
             except ValueError as error:
                 misfit = misfit or error
                 continue

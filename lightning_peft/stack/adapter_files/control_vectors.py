@@ -56,7 +56,11 @@ class ControlVector:
 
 
 def export_control_vector(
-    model: nn.Module, adapter: str | Path, file: str | Path, batches: Iterable[Mapping[str, Tensor]] = ()
+    model: nn.Module,
+    adapter: str | Path,
+    file: str | Path,
+    batches: Iterable[Mapping[str, Tensor]] = (),
+    strict_base: bool = True,
 ) -> ControlVector:
     """Write a saved edit as a control vector for llama.cpp, and measure how its effect differs from the edit's.
 
@@ -67,13 +71,14 @@ def export_control_vector(
         adapter: a folder that `load_adapter` reads.
         file: where to write; a file there is replaced.
         batches: texts to measure on; see `divergence`.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
 
     Raises:
         AdapterError: the adapter cannot be read or is for another base.
         ValueError: the edit is no shift of the residual stream, as a LoRA is not, or the gguf package is not installed.
     """
     writer = _import_writer()
-    with everywhere(model, adapter) as positions:
+    with everywhere(model, adapter, strict_base) as positions:
         before = {name: parameter.data for name, parameter in own_parameters(model).items()}
         vectors, first_moved = _by_block(model, changes(model), before)
         tokens = torch.arange(8, device=next(model.parameters()).device)[None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from lightning_peft.stack.adapter_files.plain_model import PlainModel, plain_mod
 from lightning_peft.stack.adapter_files.saving import load_adapter
 from lightning_peft.stack.adapter_files.verifying import Verification, reference
 from lightning_peft.stack.adapter_files.verifying import verify as verify_folder
-from lightning_peft.stack.stack import stack_of
+from lightning_peft.stack.stack import OtherBaseWarning, stack_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,12 @@ class Merged:
 
 
 def merge_pretrained(
-    adapter: str | Path, output: str | Path, base: str | None = None, dtype: str = "auto", verify: bool = True
+    adapter: str | Path,
+    output: str | Path,
+    base: str | None = None,
+    dtype: str = "auto",
+    verify: bool = True,
+    strict_base: bool = True,
 ) -> Merged:
     """Merge a saved adapter, or stack, into a pretrained transformers model and save the result as one.
 
@@ -63,6 +69,7 @@ def merge_pretrained(
         dtype: the dtype to save in; `"auto"` is the base's own.
         verify: compare. Models are loaded one after the other, the base in float32; leave it out for one that is too
             large for this.
+        strict_base: refuse an adapter made for another base model, instead of warning once.
 
     Raises:
         AdapterError: the adapter cannot be read or is for another base, or for something that is not transformers'.
@@ -73,22 +80,22 @@ def merge_pretrained(
     check_new(output)
     check_dtype(dtype)
     base = base or named_base(adapter)
-    cls = _check(adapter, base)
+    cls = _check(adapter, base, strict_base)
     with new_folder(output) as folder:
-        plain = _write(cls, adapter, base, dtype, folder)
+        plain = _write(cls, adapter, base, dtype, folder, strict_base)
         save_tokenizer(base, folder)
-        verification = _verify(cls, plain, adapter, base, folder) if verify else None
+        verification = _verify(cls, plain, adapter, base, folder, strict_base) if verify else None
         note = f"{verification}." if verification else "Not verified."
         write_written_card(folder, written_parts(adapter), base, plain.cls.__name__, [note])
     return Merged(plain.cls.__name__, plain.untied, verification)
 
 
-def _check(adapter: Path, base: str) -> Any:
+def _check(adapter: Path, base: str, strict_base: bool) -> Any:
     """Make every check that needs no values, and return the class that the adapter was made for."""
     config = base_config(adapter, base)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised, and adapters cannot be written into packed weights: name its original.")
-    cls, trial = fitting_class(adapter, base, config)
+    cls, trial = fitting_class(adapter, base, config, strict_base)
     before = plain_state(trial)
     with shapes_only():
         stack_of(trial).merge()
@@ -110,14 +117,14 @@ def _check(adapter: Path, base: str) -> Any:
     return cls
 
 
-def _write(cls: Any, adapter: Path, base: str, dtype: str, folder: Path) -> PlainModel:
+def _write(cls: Any, adapter: Path, base: str, dtype: str, folder: Path, strict_base: bool) -> PlainModel:
     """Merge and save, then release the model."""
     backbone = cls.from_pretrained(base, dtype="auto")
     target = backbone.dtype if dtype == "auto" else getattr(torch, dtype)
     if backbone.dtype not in (target, torch.float32):  # rounded once, after merging
         del backbone
         backbone = cls.from_pretrained(base, dtype=torch.float32)
-    load_adapter(backbone, adapter)
+    load_adapter(backbone, adapter, strict_base=strict_base)
     stack_of(backbone).merge()
     merged = plain_state(backbone)
     with shapes_only():
@@ -126,7 +133,7 @@ def _write(cls: Any, adapter: Path, base: str, dtype: str, folder: Path) -> Plai
     return plain
 
 
-def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, folder: Path) -> Verification:
+def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, folder: Path, strict_base: bool) -> Verification:
     gc.collect()
 
     def expected(model: Any) -> Mapping[str, Tensor]:
@@ -136,7 +143,12 @@ def _verify(cls: Any, plain: PlainModel, adapter: Path, base: str, folder: Path)
     def load(dtype: torch.dtype) -> Any:
         return cls.from_pretrained(base, dtype=dtype).eval()
 
-    origin = reference(load, lambda model: load_adapter(model, adapter), expected, plain.dtypes, plain.dtype)
+    def adapt(model: Any) -> None:
+        load_adapter(model, adapter, strict_base=strict_base)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OtherBaseWarning)  # it has been said
+        origin = reference(load, adapt, expected, plain.dtypes, plain.dtype)
     return verify_folder(folder, plain.cls, plain.dtype, origin)
 
 

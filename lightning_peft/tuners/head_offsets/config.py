@@ -31,7 +31,8 @@ class HeadOffsetsConfig(WithCard, PeftConfig):
 
     Args:
         target_modules: the output projections, by name or suffix; a string is a regular expression.
-        head_dim: width of one head; the projection's input width must be a multiple of it.
+        head_dim: width of one head; the projection's input width must be a multiple of it. Where layers have heads of
+            different widths: for each target's full name its own.
         heads: for each target's full name, the heads (0-based) that have an offset, in place of `target_modules`;
             None means every head of every target.
         parameters: what is trained: the `"offsets"`; or `"gains"`, one factor for each head, of directions that are
@@ -51,7 +52,7 @@ class HeadOffsetsConfig(WithCard, PeftConfig):
     """
 
     target_modules: list[str] | str | None = field(default=None)
-    head_dim: int | None = field(default=None)
+    head_dim: int | dict[str, int] | None = field(default=None)
     heads: dict[str, list[int]] | None = field(default=None)
     parameters: str = field(default="offsets")
     alpha: float = field(default=1.0)
@@ -78,6 +79,11 @@ class HeadOffsetsConfig(WithCard, PeftConfig):
                 )
             self.target_modules = sorted(self.heads)
         order_targets(self)
+
+    def head_size(self, name: str) -> int:
+        """Return the width of the heads of the projection with this full name; 0 where none is given."""
+        size = self.head_dim.get(name) if isinstance(self.head_dim, dict) else self.head_dim
+        return size or 0
 
     def compacted(self, tensors: Mapping[str, Tensor]) -> tuple[HeadOffsetsConfig, dict[str, Tensor]]:
         """Return this adapter as it is written to a folder: once its heads are chosen, the offsets of those alone.

@@ -56,25 +56,26 @@ class HeadOffsetsLayer(nn.Module, TunerLayer):
 
     def update_layer(self, adapter_name: str, config: HeadOffsetsConfig, name: str) -> None:
         """Give the layer zero offsets for one more adapter. `name` is the module's full name."""
-        if not config.head_dim or not self.in_features or self.in_features % config.head_dim:
+        size = config.head_size(name)
+        if not size or not self.in_features or self.in_features % size:
             raise ValueError(
-                f"{name} takes {self.in_features} features, which is not a multiple of head_dim={config.head_dim}: "
+                f"{name} takes {self.in_features} features, which is not a multiple of head_dim={size}: "
                 "it is not an attention output projection of heads of that size."
             )
-        count = self.in_features // config.head_dim
+        count = self.in_features // size
         heads = list(range(count)) if config.heads is None else sorted(config.heads[name])
         if any(not 0 <= head < count for head in heads) or len(set(heads)) != len(heads):
             raise ValueError(f"{name} has heads 0 to {count - 1}, but heads {heads} were asked for.")
         self.heads[adapter_name] = torch.tensor(heads)
         self.scaling[adapter_name] = config.alpha
         self.policies[adapter_name], self.configs[adapter_name] = config.positions, config
-        width = 1 if config.parameters == "gains" else config.head_dim
+        width = 1 if config.parameters == "gains" else size
         if config.parameters == "gains":
-            self.head_offsets_directions[adapter_name] = torch.zeros(len(heads), config.head_dim)
+            self.head_offsets_directions[adapter_name] = torch.zeros(len(heads), size)
         if config.parameters == "lofit":
             self.head_offsets_roles[adapter_name] = torch.full((len(heads),), SCALE, dtype=torch.int8)
         if config.gate is not None:
-            self.head_offsets_probe[adapter_name] = torch.zeros(len(heads), config.head_dim + 1)
+            self.head_offsets_probe[adapter_name] = torch.zeros(len(heads), size + 1)
         self.head_offsets[adapter_name] = nn.Parameter(torch.zeros(len(heads), width))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
