@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from lightning_peft.backbone.embeddings import input_embeddings
+
 # as configurations call the number of positions
 _LIMITS = ("max_position_embeddings", "n_positions", "max_encoder_position_embeddings", "max_seq_len")
 _SPARE = 8  # rows at most that a table of positions has beyond the window: OPT and BART have 2
@@ -196,11 +198,7 @@ def _tables(part: nn.Module, backbone: nn.Module, limit: int | None) -> list[nn.
     """Return the tables of positions: embeddings other than of tokens, with about as many rows as positions."""
     if limit is None or not getattr(_text_config(backbone), "position_biased_input", True):  # else relative alone
         return []
-    find: Any = getattr(backbone, "get_input_embeddings", None)
-    try:
-        tokens = find() if callable(find) else None
-    except NotImplementedError:  # as of a decoder that transformers wraps
-        tokens = None
+    tokens = input_embeddings(backbone)
     embeddings = [module for module in part.modules() if isinstance(module, nn.Embedding) and module is not tokens]
     return [table for table in embeddings if limit <= table.num_embeddings <= limit + _SPARE]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.embeddings import input_embeddings
 from lightning_peft.backbone.window import check_lengths
 from lightning_peft.editing.capture import Capture, Site
 from lightning_peft.editing.forward import run_trunk
@@ -76,10 +77,6 @@ def _objection(reading: Reading, sequences: Sequence[Sequence[int]], encoder_dec
 
 def _device(backbone: nn.Module) -> torch.device:
     """Return the device of the embedding, to which tokens go wherever the layers are."""
-    find = getattr(backbone, "get_input_embeddings", None)
-    try:
-        table = find() if callable(find) else None
-    except NotImplementedError:  # as of a decoder that transformers wraps
-        table = None
-    parameter = next((table if isinstance(table, nn.Module) else backbone).parameters())
+    table = input_embeddings(backbone)
+    parameter = next((backbone if table is None else table).parameters())
     return torch.device("cpu") if parameter.device.type == "meta" else parameter.device

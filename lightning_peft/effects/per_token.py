@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lightning_peft.backbone.embeddings import input_embeddings
 from lightning_peft.backbone.find_backbone import is_lightning_module
 from lightning_peft.effects.slices import TextSlice
 from lightning_peft.effects.switches import adapted
@@ -175,8 +176,7 @@ def _rows(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizerBase | N
 
 
 def _check_rows(model: nn.Module, rows: Sequence[Sequence[int]]) -> None:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    known = getattr(embedding, "num_embeddings", None)
+    known = getattr(input_embeddings(model), "num_embeddings", None)
     for number, row in enumerate(rows):
         if len(row) < 2:
             raise ValueError(f"Text {number} has fewer than 2 tokens, and nothing predicts the first: leave it out.")

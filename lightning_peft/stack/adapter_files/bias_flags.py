@@ -98,6 +98,9 @@ def _candidates(config: Any) -> Iterator[Flag]:
 
 def _shapes(model: Any) -> dict[str, torch.Size]:
     """Return names and shapes of the parameters of a model of this class and configuration."""
+    config = copy.deepcopy(model.config)
+    if isinstance(config.dtype, str):  # as `save_pretrained` leaves it, which not every model can be built with
+        config.dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
-        built = type(model)(copy.deepcopy(model.config))
+        built = type(model)(config)
     return {name: parameter.shape for name, parameter in built.named_parameters(remove_duplicate=False)}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.embeddings import input_embeddings
 from lightning_peft.backbone.evaluating import evaluating
 from lightning_peft.positions import plain_text
 
@@ -82,10 +83,7 @@ def _inputs(model: Any, generator: torch.Generator) -> Iterator[tuple[str, Tenso
 
 def _tokens(model: Any, text: Any, generator: torch.Generator) -> Tensor | None:
     """Return token ids `[rows, length]`; they end with the end of a text, where classifiers of BART's kind look."""
-    try:
-        embedding = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        embedding = None
+    embedding = input_embeddings(model)
     count = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else getattr(text, "vocab_size", None)
     if not count:
         return None

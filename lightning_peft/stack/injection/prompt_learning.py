@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.embeddings import input_embeddings
 from lightning_peft.backbone.modules import STATE, state_tensors
 from lightning_peft.backbone.peft_private import adapters_in, keep_default_config, whole_wrapper
 from lightning_peft.stack.injection.injection import Injection, forget_state, take_out
@@ -66,8 +67,8 @@ class PromptInjection(Injection):
         model: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[str(self.task_type)](self.backbone, self.config, self.name)
         for parameter in base:
             parameter.requires_grad_(False)
-        if (get_input := getattr(self.backbone, "get_input_embeddings", None)) is not None:
-            model.word_embeddings = get_input()  # peft guesses by size, and misses one that an adapter wraps
+        if (table := input_embeddings(self.backbone)) is not None:
+            model.word_embeddings = table  # peft guesses by size, and misses one that an adapter wraps
         keep_default_config(model, self.config)
         return model
 
