@@ -21,6 +21,7 @@ FLOORS = [
     {"adapterhub", "editing"},
     {"fitting"},
     {"callbacks", "checkpoint", "data", "models"},
+    {"generation"},
     {"tasks"},
     {"truthfulqa"},
     {"planning"},

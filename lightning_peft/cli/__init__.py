@@ -24,6 +24,14 @@ COMMANDS = {
     "validate": _LIGHTNING,
     "test": _LIGHTNING,
     "predict": _LIGHTNING,
+    "generate": Command(
+        "generate",
+        "an adapted model's answers to prompts, of the command line or a file",
+        'lightning-peft generate my-adapter --chat "What is it?"',
+    ),
+    "chat": Command(
+        "chat", "a conversation with an adapted model, beside its base", "lightning-peft chat my-adapter --scale 2"
+    ),
     "plan": Command(
         "plan",
         "what fit would train, and the memory it would take; nothing is allocated",

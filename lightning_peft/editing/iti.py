@@ -145,10 +145,16 @@ def compute_iti(
         raise ValueError("The authors' sigma is that of texts that end in a question: give sigma_activations.")
 
     x = activations.reshape(len(activations), layers * heads, width).float()
-    train, val = (reference_split if reference else split_questions)(question_id, val_fraction, seed)
+    if reference:
+        train, val = reference_split(question_id, val_fraction, seed)
+    else:
+        train, val = _split_of_both_classes(truth, question_id, val_fraction, seed)
     for name, rows in (("training", train), ("validation", val)):
         if len(truth[rows].unique()) < 2:
-            raise ValueError(f"The inner {name} split has statements of one class only: give more questions.")
+            raise ValueError(
+                f"The inner {name} split has statements of one class only: give more groups (questions), or ones that "
+                "have statements of both classes."
+            )
     probes = LogisticProbes(C=C, standardize=not reference).fit(x[train], truth[train])
     accuracy = probes.score(x[val], truth[val])
     if reference:
@@ -202,6 +208,19 @@ def split_questions(question_id: Tensor, val_fraction: float, seed: int) -> tupl
     splitter = GroupShuffleSplit(n_splits=1, test_size=val_fraction, random_state=seed)
     train, val = next(splitter.split(question_id.numpy(), groups=question_id.numpy()))
     return torch.from_numpy(train), torch.from_numpy(val)
+
+
+def _split_of_both_classes(truth: Tensor, question_id: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split as `split_questions` with the first seed from `seed` on that leaves both classes on both sides.
+
+    Few texts that are each their own group are often split so that one side has a single class. Where a hundred seeds
+    do not help, the split of `seed` itself is returned.
+    """
+    for other in range(seed, seed + 100):
+        train, val = split_questions(question_id, val_fraction, other)
+        if all(len(truth[rows].unique()) > 1 for rows in (train, val)):
+            return train, val
+    return split_questions(question_id, val_fraction, seed)
 
 
 def reference_split(question_id: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:

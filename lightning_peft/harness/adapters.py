@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_peft.generation.sources import is_adapter as is_adapter
+from lightning_peft.generation.sources import is_model as is_model
 from lightning_peft.positions import check_policy
 from lightning_peft.stack.adapter_files.bases import named_base
-from lightning_peft.stack.adapter_files.folder import CONFIG, ORDER
 from lightning_peft.stack.adapter_files.saving import load_adapter
 from lightning_peft.stack.checks import check_scale
 from lightning_peft.stack.stack import adapters
@@ -45,16 +46,6 @@ class Chosen:
             described |= {"adapter": str(self.adapter), "adapter_sha256": _digest(self.adapter)}
             described |= {"scale": self.scale, "positions": self.positions}
         return described
-
-
-def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter or a stack of them."""
-    return (folder / CONFIG).is_file() or (folder / ORDER).is_file()
-
-
-def is_model(folder: Path) -> bool:
-    """Return whether a folder holds a whole model of transformers, such as a baked or a merged one, and no adapter."""
-    return (folder / "config.json").is_file() and not is_adapter(folder)
 
 
 def choose(

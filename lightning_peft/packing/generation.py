@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-3  # of logits: a shared beginning must leave the first new token's as they are, to this
 _NEVER = torch.iinfo(torch.long).max
 _LEFT = 8  # tokens at least that every prompt keeps of its own
+_BEGINNINGS = ("decoder_start_token_id", "forced_bos_token_id")  # an encoder-decoder's, which are no choice
 _INSTEAD = "answers from whole prompts"
 
 
@@ -41,10 +42,11 @@ class GreedyWriter:
     Args:
         backbone: a causal language model of transformers. Whatever adapters are active count.
         tokenizer: the model's.
+        ends: tokens that end a text beside the model's own, such as the one that ends a turn of a chat.
     """
 
-    def __init__(self, backbone: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.backbone, self.tokenizer = backbone, tokenizer
+    def __init__(self, backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> None:
+        self.backbone, self.tokenizer, self.ends = backbone, tokenizer, ends
         self._attention = attention_of(backbone)
         self._prefix: list[int] | None = None  # None: not tried yet; empty: nothing is shared
         self._cache: Any = None
@@ -109,7 +111,7 @@ class GreedyWriter:
         while True:
             options = {} if cache is None else {"past_key_values": cache}
             left = prompt + max_new_tokens - ids.shape[1]
-            with _greedily(self.backbone, self.tokenizer, left) as ends:
+            with settings_of_generation(self.backbone, self.tokenizer, left, self.ends) as ends:
                 # rows leave a quarter of the batch at a time: to take any out copies the cache, as a step does too
                 stop = _TextEnds(self.tokenizer, prompt, is_finished, ends, 0 if cache is None else len(rows) * 3 // 4)
                 # the prompt ended where it did, whatever of the text `generate` is given with it
@@ -230,8 +232,21 @@ class _TextEnds:
 
 
 @contextmanager
-def _greedily(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[list[int]]:
+def settings_of_generation(
+    backbone: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    ends: Sequence[int] = (),
+    **sampling: Any,
+) -> Iterator[list[int]]:
     """Replace the model's `generation_config`, from which a call takes the settings that it leaves open.
+
+    Args:
+        backbone: a model of transformers that generates.
+        tokenizer: the model's.
+        max_new_tokens: of each text.
+        ends: tokens that end a text beside the model's own.
+        **sampling: settings of transformers' `GenerationConfig` besides; without any, generation is greedy.
 
     Yields:
         The tokens that end a text.
@@ -239,10 +254,17 @@ def _greedily(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_t
     from transformers import GenerationConfig
 
     outer: Any = backbone.generation_config
-    end = _first(getattr(outer, "eos_token_id", None), tokenizer.eos_token_id)
+    end: Any = _first(getattr(outer, "eos_token_id", None), tokenizer.eos_token_id)
+    if more := [token for token in ends if token not in (end if isinstance(end, list) else [end])]:
+        end = [*(end if isinstance(end, list) else [] if end is None else [end]), *more]
     pad = _first(tokenizer.pad_token_id, end[0] if isinstance(end, list) else end, 0)
+    begins = {name: token for name in _BEGINNINGS if (token := getattr(outer, name, None)) is not None}
     plain = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end,
+        pad_token_id=pad,
+        **{"do_sample": False, **begins, **sampling},
     )
     # where peft wraps a model, the one or the other of the two counts, as the kind of wrapper is
     owners: list[Any] = [model for model in backbone.modules() if vars(model).get("generation_config") is outer]

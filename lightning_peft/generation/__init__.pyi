@@ -1,0 +1,10 @@
+from .adapted import AdaptedModel as AdaptedModel
+from .answers import Answer as Answer
+from .answers import answer_each as answer_each
+from .answers import answers as answers
+from .conversation import Conversation as Conversation
+from .decoding import Decoding as Decoding
+from .loading import load as load
+from .prediction_writer import PredictionWriter as PredictionWriter
+from .prompts import PromptError as PromptError
+from .stream import stream as stream
