@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,20 +59,24 @@ class NeutralText:
     def __init__(self, module: CausalLM, text: TextSlice) -> None:
         self.backbone = module.backbone
         self.batches = list(text_batches(text, module.tokenizer))
-        self.base = [chunk.clone() for chunk in self._logprobs()]
+        with torch.no_grad():
+            self.base = [logits.log_softmax(-1) for logits in self._logits()]
+        self.probabilities = [logprobs.exp() for logprobs in self.base]
 
     @torch.no_grad()
     def kl(self) -> float:
         """Return the KL of the model as it is now, in nats a token."""
         total, tokens = 0.0, 0
-        for before, after in zip(self.base, self._logprobs(), strict=True):
-            total += float((before.exp() * (before - after)).sum(-1).double().sum())
-            tokens += len(before)
+        for base, p, logits in zip(self.base, self.probabilities, self._logits(), strict=True):
+            # log E exp(d - E d), d = logits - log p: no two large sums are subtracted, and p may sum to 1 + 1e-5
+            mass, d = p.sum(-1, keepdim=True), logits.sub_(base)
+            d.sub_((p * d).sum(-1, keepdim=True) / mass)
+            total += float(((p * d.exp_()).sum(-1, keepdim=True) / mass).double().log().sum())
+            tokens += len(base)
         return total / tokens
 
-    @torch.no_grad()
-    def _logprobs(self) -> Any:
-        """Yield float32 log-probabilities `[N, vocabulary]` of some tokens after the other."""
+    def _logits(self) -> Iterator[Tensor]:
+        """Yield float32 logits `[N, vocabulary]` of some tokens after the other."""
         for batch in self.batches:
             ids, mask = batch["input_ids"], batch["attention_mask"]
             rows, columns = (mask[:, :-1] * mask[:, 1:]).nonzero(as_tuple=True)
@@ -81,7 +85,7 @@ class NeutralText:
             for start in range(0, len(rows), _CHUNK):
                 states = predictions.kept[rows[start : start + _CHUNK], columns[start : start + _CHUNK]]
                 logits = states if predictions.head is None else predictions.head(states[None])[0]
-                yield logits.float().log_softmax(-1)
+                yield logits.float()
 
 
 def strength_at(
@@ -160,7 +164,7 @@ class Subject:
         self.module = CausalLM(folder).eval()
         self.backbone = self.module.backbone
         self.pairs = Pairs.of(pairs, self.module)
-        self.neutral = NeutralText(self.module, text_slice(tokens=tokens, length=64))
+        self.neutral = NeutralText(self.module, text_slice(tokens=tokens, length=32))
         self.read: dict[str, Tensor] = {}
 
     def computed(self, name: str, draw: int | None) -> ComputedAdapter:
@@ -259,7 +263,7 @@ def main() -> None:
     parser.add_argument("--pairs", default="docs/mending.jsonl")
     parser.add_argument("--output", default="docs/results/behaviour")
     parser.add_argument("--draws", type=int, default=19)
-    parser.add_argument("--tokens", type=int, default=512, help="of neutral text")
+    parser.add_argument("--tokens", type=int, default=256, help="of neutral text")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="of KL, in nats a token")
     arguments = parser.parse_args()
     quiet()
