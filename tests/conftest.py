@@ -71,6 +71,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Cal
     return folder
 
 
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Path:
+    """A folder with `base`, a tiny chat model, and folders of its adapters: see `talkers.make_adapters`."""
+    from talkers import make_adapters, make_base
+
+    folder = tmp_path_factory.mktemp("talker")
+    return make_adapters(make_base(folder / "base", tiny_tokenizer), folder)
+
+
 @pytest.fixture(autouse=True)
 def the_environment_is_each_tests_own() -> Iterator[None]:
     """Lightning leaves seeds and ranks in the environment, from where distributed strategies take them up again, in

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from edits import add_lora, add_offsets, fill
 from peft import set_peft_model_state_dict
 from tiny_models import tiny
@@ -19,11 +20,15 @@ TEMPLATE = (
     "{% if add_generation_prompt %}A: {% endif %}"
 )
 TARGETS = ["q_proj", "v_proj"]
+PROMPTS = ["Q: What is it?\nA:", "Who is he?", "It is true. It is not false."]
 
 
 def make_base(folder: Path, tokenizer: Any, kind: str = "llama", template: str | None = TEMPLATE) -> Path:
-    """A folder of a tiny model whose tokenizer has a chat template."""
-    tiny(kind).save_pretrained(folder)
+    """A folder of a tiny model that writes long answers and whose tokenizer has a chat template."""
+    model: Any = tiny(kind)
+    with torch.no_grad():  # special tokens are unlikely whatever is read
+        model.get_output_embeddings().weight[:3] *= 1e-3
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if template is not None:
         own = AutoTokenizer.from_pretrained(folder)

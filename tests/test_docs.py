@@ -75,6 +75,15 @@ def test_the_cost_of_an_edit_is_measured_on_the_model_and_in_its_folder(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_an_adapted_model_is_talked_to(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = run("generation.md", talker / "base")
+    assert len(made["replies"]) == 2 and made["plain"] == made["replies"][:1], "an untrained LoRA is its base"
+    assert made["talk"].messages and made["adapted"].strengths() == {"lora": 1.0}
+    assert made["beside"] == made["second"], "at any strength"
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_loop_with_fabric_is_resumed_and_its_adapter_loaded(
     tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

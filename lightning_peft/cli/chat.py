@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, TextIO
 
 from lightning_peft.cli.arguments import one_sentence, parser
 from lightning_peft.cli.generation_options import (
@@ -51,7 +51,10 @@ def main(args: list[str]) -> None:
         if parsed.beside_base:
             with talk.adapted.as_base():  # which says at once where there is none
                 pass
-        _Chat(talk, parsed.beside_base).run()
+        try:
+            _Chat(talk, parsed.beside_base).run()
+        except KeyboardInterrupt:  # while another program writes the turns
+            raise SystemExit(130) from None
 
 
 class _Chat:
@@ -67,13 +70,13 @@ class _Chat:
 
     def run(self) -> None:
         """Take turns until the input ends."""
-        _note(f"{self.talk.adapted.name} with {self._strengths()}; /help lists commands.")
+        _note(f"{self.talk.adapted.name}: {self._strengths()}; /help lists commands.")
         for line in _lines(sys.stdin):
             turn = line.strip()
-            if turn == "/quit":
-                return
             if not turn:
                 continue
+            if turn.split()[0] == "/quit":
+                return
             try:
                 if turn.startswith("/") and not turn.startswith("//"):
                     self._command(turn)
@@ -83,9 +86,8 @@ class _Chat:
                 _note(str(error))
 
     def _ask(self, turn: str) -> None:
-        kept = self.talk.messages
         done = _show(self.talk.ask(turn), "adapted: " if self.beside else "")
-        if done and self.beside and self.talk.messages is not kept:
+        if done and self.beside:
             _show(self.talk.base(), "base: ")
 
     def _command(self, line: str) -> None:
@@ -130,10 +132,10 @@ class _Chat:
         return ", ".join(f"{name} at {scale:g}" for name, scale in strengths.items()) or "no adapter"
 
 
-def _show(pieces: Iterator[str], before: str) -> bool:
+def _show(pieces: Generator[str, None, None], before: str) -> bool:
     """Print an answer as it is written; return whether it was not stopped by Ctrl-C."""
     begun = False
-    with closing(cast("Generator[str, None, None]", pieces)):
+    with closing(pieces):
         try:
             for piece in pieces:
                 if not begun and not piece.strip():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,13 +69,15 @@ def decoding_settings(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(parsed: argparse.Namespace, chat: bool) -> AdaptedModel:
-    """Load what the options name, without the loading bars of libraries."""
+    """Load what the options name, without what libraries say of themselves meanwhile."""
     scale = scales(parsed.scale or [])
-    from transformers.utils import logging
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
 
     from lightning_peft.generation.loading import load
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     return load(
         parsed.adapter,
         parsed.base,

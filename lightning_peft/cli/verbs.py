@@ -9,7 +9,14 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_peft import models  # noqa: F401 - imported, its classes are known by their names alone
-from lightning_peft.data import Choices, ContrastPairs, LabelledText, Statements  # noqa: F401 - likewise
+from lightning_peft.data import (  # noqa: F401 - likewise
+    Chats,
+    Choices,
+    ContrastPairs,
+    LabelledText,
+    Statements,
+    Texts,
+)
 from lightning_peft.files.data_error import DataError
 from lightning_peft.generation.prediction_writer import PredictionWriter
 from lightning_peft.generation.prompts import PromptError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning_peft.data.chat_template import prompt_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -39,8 +41,4 @@ def as_user_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
     The text is what the tokenizer takes: without the first token that it puts before every text by itself.
     """
-    turns = [{"role": "user", "content": prompt}]
-    text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-    first = tokenizer.bos_token
-    adds_first = first is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(first) if adds_first and first is not None else text
+    return prompt_text(tokenizer, [{"role": "user", "content": prompt}])

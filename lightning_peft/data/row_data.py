@@ -111,7 +111,8 @@ class RowData(L.LightningDataModule, ABC):
         self._group: list[int] = []  # of each row
         self._parts: dict[str, list[int]] = {}  # numbers of rows: "train", "val", "test"
         self._set_up_tokenizer: PreTrainedTokenizerBase | None = None
-        self._long: set[int] = set()  # numbers of rows that were left out or cut
+        self._long: dict[int, int] = {}  # tokens of rows that were left out or cut, by number
+        self._warned: set[str] = set()  # the parts whose such rows were told
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
 
@@ -237,6 +238,7 @@ class RowData(L.LightningDataModule, ABC):
             DataError: a row cannot be encoded, or none is left.
         """
         made = [example for number in self._parts[part] for example in self._encoded(number, kind)]
+        self._warn_of_long(part)
         if self._parts[part] and not made and part == "train":
             raise DataError(f"{self.path} has no row to train on: of {len(self._parts[part])} none is left.")
         return made
@@ -254,6 +256,18 @@ class RowData(L.LightningDataModule, ABC):
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._held_out("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        prompts = self.prompts()
+        if not prompts:
+            raise DataError(f"{self.path} has no prompts, so there is nothing to predict.")
+        return self._loader([self._asked(prompt, number) for number, prompt in enumerate(prompts)])
+
+    def _asked(self, prompt: str, number: int) -> Example:
+        """Return a prompt alone, to be answered."""
+        begins = self.encoder.bos_token and prompt.startswith(self.encoder.bos_token)
+        ids = list(self.encoder(prompt, add_special_tokens=not begins)["input_ids"])
+        return {"input_ids": ids, "prompt_end": len(ids) - 1, "group": number}
 
     def _held_out(self, part: Literal["val", "test"]) -> DataLoader | list[DataLoader]:
         examples = self.examples(part, "answers")
@@ -337,15 +351,23 @@ class RowData(L.LightningDataModule, ABC):
         long = [example for example in examples if len(example["input_ids"]) > (self.max_length or float("inf"))]
         if not long:
             return examples
-        if not self._long:
-            done = "cut at its end" if self.cuts_long_texts else "left out"
-            warnings.warn(
-                f"{row.where} has {len(long[0]['input_ids'])} tokens, more than max_length={self.max_length}, and is "
-                f"{done}, as all such rows are.",
-                stacklevel=2,
-            )
-        self._long.add(number)
+        self._long[number] = max(len(example["input_ids"]) for example in long)
         return [self._cut(example) for example in examples] if self.cuts_long_texts else []
+
+    def _warn_of_long(self, part: str) -> None:
+        """Say once how many rows of a part were left out or cut."""
+        long = [number for number in self._parts[part] if number in self._long]
+        if not long or part in self._warned:
+            return
+        self._warned.add(part)
+        number = max(long, key=self._long.__getitem__)
+        done = "cut at their end" if self.cuts_long_texts else "left out"
+        warnings.warn(
+            f"{len(long)} of {len(self._parts[part])} {part} rows of {self.path} have more tokens than "
+            f"max_length={self.max_length} and are {done}; the longest is {self.rows[number].where}, of "
+            f"{self._long[number]} tokens.",
+            stacklevel=3,
+        )
 
     def _cut(self, example: Example) -> Example:
         example["input_ids"] = example["input_ids"][: self.max_length]

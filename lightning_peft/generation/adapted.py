@@ -52,8 +52,8 @@ class AdaptedModel:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's inputs."""
-        return self.model.get_input_embeddings().weight.device
+        """The device of the model."""
+        return self.model.device
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
@@ -37,6 +37,7 @@ class Conversation:
     def __init__(self, adapted: AdaptedModel, system: str | None = None, **decoding: Any) -> None:
         self.adapted, self.decoding = adapted, Decoding(**decoding)
         self.messages: list[dict[str, str]] = []
+        self._asked: list[dict[str, str]] = []  # up to the user's last turn, whether or not it got an answer
         self.system: str | None = None
         self.begin_anew(system)
 
@@ -50,40 +51,43 @@ class Conversation:
             raise PromptError("The system message is empty.")
         encode(self.adapted, "Hello", system, chat=True, where="The system message")
         self._ends = turn_ends(self.adapted, [], chat=True)
-        self.system, self.messages = system, []
+        self.system, self.messages, self._asked = system, [], []
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Yield the answer to a user's turn in pieces, and keep both; of an answer that is cut off, what was written.
+
+        A turn to which nothing is written is not kept.
 
         Raises:
             PromptError: at once: the turn is empty, or the conversation has grown beyond the model's window.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode(asked)
+        self._asked = asked
         return self._kept(asked, self._stream(ids, turn=len(self.messages)))
 
-    def base(self) -> Iterator[str]:
+    def base(self) -> Generator[str, None, None]:
         """Yield the base's answer to the user's last turn, which is not kept.
 
         Raises:
             ValueError: at once: nothing was asked yet, or there is no base beside the model.
         """
-        if not self.messages:
+        if not self._asked:
             raise ValueError("Nothing was asked yet.")
-        asked = self.messages[:-1]
+        asked = self._asked
         ids = self._encode(asked)
         with self.adapted.as_base():  # which says at once where there is none
             pass
         return self._of_base(ids, turn=len(asked) - 1)
 
-    def _of_base(self, ids: list[int], turn: int) -> Iterator[str]:
+    def _of_base(self, ids: list[int], turn: int) -> Generator[str, None, None]:
         with self.adapted.as_base():
             yield from self._stream(ids, turn)
 
     def _stream(self, ids: list[int], turn: int) -> Generator[str, None, None]:
         return stream_tokens(self.adapted, ids, self.decoding, turn, self._ends)
 
-    def _kept(self, asked: list[dict[str, str]], pieces: Generator[str, None, None]) -> Iterator[str]:
+    def _kept(self, asked: list[dict[str, str]], pieces: Generator[str, None, None]) -> Generator[str, None, None]:
         written = ""
         try:
             with closing(pieces):

@@ -15,6 +15,7 @@ from lightning_peft.generation.adapted import AdaptedModel
 from lightning_peft.generation.answers import BatchWriter
 from lightning_peft.generation.decoding import Decoding
 from lightning_peft.generation.prompt_file import answer_line, writing_answers
+from lightning_peft.generation.prompts import turn_ends
 from lightning_peft.models import CausalLM, Seq2SeqLM
 from lightning_peft.prompt_end import prompt_end, token_labels
 from lightning_peft.replaced import Handle, replaced
@@ -67,11 +68,17 @@ class PredictionWriter(BasePredictionWriter):
                 return original(batch, *more, **named)
             if not writers:
                 adapted = AdaptedModel(cast(Any, pl_module.backbone), pl_module.tokenizer)
-                writers.append(BatchWriter(adapted, self.decoding))
+                ends = turn_ends(adapted, [], chat=bool(adapted.tokenizer.chat_template))
+                writers.append(BatchWriter(adapted, self.decoding, ends))
             prompts = prompts_of(batch, _reads_all(pl_module))
             limit = int(batch.get("max_new_tokens", self.decoding.max_new_tokens))
-            room = min(writers[0].room(ids) for ids in prompts)
-            return writers[0].write(prompts, min(limit, room))
+            rooms = [min(limit, writers[0].room(ids)) for ids in prompts]
+            texts = [""] * len(prompts)
+            for room in sorted(set(rooms)):  # one that comes to the window's end ends no other
+                rows = [row for row, own in enumerate(rooms) if own == room]
+                for row, text in zip(rows, writers[0].write([prompts[row] for row in rows], room), strict=True):
+                    texts[row] = text
+            return texts
 
         self._answering = replaced(pl_module, "predict_step", answer)
 

@@ -14,7 +14,7 @@ from lightning_peft.files.data_error import DataError
 from lightning_peft.generation.prompts import Prompt
 
 _DEFAULT = "prompt"
-_CHATS = "messages"
+_CHATS = ("messages", "conversations", "conversation")
 
 
 class FilePrompt(NamedTuple):
@@ -31,7 +31,7 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[FilePrompt
         path: a `.txt` file with a prompt a line; a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`, or a dataset
             of the hub); or `"-"`, lines of the standard input.
         column: of a table; default `prompt`, or else `messages`, or else the only one. Values are texts, or lists of
-            messages.
+            messages, of which a last one of the assistant's is left out: it is what the model is asked for.
 
     Raises:
         DataError: with file and row: it cannot be read, has no such column, or a value is neither text nor messages.
@@ -51,7 +51,9 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[FilePrompt
     rows = read_rows(path)
     if column is None:
         names = list(dict.fromkeys(name for row in rows for name in row.values))
-        column = next((name for name in (_DEFAULT, _CHATS) if name in names), names[0] if len(names) == 1 else _DEFAULT)
+        column = next(
+            (name for name in (_DEFAULT, *_CHATS) if name in names), names[0] if len(names) == 1 else _DEFAULT
+        )
     check_columns(rows, [column], str(path))
     return [FilePrompt(_value(row.values, column, row.where), row.where) for row in rows]
 
@@ -90,7 +92,9 @@ def _lines(text: str, source: str, unit: str) -> list[FilePrompt]:
 
 def _value(values: Mapping[str, Any], column: str, where: str) -> Prompt:
     value = values.get(column)
-    if isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(item, Mapping) for item in value)):
+    if isinstance(value, str):
         return value
+    if isinstance(value, Sequence) and all(isinstance(item, Mapping) for item in value):
+        return value[:-1] if value and value[-1].get("role") == "assistant" else value
     given = "is missing" if value is None else f"holds {str(value)[:60]!r}, neither a text nor messages"
     raise DataError(f"{where}: {column!r} {given}.")

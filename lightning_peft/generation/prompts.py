@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_peft.backbone.window import context_window
+from lightning_peft.data.chat_template import encode_turn, render_chat
 from lightning_peft.generation.adapted import AdaptedModel
 
 if TYPE_CHECKING:
@@ -73,11 +74,12 @@ def turn_ends(adapted: AdaptedModel, prompts: Iterable[Prompt], chat: bool) -> l
     """
     if not (chat or any(not isinstance(prompt, str) for prompt in prompts)):
         return []
-    content = "Yes"
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}]
-    text = str(adapted.tokenizer.apply_chat_template(turns, tokenize=False))
-    behind = adapted.tokenizer(text.rpartition(content)[2], add_special_tokens=False)["input_ids"]
-    return [token for token in list(behind)[:1] if token in adapted.tokenizer.all_special_ids]
+    try:
+        ids, _ = encode_turn(adapted.tokenizer, [{"role": "user", "content": "Hello."}], "Yes")
+    except ValueError:  # a template that writes other turns than it asks for
+        return []
+    special = {token for token, added in adapted.tokenizer.added_tokens_decoder.items() if added.special}
+    return [token for token in ids[-1:] if token in special]
 
 
 def room_behind(adapted: AdaptedModel, length: int, where: str = "The prompt") -> int | None:
@@ -123,17 +125,8 @@ def _checked(messages: Sequence[Message], where: str) -> Sequence[Message]:
 
 
 def _render(adapted: AdaptedModel, messages: Sequence[Message], where: str) -> list[int]:
-    from jinja2 import TemplateError
-
     check_chats(adapted.tokenizer, adapted.name)
     try:
-        return _chat_ids(adapted.tokenizer, messages)
-    except TemplateError as error:
-        raise PromptError(f"{where} is refused by the chat template of {adapted.name} ({error}).") from error
-
-
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    rendered = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
-    )
-    return list(rendered["input_ids"])
+        return render_chat(adapted.tokenizer, messages, add_generation_prompt=True)
+    except ValueError as error:
+        raise PromptError(f"{where} is no chat for {adapted.name}: {str(error).rstrip('.')}.") from error

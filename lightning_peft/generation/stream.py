@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightning_peft.positions import PositionsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 
 def stream(
@@ -75,7 +76,7 @@ def stream_tokens(
                 adapted.model.generate(
                     input_ids=batch,
                     attention_mask=mask,
-                    streamer=written,
+                    streamer=cast("BaseStreamer", written),
                     stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
                 )
         except BaseException as error:
