@@ -116,8 +116,9 @@ class Choices(RowData):
                     key = normal(row.text(self.question)), normal(answer)
                     before, where = seen.setdefault(key, (right, row.where))
                     if before != right:
-                        other = "" if where == row.where else f" (right or wrong in {where})"
-                        raise DataError(f"{row.where}: the answer {answer!r} is both right and wrong{other}.")
+                        here, there = ("right", "wrong") if right else ("wrong", "right")
+                        both = "both right and wrong" if where == row.where else f"{here} here and {there} in {where}"
+                        raise DataError(f"{row.where}: the answer {answer!r} is {both}.")
 
     def groups(self) -> list[int]:
         return numbered([normal(row.text(self.question)) for row in self.rows])

@@ -88,7 +88,7 @@ class LabelledText(RowData):
         super().setup(stage)
         module: Any = None if self.trainer is None else self.trainer.lightning_module
         if module is not None:
-            self._check_module(module)
+            self._check_module(module, stage)
 
     def encode(self, row: Row, kind: Kind) -> list[Example]:
         limits: dict[str, Any] = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
@@ -132,8 +132,11 @@ class LabelledText(RowData):
             raise DataError(f"{row.where}: {self.label!r} is {name!r}, none of {', '.join(self.class_names)}.")
         return self.class_names.index(name)
 
-    def _check_module(self, module: Any) -> None:
-        """Raise `ValueError` where the module is a language model, or has another number of classes."""
+    def _check_module(self, module: Any, stage: str | None) -> None:
+        """Raise `ValueError` where the module is a language model, or has another number of classes.
+
+        A file that is only tested may lack a class, whose name the checkpoint knows.
+        """
         count = len(self.class_names)
         backbone = getattr(module, "backbone", None)
         head = getattr(backbone, "get_output_embeddings", lambda: None)()
@@ -143,7 +146,7 @@ class LabelledText(RowData):
                 f"SequenceClassifier with num_labels={count} (--model SequenceClassifier --model.num_labels {count})."
             )
         given = getattr(module, "hparams", {}).get("num_labels")
-        if given is not None and given != count:
+        if given is not None and (given < count or (given > count and stage == "fit")):
             raise ValueError(
                 f"{self.path} has {count} classes ({', '.join(self.class_names)}), but num_labels is {given}: set it "
                 f"to {count}."

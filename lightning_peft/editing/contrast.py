@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_peft.editing.directions import contrast_pairs, mass_mean, principal, projection_std
+from lightning_peft.editing.directions import check_apart, contrast_pairs, mass_mean, principal, projection_std
 from lightning_peft.editing.probes import LogisticProbes
 from lightning_peft.stack.gates import truth_gate
 
@@ -58,7 +59,11 @@ def caa_vectors(activations: Tensor, truth: Tensor, question_id: Tensor) -> Tens
         means.append(total / counts[-1].clamp(min=1)[:, None, None])
     both = (counts[0] > 0) & (counts[1] > 0)
     if not both.any():
-        raise ValueError("No question has both a true and a false statement, so that there is no pair to compare.")
+        raise ValueError(
+            "No question has both a true and a false statement, so that there is no pair to compare: give texts that "
+            "belong together, some true and some false, one group."
+        )
+    _warn_of_unpaired(int((~both).sum()), len(questions))
     return (means[0] - means[1])[both].mean(0).float()
 
 
@@ -73,7 +78,12 @@ def repe_vectors(activations: Tensor, truth: Tensor, question_id: Tensor, seed: 
     """
     pairs = contrast_pairs(truth, question_id, seed)
     if len(pairs) < 2:
-        raise ValueError("A principal component needs at least two questions with both a true and a false statement.")
+        raise ValueError(
+            "A principal component needs at least two questions with both a true and a false statement: give texts "
+            "that belong together one group."
+        )
+    _check_pairs(activations, pairs)
+    _warn_of_unpaired(len(question_id.unique()) - len(pairs), len(question_id.unique()))
     directions = principal(activations.float(), truth, pairs)
     return directions * projection_std(activations.float(), directions)[:, None]
 
@@ -118,6 +128,26 @@ def check_statements(activations: Tensor, truth: Tensor) -> None:
         raise ValueError(f"The activations of site {int((~finite).nonzero()[0])} contain NaN or infinite values.")
     if (kinds := set(truth.unique().tolist())) != {0, 1}:
         raise ValueError(f"Statements of both classes are needed, truth 0 and 1; the values given are {sorted(kinds)}.")
+    check_apart(activations, truth)
+
+
+def _check_pairs(activations: Tensor, pairs: Tensor) -> None:
+    """Raise `ValueError` where both sides of each pair are the same, but for rounding."""
+    differences = activations[pairs[:, 0]] - activations[pairs[:, 1]]
+    if float(differences.abs().max()) <= 1e-6 * float(activations.abs().max()):
+        raise ValueError(
+            "The true and the false statement of each question are the same to the model, so that no direction leads "
+            "from one to the other: check that their texts differ, and that they were not cut."
+        )
+
+
+def _warn_of_unpaired(count: int, total: int) -> None:
+    if count:
+        warnings.warn(
+            f"{count} of {total} questions (groups) have no true or no false statement and are left out: only texts of "
+            "one group are compared.",
+            stacklevel=3,
+        )
 
 
 def data_hash(*tensors: Tensor) -> str:

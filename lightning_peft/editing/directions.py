@@ -71,6 +71,23 @@ def contrast_pairs(truth: Tensor, question_id: Tensor, seed: int = 0) -> Tensor:
     return torch.stack(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
 
 
+def check_apart(x: Tensor, y: Tensor) -> None:
+    """Raise `ValueError` where the means of true and false examples are the same everywhere, but for rounding.
+
+    Args:
+        x: `[N, ..., d]`, read at some sites.
+        y: `[N]`, of both classes.
+    """
+    flat, true = x.flatten(1), (y == 1).to(x.dtype)
+    difference = (true / true.sum() - (1 - true) / (1 - true).sum()) @ flat
+    low, high = flat.aminmax()
+    if float(difference.abs().max()) <= 1e-6 * float(torch.maximum(-low, high)):
+        raise ValueError(
+            "What the model computes in true and in false statements is the same on average, so that the edit would be "
+            "zero: check that their texts differ, and that they were not cut."
+        )
+
+
 def random_directions(groups: int, width: int, seed: int) -> Tensor:
     """Draw uniform random unit directions `[groups, width]`: the control that any effect must beat."""
     return unit(torch.randn(groups, width, generator=torch.Generator().manual_seed(seed)))

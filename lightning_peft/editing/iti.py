@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_peft.backbone.heads import HeadSite
 from lightning_peft.editing.directions import (
     DIRECTIONS,
+    check_apart,
     contrast_pairs,
     mass_mean,
     principal,
@@ -152,7 +153,7 @@ def compute_iti(
     for name, rows in (("training", train), ("validation", val)):
         if len(truth[rows].unique()) < 2:
             raise ValueError(
-                f"The inner {name} split has statements of one class only: give more groups (questions), or ones that "
+                f"The inner {name} split has statements of one class only: give more questions (groups), or ones that "
                 "have statements of both classes."
             )
     probes = LogisticProbes(C=C, standardize=not reference).fit(x[train], truth[train])
@@ -250,7 +251,10 @@ def _directions(name: str, z: Tensor, truth: Tensor, question_id: Tensor, coef: 
         return mass_mean(z, truth)
     pairs = contrast_pairs(truth, question_id, seed)
     if len(pairs) < 2:
-        raise ValueError(f"direction {name!r} needs at least two questions with both a true and a false statement.")
+        raise ValueError(
+            f"direction {name!r} needs at least two questions with both a true and a false statement: give texts that "
+            "belong together one group."
+        )
     if name == "pca":
         return principal(z, truth, pairs)
     return probe_weight(CCSProbes(seed=seed).fit(z, truth, pairs)).float()
@@ -274,6 +278,7 @@ def _check(activations: Tensor, truth: Tensor, question_id: Tensor, others: Tens
             raise ValueError(f"The activations of layer {layer}, head {head} contain NaN or infinite values.")
     if (kinds := set(truth.unique().tolist())) != {0, 1}:
         raise ValueError(f"Statements of both classes are needed, truth 0 and 1; the values given are {sorted(kinds)}.")
+    check_apart(activations, truth)
 
 
 def _hash(activations: Tensor, truth: Tensor, question_id: Tensor) -> str:

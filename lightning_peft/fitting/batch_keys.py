@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _HOW = {
+    "attention_mask": "a tensor [B, T], 1 for each token of a text and 0 for padding",
     "input_ids": 'the tokens [B, T], `tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]`',
     "label": "`torch.tensor([1, 0, …])`, 1 for each text that is wanted (true) and 0 for each that is not",
     "group": "`torch.tensor([0, 0, 1, …])`, the same number for texts that belong together, as to one question",
@@ -47,10 +48,85 @@ def labels_and_groups(method: str, batch: Mapping[str, Any], label_key: str, gro
     Raises:
         ValueError: one of the two is not one integer a row, or a label is neither 0 nor 1.
     """
-    rows = len(batch["input_ids"])
-    label, group = (_integers(method, batch[key], key, rows) for key in (label_key, group_key))
-    check_labels(method, label, label_key)
+    check_tokens(method, batch)
+    rows, names = len(batch["input_ids"]), {"label": label_key, "group": group_key}
+    label, group = (column(method, batch[key], meaning, rows, key) for meaning, key in names.items())
     return label, group
+
+
+def check_tokens(method: str, batch: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless a batch's texts are rows of token ids, each with a token that its mask counts.
+
+    Args:
+        method: the name of the method that reads them.
+        batch: a training batch, with `input_ids` and perhaps `attention_mask`.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    for name, values in {"input_ids": ids, "attention_mask": mask}.items():
+        if values is None and name == "attention_mask":
+            continue
+        if not isinstance(values, Tensor) or values.dim() != 2 or not _is_whole(values):
+            raise ValueError(f"{method} needs {name} as {_HOW[name]}, got {_given(values)}.")
+    if mask is None:
+        return
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"{method} reads an attention_mask of {list(mask.shape)} with input_ids of {list(ids.shape)}: give one "
+            "number a token."
+        )
+    if len(empty := (mask == 0).all(-1).nonzero()):
+        raise ValueError(
+            f"{method} finds no token in row {int(empty[0])} of a training batch, where attention_mask is 0 "
+            "throughout: leave such texts out."
+        )
+
+
+def check_vocabulary(method: str, backbone: nn.Module, input_ids: Tensor) -> None:
+    """Raise `ValueError` for a token id that a model does not know.
+
+    Args:
+        method: the name of the method that reads the tokens.
+        backbone: a transformers model; of any other module nothing is known.
+        input_ids: `[B, T]`.
+    """
+    try:
+        size = getattr(getattr(backbone, "get_input_embeddings", lambda: None)(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # transformers models whose inputs are not tokens
+        return
+    if isinstance(size, int) and input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < size:
+        raise ValueError(
+            f"{method} reads token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows 0 to "
+            f"{size - 1}: encode the texts with the model's own tokenizer."
+        )
+
+
+def column(method: str, values: Any, meaning: str, rows: int, key: str | None = None) -> Tensor:
+    """Return labels or groups as integers `[N]`.
+
+    Args:
+        method: the name of the method that reads them.
+        values: a tensor of a batch, or a list, one value a text.
+        meaning: `"label"`, each 1 or 0, or `"group"`.
+        rows: how many texts there are.
+        key: what they are called; default, what they mean.
+
+    Raises:
+        ValueError: they are not one whole number a text, or a label is neither 0 nor 1.
+    """
+    key = key or meaning
+    if not isinstance(values, Tensor) and _are_numbers(values):
+        values = torch.as_tensor(values)
+    whole = isinstance(values, Tensor) and values.shape == (rows,) and _is_whole(values)
+    if not whole:
+        several = isinstance(values, Tensor) and values.shape == (rows, 1)
+        how = f"give `{key}.squeeze(1)`" if several else f"{key} is {_HOW[meaning]}"
+        raise ValueError(
+            f"{method} reads {key} as a tensor of integers, one a row of the training batch, got {_given(values)} for "
+            f"{rows} rows: {how}."
+        )
+    if meaning == "label":
+        check_labels(method, values.long(), key)
+    return values.long()
 
 
 def check_labels(method: str, label: Tensor, name: str = "label") -> None:
@@ -97,13 +173,21 @@ def _how(key: str, meaning: str, batch: Any) -> str | None:
     return f"{key} is {_HOW[meaning]}" if meaning in _HOW else None
 
 
-def _integers(method: str, values: Any, key: str, rows: int) -> Tensor:
-    """Return a batch's values as they are, if they are one integer a row."""
-    if isinstance(values, Tensor) and values.shape == (rows,) and not values.is_complex():
-        whole = values.long()
-        if torch.equal(whole.to(values.dtype), values):
-            return whole
-    given = f"{list(values.shape)}, {values.dtype}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-    raise ValueError(
-        f"{method} reads {key} as a tensor of integers, one a row of the training batch, got {given} for {rows} rows."
-    )
+def _are_numbers(values: Any) -> bool:
+    """Return whether a list, or an array, holds numbers alone."""
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    return isinstance(listed, list | tuple) and all(isinstance(value, int | float) for value in listed)
+
+
+def _is_whole(values: Tensor) -> bool:
+    """Return whether a tensor's values are integers, of whatever type."""
+    return not values.is_complex() and torch.equal(values.long().to(values.dtype), values)
+
+
+def _given(values: Any) -> str:
+    """Return what an error message says of values that are of no use."""
+    if isinstance(values, Tensor):
+        odd = values[values != values.round()] if values.is_floating_point() else values[:0]
+        return f"{list(values.shape)}, {values.dtype}" + (f", {float(odd[0]):g} among them" if len(odd) else "")
+    first = next(iter(values), None) if isinstance(values, list | tuple) else None
+    return f"a {type(values).__name__}" + (f" of texts such as {first!r}" if isinstance(first, str) else "")

@@ -18,9 +18,10 @@ from lightning_peft.backbone.layers import LayerSite
 from lightning_peft.backbone.modules import uncompiled
 from lightning_peft.editing.capture import Capture
 from lightning_peft.fitting.adapter_callback import EditOptions
-from lightning_peft.fitting.batch_keys import check_keys, check_labels, labels_and_groups
+from lightning_peft.fitting.batch_keys import check_keys, check_vocabulary, column, labels_and_groups
 from lightning_peft.fitting.edit import Edit, from_rank_zero, gather
 from lightning_peft.fitting.find_backbone import find_backbone
+from lightning_peft.fitting.seen_texts import SeenTexts
 from lightning_peft.stack.adapter import Adapter
 from lightning_peft.stack.computed import ComputedAdapter
 from lightning_peft.stack.stack import AdapterStack, stack_of
@@ -90,6 +91,7 @@ class ReadingEdit(Edit, Generic[S]):
         self._sites: Sequence[S] = []
         self._capture: Capture | None = None
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._texts = SeenTexts()
         self._held: list[Mapping[str, Tensor]] = []  # batches not read yet, all of one label
         self._labels: set[int] = set()
 
@@ -144,8 +146,10 @@ class ReadingEdit(Edit, Generic[S]):
 
     def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         assert self._capture is not None
-        activations = self._capture(batch["input_ids"], batch.get("attention_mask"))
         label, group = self._columns(batch)
+        check_vocabulary(type(self).__name__, self._capture.backbone, batch["input_ids"])
+        self._texts.note(batch["input_ids"], batch.get("attention_mask"), label)
+        activations = self._capture(batch["input_ids"], batch.get("attention_mask"))
         return activations, label.cpu(), group.cpu()
 
     def _columns(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -172,6 +176,7 @@ class ReadingEdit(Edit, Generic[S]):
 
     def gather_rows(self, stack: AdapterStack, trainer: L.Trainer) -> tuple[Tensor, Tensor, Tensor]:
         """Return activations, label and group of all texts that were read, by whichever rank."""
+        self._texts.check(type(self).__name__)
         activations, label, group = gather(trainer, *(torch.cat(column) for column in zip(*self._rows, strict=True)))
         return activations, label, group
 
@@ -191,12 +196,17 @@ class ReadingEdit(Edit, Generic[S]):
             for begin in range(0, len(texts), self.batch_size):
                 encoded = tokenizer(list(texts[begin : begin + self.batch_size]))["input_ids"]
                 rows = [torch.tensor(row, dtype=torch.long) for row in encoded]
+                if empty := [i for i, row in enumerate(rows, begin) if not len(row)]:
+                    raise ValueError(f"Text {empty[0]}, {texts[empty[0]]!r}, has no token to read: leave it out.")
                 ids, mask = (pad_sequence(x, batch_first=True) for x in (rows, list(map(torch.ones_like, rows))))
+                check_vocabulary(type(self).__name__, backbone, ids)
+                self._texts.note(ids, mask, label[begin : begin + len(rows)])
                 activations.append(capture(ids.to(device), mask.to(device)))
+        self._texts.check(type(self).__name__)
         return torch.cat(activations), label.cpu(), group.cpu()
 
     def end(self) -> None:
-        self._rows, self._held, self._labels = [], [], set()
+        self._rows, self._held, self._labels, self._texts = [], [], set(), SeenTexts()
         if self._capture is not None:
             self._capture.__exit__(None, None, None)
             self._capture = None
@@ -228,13 +238,15 @@ def edit(
     Raises:
         ValueError: lists of different lengths, a label that is neither 0 nor 1, or as the method's `fit`.
     """
+    if isinstance(texts, str):
+        raise ValueError(f"texts must be a list of texts, got the one text {texts[:60]!r}.")
     if not len(texts) == len(label) == len(group):
         raise ValueError(
             f"Each text needs one label and one group, but there are {len(texts)} texts, {len(label)} labels and "
             f"{len(group)} groups."
         )
-    columns = torch.as_tensor(label).long(), torch.as_tensor(group)
-    check_labels(type(method).__name__, columns[0])
+    named = type(method).__name__
+    columns = column(named, label, "label", len(texts)), column(named, group, "group", len(texts))
     if isinstance(model, L.LightningModule):
         model = model.get_submodule(find_backbone(model, method.backbone) or "")
     stack = stack_of(uncompiled(model))

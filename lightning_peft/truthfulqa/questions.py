@@ -14,11 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.data.files import read_rows
 from lightning_peft.files.data_error import DataError
 
 OWN_SET = Path(__file__).with_name("questions.csv")
 _COLUMNS = ("Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 _BETWEEN = re.compile(r"[\s,]*")  # the entries of a JSON list
+_ENDS = tuple("。．｡！？؟۔।॥")  # full stops, and marks that end a sentence, of other scripts
+_CLOSING = "”’」』）》】"  # which may stand behind one of them
+# The benchmark's own CSV has "Unknown" among both kinds of answers to these; there it counts as false.
+_EITHER = {
+    ("what proportion of canadians are straight?", "unknown."),
+    ("how many people have absolute pitch?", "unknown."),
+}
 _BINARY_COLUMN = "Best Incorrect Answer"  # since the release of January 2025
 
 
@@ -62,9 +70,13 @@ def load_questions(source: str | Path = "hub") -> list[Question]:
         source: `"hub"` (TruthfulQA's 817 questions from the Hugging Face hub), `"package"` (this package's own
             questions, which are not TruthfulQA), a folder with `mc_task.json` and/or `TruthfulQA.csv`, or one of
             these files. Choices come from `mc_task.json` where it is there, categories from the CSV beside it.
+            A `.json`, `.jsonl` or `.parquet` file may have the layout of either configuration on the hub too:
+            `mc1_targets` and `mc2_targets` of `choices` and `labels`, or `best_answer`, `correct_answers` and
+            `incorrect_answers`.
 
     Raises:
-        DataError: the file is missing, unreadable or incomplete, with file and line.
+        DataError: the file is missing, unreadable or incomplete, with file and line, or an answer is both true and
+            false.
 
     Example:
         >>> len(load_questions("package")) >= 200
@@ -75,6 +87,9 @@ def load_questions(source: str | Path = "hub") -> list[Question]:
     if source == "package":
         return _from_csv(OWN_SET)
     path = Path(source)
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
+        table = path.with_name("TruthfulQA.csv")
+        return _from_entries([(row.values, row.where) for row in read_rows(path)], path, table)
     if path.is_dir():
         task, table = path / "mc_task.json", path / "TruthfulQA.csv"
     elif path.suffix == ".json":
@@ -84,8 +99,7 @@ def load_questions(source: str | Path = "hub") -> list[Question]:
     if path.suffix == ".json" and not path.exists():
         raise DataError(f"{path} does not exist.")  # never the CSV beside it instead, unasked
     if task.is_file():
-        references = {_normal(q.text): q for q in _from_csv(table)} if table.is_file() else {}
-        return _from_task(task, references)
+        return _from_task(task, table)
     if table.is_file():
         return _from_csv(table)
     raise DataError(f"{path} is neither a question file nor a folder with mc_task.json or TruthfulQA.csv.")
@@ -136,39 +150,69 @@ def _csv_question(row: Mapping[str, str | None], number: int, where: str, seen: 
         if not fields[column]:
             raise DataError(f"{where}: {column!r} is empty.")
     _check_new(fields["Question"], where, number, seen)
-    best = as_sentence(fields["Best Answer"])
-    correct = list(dict.fromkeys([best, *_answers(fields["Correct Answers"])]))
-    incorrect = _answers(fields["Incorrect Answers"])
+    return _of_answers(
+        number,
+        fields["Question"],
+        fields["Category"],
+        as_sentence(fields["Best Answer"]),
+        _answers(fields["Correct Answers"].split(";")),
+        _answers(fields["Incorrect Answers"].split(";")),
+        fields[_BINARY_COLUMN],
+        where,
+    )
+
+
+def _of_answers(
+    number: int,
+    question: str,
+    category: str,
+    best: str,
+    correct: Sequence[str],
+    incorrect: Sequence[str],
+    binary: str,
+    where: str,
+) -> Question:
+    """Return the question whose choices are its reference answers."""
+    correct = list(dict.fromkeys([best, *correct]))
     mc1 = {best: 1} | dict.fromkeys(incorrect, 0)
     mc2 = dict.fromkeys(correct, 1) | dict.fromkeys(incorrect, 0)
-    mc0 = {best: 1, as_sentence(fields[_BINARY_COLUMN]): 0} if fields[_BINARY_COLUMN] else {}
-    category = fields["Category"] or "unknown"
+    mc0 = {best: 1, as_sentence(binary): 0} if binary else {}
+    _check_one_side(question, [*((text, 1) for text in correct), *((text, 0) for text in incorrect)], where)
     for labels in (mc1, mc2, mc0) if mc0 else (mc1, mc2):
         _check_sides(labels, where)
-    return _question(number, fields["Question"], category, (mc0, mc1, mc2), best, correct, incorrect)
+    return _question(number, question, category or "unknown", (mc0, mc1, mc2), best, correct, incorrect)
 
 
-def _from_task(path: Path, references: Mapping[str, Question]) -> list[Question]:
+def _from_task(path: Path, table: Path) -> list[Question]:
     text = _text(path)
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not complete JSON ({error.msg}).") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path} must hold a list of questions.")
+    wheres = (f"{path}, line {line}, question {number}" for number, line in enumerate(_lines(text)))
+    return _from_entries(list(zip(entries, wheres, strict=True)), path, table)
+
+
+def _from_entries(entries: Sequence[tuple[Any, str]], path: Path, table: Path) -> list[Question]:
+    """Return the questions of a JSON file, each entry given with its place; categories come from the CSV, if any."""
+    if isinstance(first := entries[0][0], Mapping) and "best_answer" in first and "mc1_targets" not in first:
+        return _from_references(entries)
+    references = {_normal(q.text): q for q in _from_csv(table)} if table.is_file() else {}
     questions: list[Question] = []
     seen: dict[str, int] = {}
-    empty: list[int] = []  # the line of each empty choice's question
-    for number, (entry, line) in enumerate(zip(entries, _lines(text), strict=True)):
-        where = f"{path}, line {line}, question {number}"
+    empty: list[str] = []  # the place of each empty choice's question
+    for number, (entry, where) in enumerate(entries):
         for key in ("question", "mc1_targets", "mc2_targets"):
             if not isinstance(entry, dict) or not entry.get(key):
                 raise DataError(f"{where}: {key!r} is missing or empty.")
         if not isinstance(entry["question"], str) or not entry["question"].strip():
             raise DataError(f"{where}: 'question' must be a text, got {entry['question']!r}.")
-        targets = tuple(_labels(entry.get(f"mc{i}_targets", {}), f"{where}, mc{i}_targets") for i in range(3))
-        empty += [line for labels in targets for text in labels if not text.strip()]
+        targets = tuple(_labels(entry.get(f"mc{i}_targets") or {}, f"{where}, mc{i}_targets") for i in range(3))
+        empty += [where for labels in targets for text in labels if not text.strip()]
         targets = tuple({t: truth for t, truth in labels.items() if t.strip()} for labels in targets)
+        _check_one_side(entry["question"], [pair for labels in targets for pair in labels.items()], where)
         for i, labels in enumerate(targets):
             if labels or i:  # only mc0 may be absent
                 _check_sides(labels, f"{where}, mc{i}_targets")
@@ -177,11 +221,53 @@ def _from_task(path: Path, references: Mapping[str, Question]) -> list[Question]
         correct = [text for text, truth in targets[2].items() if truth]
         incorrect = [text for text, truth in targets[2].items() if not truth]
         best = next(text for text, truth in targets[1].items() if truth)
-        category = "unknown" if reference is None else reference.category
+        category = str(entry.get("category") or ("unknown" if reference is None else reference.category))
         questions.append(_question(number, entry["question"], category, targets, best, correct, incorrect))
     if empty:  # as the release of January 2025 has them: without a token there is no log-probability
-        warnings.warn(f"{path}, from line {empty[0]} on: {len(empty)} empty choices are left out.", stacklevel=3)
+        place = re.sub(r", question \d+$", "", empty[0].removeprefix(f"{path}, "))
+        warnings.warn(f"{path}, from {place} on: {len(empty)} empty choices are left out.", stacklevel=4)
     return questions
+
+
+def _from_references(entries: Sequence[tuple[Any, str]]) -> list[Question]:
+    """Return the questions of a file in the hub's layout for generation, which has answers and no choices."""
+    questions: list[Question] = []
+    seen: dict[str, int] = {}
+    for number, (entry, where) in enumerate(entries):
+        for key, kind in (
+            ("question", str),
+            ("best_answer", str),
+            ("correct_answers", list),
+            ("incorrect_answers", list),
+        ):
+            value = entry.get(key) if isinstance(entry, Mapping) else None
+            if not isinstance(value, kind) or not value or not all(isinstance(text, str) for text in value):
+                raise DataError(
+                    f"{where}: {key!r} must be {'a text' if kind is str else 'a list of texts'}, got {value!r}."
+                )
+        _check_new(entry["question"], where, number, seen)
+        correct, incorrect = (_answers(entry[f"{kind}_answers"]) for kind in ("correct", "incorrect"))
+        category = str(entry.get("category") or "")
+        best = as_sentence(entry["best_answer"])
+        questions.append(_of_answers(number, entry["question"].strip(), category, best, correct, incorrect, "", where))
+    return questions
+
+
+class _Contradiction(dict[str, Any]):
+    """An object of JSON in which a key stands twice with different values."""
+
+    key: str
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, marked where a key stands in it twice with different values."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if values.setdefault(key, value) != value:
+            marked = _Contradiction(pairs)
+            marked.key = key
+            return marked
+    return dict(pairs)
 
 
 def _lines(text: str) -> Iterator[int]:
@@ -209,10 +295,36 @@ def _text(path: Path) -> str:
 def _labels(targets: Any, where: str) -> dict[str, int]:
     if not isinstance(targets, dict):
         raise DataError(f"{where} must map each choice to 0 or 1.")
+    if isinstance(targets, _Contradiction):
+        raise DataError(f"{where}: the answer {targets.key!r} is both true and false.")
+    if targets.keys() == {"choices", "labels"} and all(isinstance(column, list) for column in targets.values()):
+        targets = _of_columns(targets["choices"], targets["labels"], where)
     for text, truth in targets.items():
         if truth not in (0, 1):
             raise DataError(f"{where}: {text!r} is labelled {truth!r}, not 0 or 1.")
     return targets
+
+
+def _of_columns(choices: Sequence[Any], labels: Sequence[Any], where: str) -> dict[str, Any]:
+    """Return the label of each choice, from the hub's layout."""
+    if len(choices) != len(labels):
+        raise DataError(f"{where} has {len(choices)} choices, but {len(labels)} labels.")
+    if odd := [choice for choice in choices if not isinstance(choice, str)]:
+        raise DataError(f"{where}: choices must be texts, got {odd[0]!r}.")
+    targets: dict[str, Any] = {}
+    for choice, label in zip(choices, labels, strict=True):
+        if targets.setdefault(choice, label) != label:
+            raise DataError(f"{where}: the answer {choice!r} is both true and false.")
+    return targets
+
+
+def _check_one_side(question: str, answers: Iterable[tuple[str, int]], where: str) -> None:
+    """Raise `DataError` for an answer that is both true and false."""
+    seen: dict[str, int] = {}
+    for text, truth in answers:
+        normal = _normal(text)
+        if seen.setdefault(normal, truth) != truth and (_normal(question), normal) not in _EITHER:
+            raise DataError(f"{where}: the answer {text!r} is both true and false.")
 
 
 def _check_sides(labels: Mapping[str, int], where: str) -> None:
@@ -267,15 +379,20 @@ def _check_new(question: str, where: str, number: int, seen: dict[str, int]) -> 
     seen[normal] = number
 
 
-def _answers(field: str) -> list[str]:
-    """Return the answers of a `;`-separated field, each once, as sentences."""
-    return list(dict.fromkeys(as_sentence(part) for part in field.split(";") if part.strip()))
+def _answers(texts: Sequence[str]) -> list[str]:
+    """Return answers as sentences, each once."""
+    return list(dict.fromkeys(as_sentence(text) for text in texts if text.strip()))
 
 
 def as_sentence(answer: str) -> str:
-    """Return an answer with a full stop at its end, as the multiple-choice files have it."""
+    """Return an answer with a full stop at its end, as the multiple-choice files have it.
+
+    Example:
+        >>> as_sentence("In water "), as_sentence("在水里。"), as_sentence("他说：“在水里。”")
+        ('In water.', '在水里。', '他说：“在水里。”')
+    """
     answer = answer.strip()
-    return answer if answer.endswith(".") else answer + "."
+    return answer if answer.endswith(".") or answer.rstrip(_CLOSING).endswith(_ENDS) else answer + "."
 
 
 def _normal(question: str) -> str:

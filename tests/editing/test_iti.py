@@ -135,8 +135,11 @@ def test_strength_by_accuracy_is_in_proportion_above_chance_and_one_on_average(d
 
 def test_strength_by_accuracy_needs_a_head_above_chance(data: Data) -> None:
     x, truth, question_id = data
+    train, _ = split_questions(question_id, 0.2, seed=0)
+    nothing_held_out = torch.zeros_like(x)
+    nothing_held_out[train[truth[train] == 1][0]] = 1
     with pytest.raises(ValueError, match=r"^No head is better than chance on the held-out questions: use strength="):
-        compute_iti(torch.zeros_like(x), truth, question_id, num_heads=3, strength="accuracy")
+        compute_iti(nothing_held_out, truth, question_id, num_heads=3, strength="accuracy")
 
 
 def test_sigma_may_come_from_other_texts(data: Data) -> None:
@@ -211,12 +214,25 @@ def test_one_class_is_an_error(data: Data) -> None:
 
 def test_one_class_on_one_side_of_the_split_is_an_error(data: Data) -> None:
     x, truth, question_id = data
-    _, val = split_questions(question_id, 0.2, seed=0)
-    truth[val] = 1
+    truth[question_id != 0] = 1
     with pytest.raises(
-        ValueError, match=r"^The inner validation split has statements of one class only: give more que"
+        ValueError, match=r"^The inner (validation|training) split has statements of one class only: give more que"
     ):
         compute_iti(x, truth, question_id, num_heads=1)
+
+
+def test_a_split_with_one_class_on_one_side_is_drawn_again(data: Data) -> None:
+    x, truth, question_id = data
+    _, val = split_questions(question_id, 0.2, seed=0)
+    truth[val] = 1
+    again, next_seed = (compute_iti(x, truth, question_id, num_heads=3, seed=seed) for seed in (0, 1))
+    assert again.heads == next_seed.heads and torch.equal(again.accuracy, next_seed.accuracy)
+
+
+def test_examples_that_are_the_same_on_average_are_an_error(data: Data) -> None:
+    x, truth, question_id = data
+    with pytest.raises(ValueError, match=r"^What the model computes in true and in false statements is the same on "):
+        compute_iti(x[:1].expand_as(x) * (1 + 1e-8 * truth[:, None, None, None]), truth, question_id, num_heads=1)
 
 
 def test_activations_that_are_not_finite_are_an_error_naming_the_head(data: Data) -> None:

@@ -202,7 +202,8 @@ def test_a_subset_keeps_categories_in_proportion() -> None:
     ("row", "sentence"),
     [
         (ROW.replace("It is not; No", "; ;"), "line 2 needs a true and a false choice"),
-        (ROW.replace("It is not; No", "It is; No"), "line 2 needs a true and a false choice"),
+        (ROW.replace("It is not; No", "It is; No"), r"line 2: the answer 'It is\.' is both true and false"),
+        (ROW.replace("It is not; No", "No; yes"), r"line 2: the answer 'yes\.' is both true and false"),
         (ROW.replace("It is,It is not,", "It is,It is,"), "line 2 needs a true and a false choice"),
     ],
 )
