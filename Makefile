@@ -14,6 +14,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODEL := models/SmolLM2-135M-Instruct
+GEMMA := models/gemma-3-270m
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # A stamp records that an installation was done; it is out of date when the requirements are.
@@ -21,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
-.PHONY: install demo test lint types model docs clean
+.PHONY: install demo test lint types model gemma docs clean
 
 install: $(INSTALLED)
 
@@ -54,6 +55,12 @@ model: $(MODEL)/model.safetensors
 
 $(MODEL)/model.safetensors: | $(INSTALLED)
 	$(BIN)/python -m lightning_peft.cli.smollm2 $(MODEL)
+
+# A second model, for tests on one and for benchmarks; neither of them asks for it. Its terms are Gemma's.
+gemma: $(GEMMA)/model.safetensors
+
+$(GEMMA)/model.safetensors: | $(INSTALLED)
+	$(BIN)/python -m lightning_peft.cli.gemma3 $(GEMMA)
 
 demo: $(INSTALLED) model
 	$(BIN)/lightning-peft compare --config configs/compare/quick.yaml

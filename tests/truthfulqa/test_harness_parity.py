@@ -58,6 +58,10 @@ def test_on_questions_of_truthfulqa(smollm2: Path, truthfulqa_data: Path) -> Non
     compare(load_questions(truthfulqa_data / "v0")[:12], smollm2)
 
 
+def test_on_gemma_whose_layers_see_a_window(gemma3_folder: Path) -> None:
+    compare(load_questions("package")[:1], gemma3_folder)
+
+
 @pytest.mark.data
 def test_the_primer_is_the_benchmarks(truthfulqa_data: Path) -> None:
     import lm_eval
