@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -232,8 +232,8 @@ def _row(
     """Return ids with which of them are the assistant's, given where its last turns stand."""
     answers = [message["content"] for message in messages if message["role"] == "assistant"][-len(spans) :]
     for (start, stop), answer in zip(spans, answers, strict=True):
-        read = tokenizer.decode(ids[start:stop])
-        if _bare(tokenizer.decode(_encode(tokenizer, _last_line(answer)))) not in _bare(read):
+        read = str(tokenizer.decode(ids[start:stop]))
+        if _bare(str(tokenizer.decode(_encode(tokenizer, _last_line(answer))))) not in _bare(read):
             raise ValueError(
                 f"The tokens taken for the assistant's {answer[-_SHOWN:]!r} are read as {read[-_SHOWN:]!r}: this "
                 "tokenizer's chat template cannot be learnt through."
@@ -244,7 +244,7 @@ def _row(
     mask = [False] * len(ids)
     for start, stop in spans:
         mask[start:stop] = marked[start:stop]
-        ends = tokenizer.decode(ids[stop - 1 : stop]).strip() in _special_tokens(tokenizer, len(tokenizer))
+        ends = str(tokenizer.decode(ids[stop - 1 : stop])).strip() in _special_tokens(tokenizer, len(tokenizer))
         mask[stop - 1] |= ends and any(mask[start:stop])
     return ids, mask
 
@@ -254,7 +254,7 @@ def _marked(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: list[in
     if not tokenizer.is_fast or not _GENERATION.search(tokenizer.get_chat_template()):
         return None
     chat = [dict(message) for message in messages]
-    encoded = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    encoded: Any = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     whole, mask = encoded["input_ids"], encoded["assistant_masks"]
     return list(map(bool, mask[: len(ids)])) if whole[: len(ids)] == ids else None
 

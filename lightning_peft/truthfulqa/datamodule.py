@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import lightning as L
@@ -446,12 +447,15 @@ class TruthfulQADataModule(L.LightningDataModule):
         batches = []
         for question in settings.questions():
             context = question_prompt(question.text, CAPABILITY_PRIMER)
-            batch = self._choices([question], lambda q, text, context=context: self._example(q, context, " " + text))
+            batch = self._choices([question], partial(self._simple_choice, context))
             batch["capability"] = batch["mc1"]
             benchmark = ("mc0", "mc1", "mc2", "strict")
             batches.append({name: values for name, values in batch.items() if name not in benchmark})
         text = settings.text()
         return batches, [] if text is None else list(text_batches(text, self._tokenizer))
+
+    def _simple_choice(self, context: str, question: Question, choice: str) -> Example:
+        return self._example(question, context, " " + choice)
 
     def _example(self, question: Question, context: str, answer: str) -> Example:
         if not self._apart:
