@@ -112,7 +112,32 @@ def _counted(attention: Tensor | None, real: Tensor, past: Past) -> Tensor | Non
     return (before + real.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def rows_of(start: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
+def start_of(call: Call, labels: Any = None, noted: Tensor | None = None) -> Tensor | None:
+    """Return the number of the last prompt token of each row or token, by the first rule that tells it; else None.
+
+    Args:
+        call: with what is known beforehand.
+        labels: the call's own, `[B, T]`; of an encoder-decoder none, since they are its decoder's tokens.
+        noted: the batch's, `[B, T]`, of which `generate`, which reads prompts, knows nothing.
+    """
+    (batch, length), device, context = call.real.shape, call.real.device, call.context
+    for start in (context.start, context.batch):
+        if start is not None:
+            return _rows(start, batch, length, device)
+    generation, places = context.generation, call.position_ids
+    labels = noted if labels is None and generation is None else labels
+    if isinstance(labels, Tensor) and places is not None and labels.shape == places.shape:
+        answered = labels != -100
+        first = (answered.long().argmax(-1) - 1).clamp(min=0)
+        start = places.gather(1, first[:, None].to(device)).squeeze(1)
+        # a row without any label has no answer: nothing of it is edited
+        return start.masked_fill(~answered.any(-1).to(device), torch.iinfo(torch.long).max)
+    if generation is not None and not generation.lacks_prompt:
+        return _rows(generation.start, batch, length, device)
+    return None
+
+
+def _rows(start: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
     """Return a start for each row or token; beams and returned sequences repeat a prompt's rows side by side."""
     start = (start if start.dim() == 2 else start.reshape(-1)).to(device)
     if batch % len(start) or start.shape[1:] not in ((), (1,), (length,)):

@@ -92,13 +92,20 @@ def used_columns(arguments: Mapping[str, Any], length: int) -> int | None:
         None where there is no such cache.
     """
     cache: Any = arguments.get("past_key_values")
-    if not getattr(cache, "is_compileable", False) or not _counts(cache):
+    layers = getattr(cache, "layers", None)
+    if not layers:
+        return None
+    # whether all layers are is asked only where the first cannot tell: most caches have layers of one kind
+    fixed = layers[0].is_compileable if hasattr(layers[0], "get_seq_length") else cache.is_compileable
+    if not fixed or not _counts(cache):
         return None
     return int(cache.get_seq_length()) + length
 
 
 def leaves_state(output: Any) -> bool:
     """Return whether a model's output holds a state that does not count the tokens it has read."""
+    if (cache := getattr(output, "past_key_values", None)) is not None:
+        return not _counts(cache)
     return any(not _counts(state) for state in _states(output))
 
 
@@ -117,7 +124,9 @@ def _counts(state: Any) -> bool:
     if not callable(getattr(state, "get_seq_length", None)):
         return False
     layers = getattr(state, "layers", None)
-    return not layers or any(hasattr(layer, "get_seq_length") for layer in layers)
+    return (
+        not layers or hasattr(layers[0], "get_seq_length") or any(hasattr(layer, "get_seq_length") for layer in layers)
+    )
 
 
 def _is_fresh(state: Any) -> bool:

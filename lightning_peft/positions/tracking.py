@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.positions.call import Call, read_call, rows_of, wrong_mask
+from lightning_peft.positions.call import Call, read_call, start_of, wrong_mask
 from lightning_peft.positions.context import CallContext, Contexts
 from lightning_peft.positions.decoder import decoder_of
 from lightning_peft.positions.generation import config_of, generation_of
@@ -149,8 +149,9 @@ class Positions(Contexts):
         arguments = dict(zip(self._arguments, args, strict=False)) | kwargs
         call = read_call(arguments, self.known, self._lengths, self._decodes)
         if call is not None and call.context.mask is None:
-            # labels of an encoder-decoder are its decoder's tokens
-            call.start = self._start(call, None if self._decodes else arguments.get("labels"))
+            call.start = (
+                start_of(call) if self._decodes else start_of(call, arguments.get("labels"), call.context.labels)
+            )
             if call.start is None and call.past is None:  # it cannot be told later, when layers have grown their caches
                 call.past = self._lengths.past(arguments, len(call.real))
         self.running.begin(call)
@@ -167,25 +168,6 @@ class Positions(Contexts):
             raise wrong_mask(mask, call.real)
         call.start, call.decodes, call.around = call.real.new_zeros(len(call.real), dtype=torch.long), True, around
         self.running.begin(call)
-
-    def _start(self, call: Call, labels: Any) -> Tensor | None:
-        """Return the number of the last prompt token of each row or token, by the first of the rules that tells it."""
-        (batch, length), device, context = call.real.shape, call.real.device, call.context
-        for start in (context.start, context.batch):
-            if start is not None:
-                return rows_of(start, batch, length, device)
-        generation, places = context.generation, call.position_ids
-        if labels is None and generation is None and not self._decodes:
-            labels = context.labels
-        if isinstance(labels, Tensor) and places is not None and labels.shape == places.shape:
-            answered = labels != -100
-            first = (answered.long().argmax(-1) - 1).clamp(min=0)
-            start = places.gather(1, first[:, None].to(device)).squeeze(1)
-            # a row without any label has no answer: nothing of it is edited
-            return start.masked_fill(~answered.any(-1).to(device), torch.iinfo(torch.long).max)
-        if generation is not None and not generation.lacks_prompt:
-            return rows_of(generation.start, batch, length, device)
-        return None
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forget the call, so that nothing stale is read; a forward hook.
