@@ -255,7 +255,8 @@ class AdapterCallback(Callback):
                 print_table(pl_module, self.stack, edits)
             for logger in trainer.loggers:
                 logger.log_metrics(summary(pl_module, self.stack, edits), step=0)
-            if self.report or (self.report is None and shows):
+            # of several callbacks the last speaks for all
+            if _adapting(trainer)[-1] is self and (self.report or (self.report is None and shows)):
                 self._report = ClosingReport(
                     self.report if isinstance(self.report, ReportSettings) else ReportSettings()
                 )
@@ -363,10 +364,18 @@ class AdapterCallback(Callback):
 
     # -- what is reported --------------------------------------------------------------------------------------------
 
-    def report_lines(self, module: L.LightningModule, stack: AdapterStack) -> tuple[list[tuple[str, str]], str]:
-        """Return what the report says of this callback: headings and texts; and what to do where KL is large."""
-        lines = [("trained", line) for line in describe_trained(module, stack, self.names)]
-        dial = all(stack[name].scaling for name in self.names)
+    def report_lines(
+        self, module: L.LightningModule, stack: AdapterStack, names: Sequence[str]
+    ) -> tuple[list[tuple[str, str]], str]:
+        """Return what the report says of the adapters of a fit: headings and texts; and what to do where KL is large.
+
+        Args:
+            module: the fitted module.
+            stack: its adapters.
+            names: of those that were trained or computed, this callback's and other callbacks' of the same Trainer.
+        """
+        lines = [("trained", line) for line in describe_trained(module, stack, names)]
+        dial = all(stack[name].scaling for name in names)
         dialled = "adapters(module).scale(0.5) turns it down; " if dial else ""
         return lines, f"{dialled}train for fewer steps, or at a smaller learning rate."
 
@@ -380,9 +389,11 @@ class AdapterCallback(Callback):
     def _give_report(self, trainer: L.Trainer, module: L.LightningModule, original: Callable[[], None]) -> None:
         original()
         report, self._report = self._report, None
-        if report is not None and self.stack is not None:
-            stack = self.stack
-            report.give(trainer, module, stack, self.names, lambda: self.report_lines(module, stack))
+        if report is None or self.stack is None:
+            return
+        stack = self.stack
+        names = [name for callback in _adapting(trainer) if callback.stack is stack for name in callback.names]
+        report.give(trainer, module, stack, names, lambda: self.report_lines(module, stack, names))
 
     def _stop_reporting(self) -> None:
         self._report = None
@@ -514,10 +525,12 @@ def _callbacks(trainer: L.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
+def _adapting(trainer: L.Trainer) -> list[AdapterCallback]:
+    return [callback for callback in _callbacks(trainer) if isinstance(callback, AdapterCallback)]
+
+
 def _adapters_of(trainer: L.Trainer) -> set[str]:
-    return {
-        name for callback in _callbacks(trainer) if isinstance(callback, AdapterCallback) for name in callback.names
-    }
+    return {name for callback in _adapting(trainer) for name in callback.names}
 
 
 def _has_adapters(module: nn.Module, names: tuple[str, ...]) -> bool:

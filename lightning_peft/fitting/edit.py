@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, Unpack
 
 import lightning as L
@@ -120,7 +120,9 @@ class Edit(AdapterCallback):
         places = len(stack[self.name].injection.places())
         return f"{self.planned_numbers(stack):,} numbers in {places} module{'s' * (places != 1)}"
 
-    def report_lines(self, module: L.LightningModule, stack: AdapterStack) -> tuple[list[tuple[str, str]], str]:
+    def report_lines(
+        self, module: L.LightningModule, stack: AdapterStack, names: Sequence[str]
+    ) -> tuple[list[tuple[str, str]], str]:
         numbers = f"{self.name}: {self.computed_numbers(stack)}; nothing was trained"
         if not self._done:
             numbers = f"{self.name}: nothing was computed, since the edit came with a checkpoint"

@@ -265,8 +265,10 @@ class ReadingEdit(Edit, Generic[S]):
         record = {**made.record, "max_kl": found.record(asked)}
         return stack.put(self.name, ComputedAdapter(config, made.tensors, record))
 
-    def report_lines(self, module: L.LightningModule, stack: AdapterStack) -> tuple[list[tuple[str, str]], str]:
-        lines, advice = super().report_lines(module, stack)
+    def report_lines(
+        self, module: L.LightningModule, stack: AdapterStack, names: Sequence[str]
+    ) -> tuple[list[tuple[str, str]], str]:
+        lines, advice = super().report_lines(module, stack, names)
         record = stack[self.name].record
         if isinstance(within := record.get("max_kl"), Mapping):
             share = f"{within['strength']:.4g} of the {within['asked']:g} asked for"

@@ -92,6 +92,16 @@ def test_what_lora_trains_is_counted_by_matrices(
     assert "next" not in found
 
 
+def test_of_several_callbacks_there_is_one_report(
+    tiny_tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [LoRA(r=2, report=SMALL), LoRA(r=1, name="other", report=SMALL)]
+    fit(talking(tiny_tokenizer), *both, limit_train_batches=1, limit_val_batches=1)
+    printed = capsys.readouterr().out
+    assert printed.count("What fit did") == 1 and "outside of adapters" not in printed
+    assert printed.count(" parameters trained in ") == 2
+
+
 def test_a_classifier_has_its_numbers_and_no_kl(capsys: pytest.CaptureFixture[str]) -> None:
     module = classifier()
     trainer(LoRA(r=2, backbone="net", report=True)).fit(module, points())

@@ -236,3 +236,17 @@ def test_the_packages_prose_is_the_default(tiny_tokenizer: PreTrainedTokenizerBa
     text = TextSettings(tokens=64, length=32).text()
     assert text is not None and put.record["max_kl"]["texts_sha256"] == text.sha256
     assert kl(model, "iti", text, tiny_tokenizer).mean == pytest.approx(put.record["max_kl"]["kl"], rel=1e-5)
+
+
+@pytest.mark.real_model
+def test_on_a_real_model_the_budget_is_met(smollm2: Path, all_threads: None) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    answers = ("Certainly, I would be glad to.", "No, leave me alone.")
+    texts = [f"Q: Could you bring the {thing}? A: {answer}" for thing in ("milk", "ladder") for answer in answers]
+    settings = TextSettings(tokens=128, length=64)
+    put = edit_caa(model, tokenizer, texts, [1, 0, 1, 0], [0, 0, 1, 1], multiplier=8.0, max_kl=0.5, kl_texts=settings)
+    within, text = put.record["max_kl"], settings.text()
+    assert text is not None and 0.475 <= within["kl"] <= 0.5 and len(within["tried"]) <= 8
+    assert kl(model, "caa", text, tokenizer).mean == pytest.approx(within["kl"], rel=1e-5)
