@@ -80,7 +80,7 @@ def test_an_adapted_model_is_talked_to(talker: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     made = run("generation.md", talker / "base")
     assert len(made["replies"]) == 2 and made["plain"] == made["replies"][:1], "an untrained LoRA is its base"
-    assert made["talk"].messages and made["adapted"].strengths() == {"lora": 1.0}
+    assert made["adapted"].strengths() == {"lora": 1.0}
     assert made["beside"] == made["second"], "at any strength"
 
 

@@ -17,6 +17,7 @@ from lightning_peft.generation.decoding import Decoding
 from lightning_peft.generation.prompt_file import answer_line, writing_answers
 from lightning_peft.generation.prompts import turn_ends
 from lightning_peft.models import CausalLM, Seq2SeqLM
+from lightning_peft.positions import answering
 from lightning_peft.prompt_end import prompt_end, token_labels
 from lightning_peft.replaced import Handle, replaced
 
@@ -76,8 +77,11 @@ class PredictionWriter(BasePredictionWriter):
             texts = [""] * len(prompts)
             for room in sorted(set(rooms)):  # one that comes to the window's end ends no other
                 rows = [row for row, own in enumerate(rooms) if own == room]
-                for row, text in zip(rows, writers[0].write([prompts[row] for row in rows], room), strict=True):
-                    texts[row] = text
+                chosen = [prompts[row] for row in rows]
+                # a callback may have noted where the answers of the whole batch begin
+                with answering(pl_module, start=torch.tensor([len(ids) - 1 for ids in chosen])):
+                    for row, text in zip(rows, writers[0].write(chosen, room), strict=True):
+                        texts[row] = text
             return texts
 
         self._answering = replaced(pl_module, "predict_step", answer)

@@ -154,7 +154,7 @@ def test_predict_writes_a_file_and_says_where(
     assert f"Wrote 2 answers or predictions to {path}." in capsys.readouterr().out
     rows = rows_of(path)
     expected = answers(load(talker / "edit"), [row["prompt"] for row in rows], max_new_tokens=256)
-    assert [row["answer"] for row in rows] == expected and all("A:" in row["prompt"] for row in rows)
+    assert [row["answer"] for row in rows] == expected and len({row["prompt"] for row in rows}) == 2
 
 
 class Silent(BasePredictionWriter):
