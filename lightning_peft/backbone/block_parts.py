@@ -16,7 +16,7 @@ Shape = tuple[int, int]
 _ATTENTION = re.compile(r"Attention|Attn|MHA|MLA")
 _EXPERTS = re.compile(r"Expert|MoE|Moe")
 _LAYER = re.compile(r"(En|De)coderLayer$")  # named after its attention, with a feed-forward part beside it
-_GATE = re.compile(r"(^|_)(g|gate)(_|$)")  # of an attention's output, which may be as wide as the output
+_GATE = re.compile(r"(^|_)(g|gate|in)(_|$)")  # of what may be as wide as the output: its gate, a way in
 
 
 def is_fused(owner: nn.Module, parameter: nn.Parameter) -> bool:

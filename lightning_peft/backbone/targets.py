@@ -136,8 +136,11 @@ def choose_with_experts(
         ValueError: as `choose_targets`.
     """
     kind, part = split_within(within)
+    try:
+        prefixes = None if layers is None and within is None else part_names(backbone, part)
+    except ValueError as error:
+        raise ValueError(f'within must be "attention" or "mlp", or name a part of the model: {error}') from None
     inside = None if kind is None else _parts(backbone, kind, part)
-    prefixes = None if layers is None and within is None else part_names(backbone, part)
     modules, parameters = target_modules, target_parameters
     shorthand = isinstance(modules, str) and modules.lower() == ALL_LINEAR
     if shorthand and layers is None and inside is None and is_every_linear(backbone):

@@ -152,11 +152,9 @@ def test_a_decoder_alone_has_no_cross_attention_that_runs() -> None:
 
 def test_a_part_that_is_not_there_is_refused_with_those_that_are() -> None:
     model = shapes(llava)
-    with pytest.raises(
-        ValueError, match=r"^within='visual' is neither a submodule .*: its lists of blocks are model\."
-    ):
+    with pytest.raises(ValueError, match=r"^within='visual' is neither a submodule .*: its lists of blocks are"):
         layer_sites(model, within="visual")
-    with pytest.raises(ValueError, match=r"^There is no block within 'lm_head' of LlavaForConditionalGeneration: its "):
+    with pytest.raises(ValueError, match=r"^There is no block within 'lm_head' of LlavaForConditionalGeneration"):
         layer_sites(model, within="lm_head")
     with pytest.raises(ValueError, match=r'^within takes "attention" or "mlp", and the name of one part'):
         choose_targets(model, None, None, ["vision", "language"])

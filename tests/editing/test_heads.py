@@ -129,10 +129,11 @@ def test_the_config_of_chosen_heads_names_their_projections() -> None:
     assert head_offsets_config(sites).target_modules == [site.name for site in sites]
 
 
-def test_heads_of_different_sizes_cannot_share_an_adapter() -> None:
-    sites = [HeadSite("a", 0, 4, 8), HeadSite("b", 1, 4, 16)]
-    with pytest.raises(ValueError, match=r"^Heads of different sizes \(\[8, 16\]\) cannot share one adapter\.$"):
-        head_offsets_config(sites)
+def test_heads_of_different_sizes_have_a_size_for_each_layer() -> None:
+    sites = [HeadSite("a", 0, 4, 8), HeadSite("b", 1, 4, 16), HeadSite("c", 2, 4, 8)]
+    config = head_offsets_config(sites, [(1, 0), (0, 3)])
+    assert config.head_dim == {"a": 8, "b": 16} and (config.head_size("b"), config.head_size("c")) == (16, 0)
+    assert head_offsets_config(sites[::2]).head_dim == 8  # as folders have always had it
 
 
 SMALL = {
