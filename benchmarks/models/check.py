@@ -125,7 +125,7 @@ def iti(model: Any, encodes: bool) -> Edit:
     for (layer, head), direction, sigma in zip(made.heads, made.directions, made.sigma, strict=True):
         site = sites[layer]
         vector = by_module.setdefault(site.name, torch.zeros(site.num_heads * site.head_dim))
-        vector[head * site.head_dim : (head + 1) * site.head_dim] = ALPHA * sigma * direction
+        vector[head * site.head_dim : (head + 1) * site.head_dim] = ALPHA * sigma * direction[: site.head_dim]
     return Edit(made.adapter(sites, ALPHA, "answer"), Vectors(by_module, to_input=True))
 
 

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.models import check as checks
 from benchmarks.models.check import NATS, RELATIVE, Edit, check, iti, words
@@ -72,7 +71,6 @@ def test_an_edit_of_another_strength_or_elsewhere_is_noticed(monkeypatch: pytest
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_type_that_takes_too_long_or_cannot_be_built_has_a_row_with_the_reason() -> None:
-    torch.set_num_threads(torch.get_num_threads())
     assert run_bounded("causal", "llama", seconds=0.01, gibibytes=16)["built"] == "more than 0.01 seconds"
 
 
@@ -85,4 +83,4 @@ def test_the_page_is_that_of_the_results_and_has_the_types_it_should() -> None:
     version = PAGE.read_text().split("transformers ")[1].split(" ")[0]
     assert PAGE.read_text() == page(results, version, RELATIVE, NATS)
     if version == transformers.__version__:
-        assert all(results[task].keys() == types(task).keys() for task in TASKS)
+        assert all(results[task].keys() <= types(task).keys() for task in TASKS)
