@@ -94,8 +94,8 @@ def strength_at(
     """Return the strength at which KL is a budget, and the KL measured there.
 
     Small strengths cost in proportion to their square, so the next one tried is on the line through the two nearest
-    measurements in logarithms, or on one of slope 2 through the nearest; between a strength too small and one too large
-    it never leaves the two.
+    measurements in logarithms, or on one of slope 2 through a single one; between a strength too small and one too
+    large it never leaves the two.
 
     Args:
         kl: measures a strength.
@@ -121,7 +121,12 @@ def strength_at(
                 if not below < alpha < above:
                     alpha = math.sqrt(below * above)
             else:
-                alpha = nearest * min(max(math.sqrt(budget / max(tried[nearest], 1e-12)), 0.1), 10.0)
+                ends = sorted(tried, reverse=below is not None)[:2]  # the two nearest to where it must lie
+                slope = 2.0
+                if len(ends) == 2 and tried[ends[0]] != tried[ends[1]]:
+                    slope = math.log(tried[ends[0]] / max(tried[ends[1]], 1e-12)) / math.log(ends[0] / ends[1])
+                ratio = (budget / max(tried[ends[0]], 1e-12)) ** (1 / min(max(slope, 0.5), 8.0))
+                alpha = ends[0] * min(max(ratio, 0.05), 20.0)
         else:
             alpha = start
         if alpha in tried:

@@ -174,8 +174,8 @@ def compute_iti(
     probes = LogisticProbes(C=C, standardize=not reference).fit(x[train], truth[train])
     accuracy = probes.score(x[val], truth[val])
     if reference:
-        ranked = accuracy.argsort(stable=True).flip(0)
-        ranked = ranked[real[ranked]][:num_heads].tolist()
+        best_first = accuracy.argsort(stable=True).flip(0)
+        ranked: list[int] = best_first[real[best_first]][:num_heads].tolist()
     else:
         loss = probes.log_loss(x[val], truth[val])
         ranked = sorted(range(layers * heads), key=lambda g: (not real[g], -float(accuracy[g]), float(loss[g])))

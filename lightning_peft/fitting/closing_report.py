@@ -241,6 +241,6 @@ def _log(trainer: L.Trainer, text: str, measured: Measured) -> None:
     for logger in trainer.loggers:
         if measured.kl is not None:
             logger.log_metrics({"neutral_kl": measured.kl.mean}, step=trainer.global_step)
-        add_text = getattr(logger.experiment, "add_text", None)  # TensorBoard's
+        add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard's
         if callable(add_text):
             add_text("report", f"```\n{text}\n```", trainer.global_step)
