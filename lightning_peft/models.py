@@ -2,12 +2,11 @@
 
 Batches are dicts of tensors: `input_ids [B, T]`, `attention_mask [B, T]`, `labels`, and where known
 `prompt_end [B]`, the position id of the last prompt token. `position_ids` are always passed where the model takes
-them, so that padding does not change a row's result.
+them and counts from 0, so that padding does not change a row's result.
 """
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_peft.backbone.accepted_arguments import accepted_arguments
+from lightning_peft.backbone.token_numbers import token_numbers
 from lightning_peft.backbone.window import check_batch, check_loaded
 from lightning_peft.fitting.checkpoints import AdapterCheckpointMixin
 from lightning_peft.positions import answering_batch
@@ -44,7 +45,7 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
         if torch.get_default_device().type != "meta":  # else only shapes are asked for, which config.json gives
             self.tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(pretrained)
         self.backbone = getattr(transformers, auto).from_pretrained(pretrained, dtype=getattr(torch, dtype))
-        self._accepts = set(inspect.signature(type(self.backbone).forward).parameters)
+        self._accepts = accepted_arguments(self.backbone)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.parameters() if p.requires_grad]
@@ -65,8 +66,8 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         check_batch(self.backbone, batch)
         inputs: dict[str, Tensor] = {n: batch[n] for n in ("input_ids", "attention_mask") if n in batch}
-        if "position_ids" in self._accepts and "attention_mask" in batch:
-            inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+        if "attention_mask" in batch:
+            inputs |= token_numbers(self.backbone, batch["attention_mask"])
         return inputs
 
 

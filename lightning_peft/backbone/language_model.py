@@ -89,7 +89,11 @@ def language_stacks(backbone: nn.Module) -> list[str] | None:
             parent = parent.rpartition(".")[0]
             around = [stack for stack in stacks if not parent or is_inside(stack, [parent])]
         nearest = around
-    elif crossed and not crossed & set(nearest) and getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
+    elif (
+        crossed
+        and not crossed & set(nearest)
+        and getattr(getattr(backbone, "config", None), "is_encoder_decoder", False)
+    ):
         return None  # the embedding is an encoder's, as of a model that writes no text
     return nearest if len(nearest) < len(stacks) else None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.head_input import head_input, logits_of
+from lightning_peft.backbone.token_numbers import token_numbers
 
 
 class Predictions:
@@ -25,9 +25,7 @@ class Predictions:
     """
 
     def __init__(self, backbone: nn.Module, ids: Tensor, mask: Tensor) -> None:
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in inspect.signature(type(backbone).forward).parameters:
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask} | token_numbers(backbone, mask)
         head = getattr(backbone, "get_output_embeddings", lambda: None)()
         hidden = None if head is None else head_input(backbone, head, inputs)
         self.head: nn.Module | None = None if hidden is None else head

@@ -280,11 +280,14 @@ class _Measured:
 
 def _rows(texts: Texts, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[Sequence[int]], str]:
     """Return the tokens of each text, and the hash of the texts, or of the tokens where only these are given."""
+    given: Sequence[str] | Sequence[Sequence[int]]
     if isinstance(texts, TextSettings):
         drawn = texts.text()
-        texts = () if drawn is None else drawn.documents
+        given = () if drawn is None else drawn.documents
+    else:
+        given = texts
     rows: list[Sequence[int]] = []
-    for number, text in enumerate(texts):
+    for number, text in enumerate(given):
         if not isinstance(text, str):
             rows.append([int(token) for token in text])
         elif tokenizer is None:
@@ -295,7 +298,7 @@ def _rows(texts: Texts, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list
             raise ValueError(f"Text {number} has fewer than 2 tokens, and nothing predicts the first: leave it out.")
     if not rows:
         raise ValueError("There is no text to measure KL on: give one at least.")
-    return rows, document_hash(text if isinstance(text, str) else str(list(text)) for text in texts)
+    return rows, document_hash(text if isinstance(text, str) else str(list(text)) for text in given)
 
 
 def warn_of(found: StrengthWithin, name: str, asked: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.accepted_arguments import accepted_arguments
+from lightning_peft.backbone.token_numbers import numbers_from_zero
 from lightning_peft.backbone.window import check_lengths, lengths_of
 from lightning_peft.packing.attention import attention_of
 from lightning_peft.packing.fallback import give_up, objection
@@ -188,7 +189,7 @@ class GreedyWriter:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
         accepted = accepted_arguments(self.backbone)
-        if "position_ids" in accepted:
+        if numbers_from_zero(self.backbone):
             arguments["position_ids"] = positions[:, cached:]
         if "logits_to_keep" in accepted:
             arguments["logits_to_keep"] = 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.backbone.accepted_arguments import accepted_arguments
 from lightning_peft.backbone.head_input import head_input
+from lightning_peft.backbone.token_numbers import token_numbers
 from lightning_peft.packing import logprobs
 from lightning_peft.packing.attention import attention_of
 from lightning_peft.packing.logprobs import target_logprobs, vocabulary
@@ -134,10 +135,7 @@ def _inputs(backbone: nn.Module, part: list[Row]) -> tuple[dict[str, Any], Tenso
     lengths = torch.tensor([len(row.tokens) for row in part], device=device)
     mask = (torch.arange(width, device=device) < lengths[:, None]).long()
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    accepts = accepted_arguments(backbone)
-    if "position_ids" in accepts:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return inputs, torch.tensor([row.start for row in part]), device
+    return inputs | token_numbers(backbone, mask), torch.tensor([row.start for row in part]), device
 
 
 def _parts(backbone: nn.Module, rows: Sequence[Row], columns: Callable[[Row], range]) -> Iterator[list[Row]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.backbone.token_numbers import token_numbers
 from lightning_peft.editing.facts.fact import Fact
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, kee
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     accepted = inspect.signature(type(model).forward).parameters
     optional = {
-        "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
+        **token_numbers(model, attention_mask),
         "use_cache": False,
         "logits_to_keep": keep,
     }

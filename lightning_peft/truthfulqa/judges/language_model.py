@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.accepted_arguments import accepted_arguments
+from lightning_peft.backbone.token_numbers import token_numbers
 from lightning_peft.backbone.window import check_lengths
 from lightning_peft.truthfulqa.judges.protocol import Kind, judge_prompt
 from lightning_peft.truthfulqa.prompts import encode_pair
@@ -122,9 +123,8 @@ class LanguageModelJudge:
         inputs = {
             "input_ids": torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device),
             "attention_mask": mask,
+            **token_numbers(self.model, mask),
         }
-        if "position_ids" in self._accepts:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         options = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
         logits = self.model(**inputs, **options).logits[:, -1]
         return logits.float().softmax(-1)[:, self._yes].cpu()
