@@ -280,12 +280,12 @@ class _Measured:
 
 def _rows(texts: Texts, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[Sequence[int]], str]:
     """Return the tokens of each text, and the hash of the texts, or of the tokens where only these are given."""
-    given: Sequence[str] | Sequence[Sequence[int]]
+    given: list[str | Sequence[int]]
     if isinstance(texts, TextSettings):
         drawn = texts.text()
-        given = () if drawn is None else drawn.documents
+        given = [] if drawn is None else [*drawn.documents]
     else:
-        given = texts
+        given = [*texts]
     rows: list[Sequence[int]] = []
     for number, text in enumerate(given):
         if not isinstance(text, str):
