@@ -16,7 +16,8 @@ Shape = tuple[int, int]
 _ATTENTION = re.compile(r"Attention|Attn|MHA|MLA")
 _EXPERTS = re.compile(r"Expert|MoE|Moe")
 _LAYER = re.compile(r"(En|De)coderLayer$")  # named after its attention, with a feed-forward part beside it
-_GATE = re.compile(r"(^|_)(g|gate|in)(_|$)")  # of what may be as wide as the output: its gate, a way in
+# of what may be as wide as the output: its gate, a way in, a table of positions
+_NO_OUTPUT = re.compile(r"(^|_)(g|gate|in|w?[qkv]|qkv|kv|query|key|value|queries|keys|values|embeddings?)(_|$)")
 
 
 def is_fused(owner: nn.Module, parameter: nn.Parameter) -> bool:
@@ -73,12 +74,13 @@ def stream_width(members: Collection[nn.Module], shapes: Iterable[Shape]) -> int
 def output_last(names: Iterable[str], stream: int, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """Move the matrix that gives a part's output to the end of its matrices, wherever it is registered.
 
-    It gives the stream's width, is no gate and in no part of the part: Phi-3 registers it before the fused input one,
-    MiniMax before its gate, DeepSeek V3.2 before the indexer that chooses tokens.
+    It gives the stream's width, is no gate and no way in, and in no part of the part: Phi-3 registers it before the
+    fused input one, MiniMax before its gate, DeepSeek V3.2 before the indexer that chooses tokens, ProphetNet before a
+    matrix of relative positions.
     """
     names = tuple(names)
     wide = [name for name in names if shapes[name][1] == stream]
-    plain = [name for name in wide if not _GATE.search(name.rpartition(".")[2])] or wide or list(names)
+    plain = [name for name in wide if not _NO_OUTPUT.search(name.rpartition(".")[2])] or wide or list(names)
     depth = min((name.count(".") for name in plain), default=0)
     output = [name for name in plain if name.count(".") == depth][-1]
     return (*(name for name in names if name != output), output)

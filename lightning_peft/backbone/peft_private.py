@@ -19,6 +19,13 @@ def whole_wrapper() -> type[AuxiliaryTrainingWrapper]:
     return AuxiliaryTrainingWrapper
 
 
+def changes_parameters(layer: nn.Module) -> bool:
+    """Return whether a layer adapts a parameter, which is another tensor for the length of a call (peft 0.21)."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(layer, ParamWrapper)
+
+
 def adapters_on(layer: Any) -> set[str]:
     """Return the names of the adapters that a tuner layer carries."""
     return layer._get_available_adapters()

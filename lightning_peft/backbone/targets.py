@@ -135,11 +135,8 @@ def choose_with_experts(
     Raises:
         ValueError: as `choose_targets`.
     """
-    kind, part = split_within(within)
-    try:
-        prefixes = None if layers is None and within is None else part_names(backbone, part)
-    except ValueError as error:
-        raise ValueError(f'within must be "attention" or "mlp", or name a part of the model: {error}') from None
+    kind, part = split_within(within, backbone)
+    prefixes = None if layers is None and within is None else part_names(backbone, part)
     inside = None if kind is None else _parts(backbone, kind, part)
     modules, parameters = target_modules, target_parameters
     shorthand = isinstance(modules, str) and modules.lower() == ALL_LINEAR
@@ -199,22 +196,24 @@ def _full_names(backbone: nn.Module, parameters: list[str]) -> list[str]:
     return full_names
 
 
-def split_within(within: Within | None) -> tuple[str | None, str | None]:
+def split_within(within: Within | None, backbone: nn.Module) -> tuple[str | None, str | None]:
     """Return the kind of part of a block, `"attention"` or `"mlp"`, and the part of the model that `within` names.
 
     Raises:
-        ValueError: it names two of one sort.
-
-    Example:
-        >>> split_within("mlp"), split_within(["vision", "attention"])
-        (('mlp', None), ('attention', 'vision'))
+        ValueError: it names two of one sort, or no part of the model.
     """
     names = [] if within is None else [within] if isinstance(within, str) else list(within)
     kinds = [name for name in names if name in KINDS]
     parts = [name for name in names if name not in KINDS]
     if len(kinds) > 1 or len(parts) > 1:
         raise ValueError(f'within takes "attention" or "mlp", and the name of one part of the model, got {within!r}.')
-    return next(iter(kinds), None), next(iter(parts), None)
+    kind, part = next(iter(kinds), None), next(iter(parts), None)
+    if part is not None:
+        try:
+            part_names(backbone, part)
+        except ValueError as error:
+            raise ValueError(f'within must be "attention" or "mlp", or name a part of the model: {error}') from None
+    return kind, part
 
 
 def _parts(backbone: nn.Module, within: str, part: str | None) -> dict[str, bool]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft.backbone.structure import blocks
 from lightning_peft.editing import head_sites, layer_sites
+from lightning_peft.testing.shrunk import shrunk_model
 
 SIZES = {
     "hidden_size": 32,
@@ -153,3 +154,15 @@ class Pooling(nn.Module):
 def test_a_list_of_stages_and_what_stands_between_them_is_no_list_of_blocks() -> None:
     assert blocks(nn.Sequential(Stage(), Pooling(), Stage(), Pooling())) == []
     assert blocks(nn.ModuleList([Stage(), nn.LayerNorm(4)])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "output"),
+    [
+        ("MistralLarge4ForConditionalGeneration", "mistral_large4", "o_proj"),  # registered before queries and indexer
+        ("ProphetNetForCausalLM", "prophetnet", "out_proj"),  # and before a matrix of relative positions
+    ],
+)
+def test_the_output_of_an_attention_is_found_wherever_it_is_registered(name: str, model_type: str, output: str) -> None:
+    model = shrunk_model(getattr(transformers, name), model_type)
+    assert {site.name.rpartition(".")[2] for site in head_sites(model)} == {output}

@@ -21,6 +21,7 @@ from lightning_peft.backbone.peft_private import (
     adapters_on,
     boundary_hooks,
     cast_adapter,
+    changes_parameters,
     check_merge_allowed,
     set_active,
     whole_wrapper,
@@ -112,6 +113,8 @@ class Injection:
         self.has_state = bool(state)
         self._keep(state)
         self.own_forward = self._own_forward()
+        turns = getattr(config, "target_parameters", None) and any(map(changes_parameters, backbone.modules()))
+        self._turns = OwnForward(backbone, self.tuner) if turns else None
         self.trained: set[str] = set()  # the keys of those tensors that training the adapter means
         self.noted: dict[str, str] = {}  # all keys when it was put on; later wrappers give other names
 
@@ -197,8 +200,9 @@ class Injection:
 
     def switch(self, on: bool) -> None:
         """Switch on or off what is outside tuner layers."""
-        if self.own_forward is not None:
-            self.own_forward.switch(on)
+        for calls in (self.own_forward, self._turns):
+            if calls is not None:
+                calls.switch(on)
 
     def spread(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return saved tensors under the keys that `keys` has now."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from lightning_peft.moved.names import keep_old_names
 from lightning_peft.stack.injection.adaption_prompt import AdaptionInjection
 from lightning_peft.stack.injection.injection import Injection
 from lightning_peft.stack.injection.mixture import MixtureInjection
-from lightning_peft.stack.injection.own_forward import Auxiliary, OwnForward, Tasks
+from lightning_peft.stack.injection.own_forward import Auxiliary, Tasks
 from lightning_peft.stack.injection.prompt_learning import EncodedPromptInjection, PastInjection, PromptInjection
 
 
@@ -30,19 +28,6 @@ class VBLoraInjection(Injection):
         config = super()._saved_config()
         config.save_only_topk_weights = False
         return config
-
-
-class LoraInjection(Injection):
-    """LoRA. What it adapts by `target_parameters` is another tensor for the length of a call, so threads take turns."""
-
-    def __init__(self, backbone: nn.Module, config: Any, name: str) -> None:
-        super().__init__(backbone, config, name)
-        self._turns = OwnForward(backbone, self.tuner) if config.target_parameters else None
-
-    def switch(self, on: bool) -> None:
-        super().switch(on)
-        if self._turns is not None:
-            self._turns.switch(on)
 
 
 class ShiraInjection(Injection):
@@ -97,7 +82,6 @@ _INJECTIONS: dict[str, type[Injection]] = {
     "IA3": OnesInjection,
     "LAYER_OFFSETS": ZerosInjection,
     "LN_TUNING": CopiesInjection,
-    "LORA": LoraInjection,
     "POLY": TasksInjection,
     "PREFIX_TUNING": PastInjection,
     "P_TUNING": EncodedPromptInjection,

@@ -119,7 +119,7 @@ def _chosen(
     every = [where[0] for where in places(backbone, missing)]
     if layers is None and within is None:
         return every
-    kind, part = split_within(within)
+    kind, part = split_within(within, backbone)
     some = _some_blocks(backbone, layers, part)
     if kind is None:
         starts = tuple(f"{block.name}." for block in some)

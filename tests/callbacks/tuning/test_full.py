@@ -177,7 +177,7 @@ def test_a_saved_top_layer_is_all_that_is_in_a_checkpoint(tmp_path: Path) -> Non
         (lambda: TopLayers(0), "TopLayers trains at least one block, got k=0."),
         (lambda: TopLayers(4), "asks for 4 blocks, but there are 3."),
         (lambda: FullFineTuning(layers=[7]), "There is no block 7: the blocks are 0 to 2."),
-        (lambda: FullFineTuning(within="head"), 'within must be "attention" or "mlp", got \'head\'.'),
+        (lambda: FullFineTuning(within="head"), "or name a part of the model: within='head' is neither"),
     ],
 )
 def test_what_cannot_be_chosen_is_one_sentence(callback: Any, message: str) -> None:
