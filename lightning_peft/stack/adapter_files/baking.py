@@ -237,7 +237,8 @@ def _zero_bias(model: nn.Module, name: str) -> Tensor:
     whole: Any = model
     module = whole.get_submodule(name.rpartition(".")[0])
     dtype = module.weight.dtype if module.weight.is_floating_point() else whole.dtype
-    return torch.zeros(module.out_features, dtype=dtype, device=module.weight.device)
+    size = getattr(module, "out_features", module.weight.shape[-1])  # of a norm as many as it scales
+    return torch.zeros(size, dtype=dtype, device=module.weight.device)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def find_flags(model: Any, missing: Collection[str]) -> tuple[tuple[Flag, ...], 
             with turned_on(model.config, [flag]):
                 try:
                     flagged = _shapes(model)
-                except (ValueError, TypeError, NotImplementedError):  # the architecture does not go with it
+                # the architecture, or the configuration's own check, does not go with it
+                except (ValueError, TypeError, NotImplementedError, StrictDataclassError):
                     continue
             new = flagged.keys() - base.keys()
             only_more = new and all(name.endswith(".bias") for name in new) and base.items() <= flagged.items()
@@ -99,6 +101,7 @@ def _candidates(config: Any) -> Iterator[Flag]:
 def _shapes(model: Any) -> dict[str, torch.Size]:
     """Return names and shapes of the parameters of a model of this class and configuration."""
     config = copy.deepcopy(model.config)
+    config.validate()  # which saving it would do
     if isinstance(config.dtype, str):  # as `save_pretrained` leaves it, which not every model can be built with
         config.dtype = getattr(torch, config.dtype)
     with torch.device("meta"):

@@ -83,7 +83,8 @@ def final_matrices(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module
 
     A block that adds its feed-forward part to the residual stream (GPT-2, LLaMA, GPT-NeoX, OPT) has one, one that
     normalises the sum or the part (BERT, Gemma 2) has none. It is not looked up but tried: two tokens go through the
-    backbone, and each module is run once more with something added to what its last matrix gives.
+    backbone, and each module is run once more with something added to what its last matrix gives. A module that cannot
+    be run once more has none.
 
     Args:
         backbone: in evaluation mode or not; adapters act as they stand.
@@ -108,16 +109,21 @@ def final_matrices(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module
         def attempt(
             module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name, matrix: nn.Module = matrix
         ) -> None:
-            before = _first(module.forward(*args, **kwargs))
+            try:
+                before = _first(module.forward(*args, **kwargs))
+            except Exception:  # it changes what it is given, such as a mask or a cache
+                return
             if not torch.isfinite(before).all():  # an adapter's NaN has reached it, so that nothing can be tried
                 exact[name] = matrix
                 return
             added = before.abs().max() * unit(torch.linspace(-1, 2, before.shape[-1]).to(before))
-            handle = matrix.register_forward_hook(lambda _, __, out: out + added, prepend=True)
+            moved = matrix.register_forward_hook(
+                lambda _, __, out: out + added if isinstance(out, Tensor) else None, prepend=True
+            )
             try:
                 after = _first(module.forward(*args, **kwargs))
             finally:
-                handle.remove()
+                moved.remove()
             tolerance = 16 * torch.finfo(before.dtype).eps * float(before.abs().max())
             if is_linear(matrix) and torch.allclose(after, before + added, rtol=0.0, atol=tolerance):
                 exact[name] = matrix
@@ -127,6 +133,11 @@ def final_matrices(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module
         if handles:
             with evaluating(backbone), plain_text(backbone), torch.no_grad():
                 backbone(**call)
+    except Exception as error:
+        raise ValueError(
+            f"Which biases of {type(backbone).__name__} would add the same cannot be tried, since it does not run on "
+            f"two tokens alone ({type(error).__name__}: {error}): keep the adapter beside its base."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
