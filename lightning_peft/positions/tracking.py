@@ -56,6 +56,11 @@ class Positions(Contexts):
         if callable(getattr(type(model), "generate", None)):
             self._handles.append(replaced(model, "generate", self.generate))
 
+    def heed(self, outer: nn.Module) -> None:
+        """Note the prompts of another model's `generate`, which runs this one as a part; a second time does nothing."""
+        if all(getattr(handle, "owner", None) is not outer for handle in self._handles):
+            self._handles.append(replaced(outer, "generate", self.generate))
+
     def remove(self) -> None:
         """Take the hooks and the replaced `generate` off the model."""
         for handle in self._handles:

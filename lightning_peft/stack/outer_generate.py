@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from lightning_peft.positions import Positions, tracked
-from lightning_peft.replaced import replaced
+from lightning_peft.positions import tracked
 
 
 def heed_outer_generate(module: nn.Module) -> None:
@@ -22,8 +19,8 @@ def heed_outer_generate(module: nn.Module) -> None:
     """
     for positions in tracked(module):
         for outer in module.modules():
-            if _generates(outer) and _holds(outer, positions.model) and not _heeds(positions, outer):
-                positions._handles.append(replaced(outer, "generate", positions.generate))
+            if _generates(outer) and _holds(outer, positions.model):
+                positions.heed(outer)
 
 
 def _holds(outer: nn.Module, model: nn.Module) -> bool:
@@ -34,8 +31,3 @@ def _generates(module: nn.Module) -> bool:
     return callable(getattr(type(module), "prepare_inputs_for_generation", None)) and callable(
         getattr(type(module), "generate", None)
     )
-
-
-def _heeds(positions: Positions, outer: nn.Module) -> bool:
-    owners: list[Any] = [getattr(handle, "owner", None) for handle in positions._handles]
-    return any(owner is outer for owner in owners)

@@ -15,9 +15,8 @@ from peft import PeftModel, get_peft_model
 from tiny_models import LANGUAGE_MODELS, tiny
 from torch import Tensor, nn
 
-from lightning_peft import positions as token_positions
 from lightning_peft.editing import head_offsets_config, head_sites, layer_offsets_config, layer_sites, stream_writers
-from lightning_peft.positions import answering
+from lightning_peft.positions import answering, policies
 from lightning_peft.stack.adapter_files.merging import merge_pretrained
 from lightning_peft.stack.adapter_files.saving import load_adapter, save_adapter
 from lightning_peft.stack.stack import stack_of
@@ -475,9 +474,9 @@ def test_a_full_name_means_that_module_alone() -> None:
 
 
 def test_finding_out_what_a_merge_may_write_does_not_warn_of_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_positions, "_warned", False)
+    monkeypatch.setattr(policies, "_warned", False)
     _, stack = edited("gpt2", positions="answer")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", token_positions.PlainTextWarning)
+        warnings.simplefilter("error", policies.PlainTextWarning)
         with pytest.raises(ValueError, match="edits only 'answer' positions"):
             stack.merge()
