@@ -90,7 +90,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-class Statements(L.LightningDataModule):
+class ProbedStatements(L.LightningDataModule):
     """The labelled statements, to fit on and to validate with; what ends in a question is their beginnings."""
 
     def setup(self, stage: str) -> None:
@@ -157,7 +157,7 @@ def adapt(make: Callable[[], list[L.Callback]], kind: str, folder: Path) -> None
     module = Tiny(kind)
     torch.manual_seed(5)
     fitting = trainer(*make())
-    fitting.fit(module, datamodule=Statements())
+    fitting.fit(module, datamodule=ProbedStatements())
     trained = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     metrics = {name: float(value) for name, value in fitting.callback_metrics.items()}
     numbers = {"trainable_parameters": sum(p.numel() for p in trained.values()), "metrics": metrics}

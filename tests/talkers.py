@@ -45,6 +45,7 @@ def make_adapters(base: Path, folder: Path) -> Path:
     """Folders `edit`, `everywhere`, `lora`, `plain` (written by peft itself), `soft` (without a dial) and `stack`."""
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+    torch.manual_seed(0)  # whatever a process has drawn before
     model = loaded(base)
     stack = stack_of(model)
     for name, positions in (("edit", "answer"), ("everywhere", "all")):

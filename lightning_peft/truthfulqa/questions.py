@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,8 @@ def _from_entries(entries: Sequence[tuple[Any, str]], path: Path, table: Path) -
         targets = tuple(_labels(entry.get(f"mc{i}_targets") or {}, f"{where}, mc{i}_targets") for i in range(3))
         empty += [where for labels in targets for text in labels if not text.strip()]
         targets = tuple({t: truth for t, truth in labels.items() if t.strip()} for labels in targets)
-        _check_one_side(entry["question"], [pair for labels in targets for pair in labels.items()], where)
+        # they are scored as they stand, so that spaces make two choices
+        _check_one_side(entry["question"], [pair for labels in targets for pair in labels.items()], where, str)
         for i, labels in enumerate(targets):
             if labels or i:  # only mc0 may be absent
                 _check_sides(labels, f"{where}, mc{i}_targets")
@@ -318,11 +319,13 @@ def _of_columns(choices: Sequence[Any], labels: Sequence[Any], where: str) -> di
     return targets
 
 
-def _check_one_side(question: str, answers: Iterable[tuple[str, int]], where: str) -> None:
-    """Raise `DataError` for an answer that is both true and false."""
+def _check_one_side(
+    question: str, answers: Iterable[tuple[str, int]], where: str, as_compared: Callable[[str], str] | None = None
+) -> None:
+    """Raise `DataError` for an answer that is both true and false; without case and spaces, unless they count."""
     seen: dict[str, int] = {}
     for text, truth in answers:
-        normal = _normal(text)
+        normal = (as_compared or _normal)(text)
         if seen.setdefault(normal, truth) != truth and (_normal(question), normal) not in _EITHER:
             raise DataError(f"{where}: the answer {text!r} is both true and false.")
 
