@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_peft import adapters, edit_caa, edit_iti, strength_within
+from lightning_peft import adapters, edit_caa, edit_iti, plain_text, strength_within
 from lightning_peft.effects import TextSettings, kl
 from lightning_peft.effects.token_batches import token_batches
 
@@ -61,7 +61,8 @@ def main() -> None:
     @torch.no_grad()
     def plain() -> None:
         for batch in batches:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            with plain_text(model):
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     print(f"{options.tokens} tokens, max_kl={options.max_kl:g}, {options.rounds} rounds")
     for name in ("caa", "iti"):
