@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from lightning_peft.data.chat_template import assistant_rows, check_template, prompt_text
 from lightning_peft.data.files import Row
 from lightning_peft.data.messages import Message, read_messages
 from lightning_peft.data.row_data import Example, Kind, RowData, normal, numbered
+from lightning_peft.data.row_options import RowOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,13 +37,7 @@ class Chats(RowData):
         prompt: the column of the user's texts, where the file has no chats.
         target: the column of the answers to them.
         system: a message of the system's for chats that have none of their own.
-        batch_size: see `RowData`.
-        val_fraction: see `RowData`.
-        seed: see `RowData`.
-        limit: see `RowData`; chats that begin alike are one group.
-        max_length: the tokens that a chat may have; longer ones are left out.
-        num_workers: see `RowData`.
-        split: see `RowData`.
+        **options: see `RowOptions`; chats that begin alike are one group, and one longer than `max_length` is left out.
 
     Example:
         >>> data = Chats("package:chats")
@@ -59,15 +54,9 @@ class Chats(RowData):
         prompt: str = "prompt",
         target: str = "target",
         system: str | None = None,
-        batch_size: int = 16,
-        val_fraction: float = 0.2,
-        seed: int = 0,
-        limit: int | None = None,
-        max_length: int | None = None,
-        num_workers: int = 0,
-        split: str | None = None,
+        **options: Unpack[RowOptions],
     ) -> None:
-        super().__init__(path, tokenizer, batch_size, val_fraction, seed, limit, max_length, num_workers, split)
+        super().__init__(path, tokenizer, **options)
         self.messages, self.prompt_column, self.target, self.system = messages, prompt, target, system
 
     def columns(self) -> Sequence[str]:

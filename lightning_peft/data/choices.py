@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_peft.data.batches import as_dataset
 from lightning_peft.data.files import Row
 from lightning_peft.data.row_data import Example, Kind, RowData, check_kind, normal, numbered
+from lightning_peft.data.row_options import RowOptions
 from lightning_peft.files.data_error import DataError
 
 if TYPE_CHECKING:
@@ -41,17 +42,11 @@ class Choices(RowData):
         template: what stands before an answer where the question is no turn of a chat; `{question}` stands for it.
         chat: whether a question is a user's turn in the tokenizer's chat template, behind which the assistant begins
             with the answer; default, where the tokenizer has one.
-        batch_size: see `RowData`.
-        val_fraction: see `RowData`.
-        seed: see `RowData`.
-        limit: see `RowData`.
-        max_length: see `RowData`; a question with a longer text is left out.
-        num_workers: see `RowData`.
         train: `"statements"`: training batches hold each question with each answer, and nothing to learn by gradient;
             `"answers"`: with each right one, to tune on. Default: statements where the Trainer computes an edit, else
             answers.
         units_per_batch: questions of a test batch, under `use_split`.
-        split: see `RowData`.
+        **options: see `RowOptions`; a question with a text longer than `max_length` is left out.
 
     Example:
         >>> data = Choices("package:ab_questions")
@@ -69,22 +64,16 @@ class Choices(RowData):
         wrong: str | list[str] | None = None,
         template: str = "{question}\nAnswer:",
         chat: bool | None = None,
-        batch_size: int = 16,
-        val_fraction: float = 0.2,
-        seed: int = 0,
-        limit: int | None = None,
-        max_length: int | None = None,
-        num_workers: int = 0,
         train: Kind | None = None,
         units_per_batch: int = 8,
-        split: str | None = None,
+        **options: Unpack[RowOptions],
     ) -> None:
         check_kind(train)
         if "{question}" not in template:
             raise ValueError(f"template must say where the question stands, as {{question}}, got {template!r}.")
         if units_per_batch < 1:
             raise ValueError(f"units_per_batch must be at least 1, got {units_per_batch}.")
-        super().__init__(path, tokenizer, batch_size, val_fraction, seed, limit, max_length, num_workers, split)
+        super().__init__(path, tokenizer, **options)
         self.question, self.template, self.chat, self.kind = question, template, chat, train
         self.right, self.wrong = right, wrong
         self.units_per_batch = units_per_batch

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from lightning_peft.data.files import Row
 from lightning_peft.data.row_data import Example, Kind, RowData, check_kind, normal
+from lightning_peft.data.row_options import RowOptions
 from lightning_peft.files.data_error import DataError
 
 if TYPE_CHECKING:
@@ -27,16 +28,10 @@ class ContrastPairs(RowData):
         prompt: the column of what both answer. Default: `"prompt"` where the file has it.
         chat: whether a prompt is a user's turn in the tokenizer's chat template, behind which the assistant begins with
             the text; default, where the tokenizer has one. Otherwise a prompt and a text are joined by a space.
-        batch_size: see `RowData`.
-        val_fraction: see `RowData`.
-        seed: see `RowData`.
-        limit: see `RowData`.
-        max_length: see `RowData`; a pair with a longer text is left out.
-        num_workers: see `RowData`.
         train: `"statements"`: training batches hold both texts of each pair, and nothing to learn by gradient;
             `"answers"`: the positive ones, to tune on. Default: statements where the Trainer computes an edit, else
             answers.
-        split: see `RowData`.
+        **options: see `RowOptions`; a pair with a text longer than `max_length` is left out.
 
     Example:
         >>> data = ContrastPairs("package:politeness", val_fraction=0.25)
@@ -53,17 +48,11 @@ class ContrastPairs(RowData):
         negative: str = "negative",
         prompt: str | None = None,
         chat: bool | None = None,
-        batch_size: int = 16,
-        val_fraction: float = 0.2,
-        seed: int = 0,
-        limit: int | None = None,
-        max_length: int | None = None,
-        num_workers: int = 0,
         train: Kind | None = None,
-        split: str | None = None,
+        **options: Unpack[RowOptions],
     ) -> None:
         check_kind(train)
-        super().__init__(path, tokenizer, batch_size, val_fraction, seed, limit, max_length, num_workers, split)
+        super().__init__(path, tokenizer, **options)
         self.positive, self.negative, self.prompt_column = positive, negative, prompt
         self.chat, self.kind = chat, train
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch.utils.data import DataLoader
 
 from lightning_peft.data.files import NamedClass, Row
 from lightning_peft.data.row_data import Example, Kind, RowData, normal, numbered
+from lightning_peft.data.row_options import RowOptions
 from lightning_peft.files.data_error import DataError
 
 if TYPE_CHECKING:
@@ -28,13 +29,7 @@ class LabelledText(RowData):
         text_pair: the column of a second text, encoded behind the first.
         label: the column of the class: a word or a number.
         classes: the names of the classes, in their order. Default: those of the file, sorted, or as the hub has them.
-        batch_size: see `RowData`.
-        val_fraction: see `RowData`.
-        seed: see `RowData`.
-        limit: see `RowData`.
-        max_length: the tokens that a text may have, or a pair; longer ones are cut at their end.
-        num_workers: see `RowData`.
-        split: see `RowData`.
+        **options: see `RowOptions`; a text, or a pair, longer than `max_length` is cut at its end.
 
     Attributes:
         class_names: the name of each class, after `prepare_data` or `setup`. They are saved in checkpoints, and a file
@@ -53,15 +48,9 @@ class LabelledText(RowData):
         text_pair: str | None = None,
         label: str = "label",
         classes: list[str] | None = None,
-        batch_size: int = 16,
-        val_fraction: float = 0.2,
-        seed: int = 0,
-        limit: int | None = None,
-        max_length: int | None = None,
-        num_workers: int = 0,
-        split: str | None = None,
+        **options: Unpack[RowOptions],
     ) -> None:
-        super().__init__(path, tokenizer, batch_size, val_fraction, seed, limit, max_length, num_workers, split)
+        super().__init__(path, tokenizer, **options)
         self.text, self.text_pair, self.label = text, text_pair, label
         self.classes = None if classes is None else list(classes)
         self.class_names: list[str] = []

@@ -6,7 +6,7 @@ import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, NotRequired, Protocol, Self, TypedDict
+from typing import TYPE_CHECKING, ClassVar, Literal, NotRequired, Protocol, Self, TypedDict, Unpack
 
 import lightning as L
 import torch
@@ -17,6 +17,7 @@ from lightning_peft.data.batches import LengthGroupedSampler, as_dataset, padded
 from lightning_peft.data.chat_template import encode_turn
 from lightning_peft.data.continuations import as_user_turn, encode_continuation
 from lightning_peft.data.files import Row, check_columns, read_rows
+from lightning_peft.data.row_options import RowOptions, checked_options
 from lightning_peft.files.data_error import DataError
 from lightning_peft.fitting.edit import Edit
 
@@ -68,13 +69,7 @@ class RowData(L.LightningDataModule, ABC):
         path: what `read_rows` reads: a `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` file, the name of a hub dataset,
             or `"package:NAME"`.
         tokenizer: a tokenizer, or its name or folder; default the LightningModule's `tokenizer`.
-        batch_size: rows of a batch.
-        val_fraction: share of the groups held out for validation, from 0 to below 1.
-        seed: of what is held out, of what `limit` draws, and of the order.
-        limit: take only so many groups, drawn with the seed.
-        max_length: the tokens that a text may have; see `cuts_long_texts`. Default: no limit but the model's.
-        num_workers: of the data loaders.
-        split: of a hub dataset; default `"train"`, or its only one.
+        **options: see `RowOptions`.
 
     Attributes:
         rows: the rows that are used, after `prepare_data` or `setup`.
@@ -89,23 +84,14 @@ class RowData(L.LightningDataModule, ABC):
         self,
         path: str,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
-        batch_size: int = 16,
-        val_fraction: float = 0.2,
-        seed: int = 0,
-        limit: int | None = None,
-        max_length: int | None = None,
-        num_workers: int = 0,
-        split: str | None = None,
+        **options: Unpack[RowOptions],
     ) -> None:
-        if not 0.0 <= val_fraction < 1.0:
-            raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
-        for name, value in (("batch_size", batch_size), ("limit", limit), ("max_length", max_length)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        given = checked_options(type(self), options)
         super().__init__()
-        self.path, self.split = str(path), split
-        self.tokenizer, self.batch_size, self.num_workers = tokenizer, batch_size, num_workers
-        self.val_fraction, self.seed, self.limit, self.max_length = val_fraction, seed, limit, max_length
+        self.path, self.split = str(path), given["split"]
+        self.tokenizer, self.batch_size, self.num_workers = tokenizer, given["batch_size"], given["num_workers"]
+        self.val_fraction, self.seed = given["val_fraction"], given["seed"]
+        self.limit, self.max_length = given["limit"], given["max_length"]
         self.kind: Kind | None = None  # what training batches hold, where an argument says
         self.rows: list[Row] = []
         self._fold: FoldSplit | None = None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from lightning_peft.data.files import Row
 from lightning_peft.data.row_data import Example, Kind, RowData, check_kind, normal, numbered
+from lightning_peft.data.row_options import RowOptions
 from lightning_peft.files.data_error import DataError
 
 if TYPE_CHECKING:
@@ -26,15 +27,9 @@ class Statements(RowData):
         group: the column that says which texts belong together, as those about one question: equal values do. CAA and
             RepE compare texts within a group, and a group is never split between training and validation. Default:
             `"group"` where the file has it; else each text is its own.
-        batch_size: see `RowData`.
-        val_fraction: see `RowData`.
-        seed: see `RowData`.
-        limit: see `RowData`.
-        max_length: see `RowData`; a longer text is left out.
-        num_workers: see `RowData`.
         train: `"statements"`: training batches hold all texts, and nothing to learn by gradient; `"answers"`: those
             that are wanted, to tune on. Default: statements where the Trainer computes an edit, else answers.
-        split: see `RowData`.
+        **options: see `RowOptions`; a text longer than `max_length` is left out.
 
     Example:
         >>> from lightning_peft.callbacks import ITI
@@ -49,17 +44,11 @@ class Statements(RowData):
         text: str = "text",
         label: str = "label",
         group: str | None = None,
-        batch_size: int = 16,
-        val_fraction: float = 0.2,
-        seed: int = 0,
-        limit: int | None = None,
-        max_length: int | None = None,
-        num_workers: int = 0,
         train: Kind | None = None,
-        split: str | None = None,
+        **options: Unpack[RowOptions],
     ) -> None:
         check_kind(train)
-        super().__init__(path, tokenizer, batch_size, val_fraction, seed, limit, max_length, num_workers, split)
+        super().__init__(path, tokenizer, **options)
         self.text, self.label, self.group, self.kind = text, label, group, train
 
     def columns(self) -> Sequence[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from lightning_peft.data.files import Row
 from lightning_peft.data.row_data import Example, Kind, RowData, normal, numbered
+from lightning_peft.data.row_options import RowOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,13 +23,7 @@ class Texts(RowData):
         path: see `RowData`.
         tokenizer: see `RowData`.
         text: the column of the texts.
-        batch_size: see `RowData`.
-        val_fraction: see `RowData`.
-        seed: see `RowData`.
-        limit: see `RowData`.
-        max_length: the tokens of a row, at least 2; default, a text is one row.
-        num_workers: see `RowData`.
-        split: see `RowData`.
+        **options: see `RowOptions`; `max_length` is the tokens of a row, at least 2; default, a text is one row.
 
     Example:
         >>> data = Texts("package:politeness", text="positive")
@@ -42,17 +37,11 @@ class Texts(RowData):
         path: str,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         text: str = "text",
-        batch_size: int = 16,
-        val_fraction: float = 0.2,
-        seed: int = 0,
-        limit: int | None = None,
-        max_length: int | None = None,
-        num_workers: int = 0,
-        split: str | None = None,
+        **options: Unpack[RowOptions],
     ) -> None:
-        if max_length == 1:
+        if options.get("max_length") == 1:
             raise ValueError("max_length must be at least 2, since the first token of a row is predicted from nothing.")
-        super().__init__(path, tokenizer, batch_size, val_fraction, seed, limit, max_length, num_workers, split)
+        super().__init__(path, tokenizer, **options)
         self.text = text
 
     def columns(self) -> Sequence[str]:

@@ -379,3 +379,8 @@ def test_an_encoder_decoder_reads_prompts_and_answers_apart(
     batch: dict[str, Tensor] = next(iter(data.val_dataloader()))
     assert "prompt_end" not in batch and torch.isfinite(run.callback_metrics["val_loss"])
     assert data.encoder.decode(batch["input_ids"][0][batch["attention_mask"][0] == 1]).endswith("A:")
+
+
+def test_an_argument_that_no_data_module_has_is_named_with_the_nearest() -> None:
+    with pytest.raises(TypeError, match=r"^Statements has no argument 'batch_sise'; the nearest are batch_size"):
+        Statements("package:politeness", batch_sise=4)  # type: ignore[call-arg]
