@@ -18,7 +18,7 @@ from lightning_peft.testing.traces import first_difference, traces
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the list of edits, each with small settings, is the comparison's
 
 from against_cases import EDITS
-from against_probe import Statements, Tiny, trainer
+from against_probe import ProbedStatements, Tiny, trainer
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 PROMPTS = [torch.tensor([[5, 9, 14]]), torch.tensor([[6, 12, 8, 20, 7, 11, 30]])]
@@ -50,7 +50,7 @@ def test_an_edit_lets_threads_be_and_leaves_nothing_behind(name: str, kind: str,
     module = Tiny(kind).eval()
     model: Any = module.backbone
     before, expected = traces(model), logits(model)
-    trainer(*EDITS[name]()).fit(module, Statements())
+    trainer(*EDITS[name]()).fit(module, ProbedStatements())
     module.eval()
     stack = adapters(module)
     edited = logits(model)
