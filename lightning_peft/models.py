@@ -18,7 +18,7 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft.backbone.accepted_arguments import accepted_arguments
-from lightning_peft.backbone.token_numbers import token_numbers
+from lightning_peft.backbone.token_numbers import numbers_from_zero, places
 from lightning_peft.backbone.window import check_batch, check_loaded
 from lightning_peft.fitting.checkpoints import AdapterCheckpointMixin
 from lightning_peft.positions import answering_batch
@@ -46,6 +46,7 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
             self.tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(pretrained)
         self.backbone = getattr(transformers, auto).from_pretrained(pretrained, dtype=getattr(torch, dtype))
         self._accepts = accepted_arguments(self.backbone)
+        self._numbers = numbers_from_zero(self.backbone)  # once, since it looks at all modules
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.parameters() if p.requires_grad]
@@ -66,8 +67,8 @@ class _Pretrained(AdapterCheckpointMixin, L.LightningModule):
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         check_batch(self.backbone, batch)
         inputs: dict[str, Tensor] = {n: batch[n] for n in ("input_ids", "attention_mask") if n in batch}
-        if "attention_mask" in batch:
-            inputs |= token_numbers(self.backbone, batch["attention_mask"])
+        if self._numbers and "attention_mask" in batch:
+            inputs["position_ids"] = places(batch["attention_mask"])
         return inputs
 
 

@@ -23,6 +23,9 @@ def token_numbers(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]
         model: it is left out where the model takes none or counts from elsewhere, see `numbers_from_zero`.
         attention_mask: `[B, T]`, 1 at tokens and 0 at padding.
     """
-    if not numbers_from_zero(model):
-        return {}
-    return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
+    return {"position_ids": places(attention_mask)} if numbers_from_zero(model) else {}
+
+
+def places(attention_mask: Tensor) -> Tensor:
+    """Return each token's number in its text, `[B, T]`; padding has that of a token beside it, or 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

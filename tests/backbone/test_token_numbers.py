@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -12,11 +15,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     RobertaConfig,
+    RobertaModel,
     XLMRobertaConfig,
 )
 
 from lightning_peft.backbone.token_numbers import numbers_from_zero
 from lightning_peft.effects.predictions import Predictions
+from lightning_peft.models import SequenceClassifier
 from lightning_peft.packing.plain import score_plainly
 from lightning_peft.testing.shrunk import shrunk_model
 
@@ -66,3 +71,14 @@ def test_effects_on_text_are_measured_on_what_the_model_says_by_itself(model: nn
 def test_models_that_count_from_zero_are_told_so_that_padding_on_the_left_changes_nothing() -> None:
     assert numbers_from_zero(shrunk_model(LlamaForCausalLM, "llama"))
     assert numbers_from_zero(shrunk_model(GPT2LMHeadModel, "gpt2"))
+
+
+def test_a_classifier_reads_what_roberta_says_by_itself(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    shrunk_model(RobertaModel, "roberta").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    module = SequenceClassifier(str(tmp_path), num_labels=2).eval()
+    ids = torch.tensor([TEXTS[0]])
+    with torch.no_grad():
+        logits = module({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        expected = module.head(module.backbone(input_ids=ids).last_hidden_state.mean(1))
+    torch.testing.assert_close(logits, expected)
