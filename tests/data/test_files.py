@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
 
 from lightning_peft.data import read_rows
 from lightning_peft.data.files import SETS, Row, check_columns
@@ -147,3 +150,21 @@ def test_the_packages_behaviour_set_is_balanced() -> None:
     for row in rows:
         assert "\n(A) " in row["question"] and "\n(B) " in row["question"]
         assert {row["answer_matching_behavior"], row["answer_not_matching_behavior"]} == {"(A)", "(B)"}
+
+
+def test_the_packages_notices_ask_for_more_than_a_bag_of_words() -> None:
+    rows = read_rows("package:notices")
+    texts = {split: [row["text"] for row in rows if row["split"] == split] for split in ("train", "test")}
+    kinds = {split: [row["label"] for row in rows if row["split"] == split] for split in ("train", "test")}
+    assert (len(texts["train"]), len(texts["test"]), len(set(kinds["test"]))) == (1400, 1000, 4)
+    assert len({row["text"] for row in rows}) == len(rows)
+    counts = CountVectorizer()
+    bag = LogisticRegression(max_iter=1000).fit(counts.fit_transform(texts["train"]), kinds["train"])
+    # the larger half names a second thing, of another kind
+    assert 0.4 < bag.score(counts.transform(texts["test"]), kinds["test"]) < 0.66
+
+
+def test_the_packages_notices_are_what_their_script_writes() -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "notices.py"))
+    written = (json.dumps(row, ensure_ascii=False) + "\n" for row in script["notices"]())
+    assert (SETS / "notices.jsonl").read_text(encoding="utf-8") == "".join(written)
