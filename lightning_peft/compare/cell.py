@@ -142,6 +142,7 @@ def quiet() -> None:
     """Silence what each of a dozen Trainers would say of devices and data workers."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")  # a frozen one
     warnings.filterwarnings("ignore", message=".*configure_optimizers` returned `None`.*")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")  # Lightning calls torch so
     warnings.filterwarnings("ignore", category=ContextWindowWarning)  # it was said before the first cell
