@@ -42,12 +42,13 @@ def combine(
     rest by `density`, and sums; `"dare_ties"` elects and averages what DARE leaves.
 
     LoRA's change is `scaling * B A`, and so is that of what `as_lora` can write as one (AdaLoRA, LoRTA). Its sum is
-    exact, and ranks add up. Singular values cut the results of TIES and
-    DARE, and a sum with `rank`, to a rank; the record in the folder says how much of its squared norm was kept. Head
-    and layer offsets and weight deltas come out exactly. Of sparse deltas, `density` counts among stored entries.
+    exact, and ranks add up. Singular values cut the results of TIES and DARE, and a sum with `rank`, to a rank; the
+    record in the folder says how much of its squared norm was kept. Head and layer offsets and weight deltas come out
+    exactly. Of sparse deltas, `density` counts among stored entries.
 
     Args:
-        folders: peft folders of LoRA or what `as_lora` writes as one, head offsets (gains too), layer offsets or weight deltas.
+        folders: peft folders of LoRA or what `as_lora` writes as one, head offsets (gains too), layer offsets or weight
+            deltas.
         output: where to write; existing adapter files there are replaced.
         weights: one for each folder; default 1.
         method: `"sum"`, `"ties"`, `"dare"` or `"dare_ties"`.

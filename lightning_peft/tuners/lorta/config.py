@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from torch import Tensor
@@ -46,6 +46,10 @@ class LoRTAConfig(WithCard, PeftConfig):
         layers_pattern: the name of the list of blocks, where it is not the first in a module's name.
     """
 
+    implies: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        setting: ("places",) for setting in ("target_modules", "fused", "num_heads", "layers_to_transform")
+    }
+
     target_modules: list[str] | str | None = field(default=None)
     r: int = field(default=8)
     alpha: float = field(default=8.0)
@@ -63,6 +67,8 @@ class LoRTAConfig(WithCard, PeftConfig):
         super().__post_init__()
         self.peft_type = add_peft_type("LORTA")
         order_targets(self)
+        # what a model tells: an adapter that has it goes on as it is; not a field itself
+        self.by_default: frozenset[str] = frozenset({"places"} if self.places is None else ())
         if self.r < 1:
             raise ValueError(f"The rank r must be at least 1, got {self.r}.")
         if not 0.0 <= self.dropout < 1.0:
@@ -70,7 +76,10 @@ class LoRTAConfig(WithCard, PeftConfig):
         if self.fused not in (None, *FUSED):
             raise ValueError(f"fused must be one of {', '.join(FUSED)}, got {self.fused!r}.")
         for name, values in (self.places or {}).items():
-            Place.from_json(name, values)
+            if Place.from_json(name, values).layer >= len(self.places or {}):
+                raise ValueError(
+                    f"{name} has a place in layer {values['layer']}, but there are fewer matrices than that."
+                )
 
     @property
     def scaling(self) -> float:
@@ -104,9 +113,11 @@ class LoRTAConfig(WithCard, PeftConfig):
         Raises:
             AdapterError: tensors are missing, or there are others, such as those of a module that is trained whole.
         """
+        if not self.places:
+            raise AdapterError("This LoRTA adapter does not say where its matrices stand in its tensor.")
         shared: dict[Group, Tensors] = {}
         used: set[str] = set()
-        for name in self.places or {}:
+        for name in self.places:
             keys = [f"{_ROOT}{name}.{tensor}" for tensor in TENSORS]
             if keys[0] in tensors and tensors.keys() >= set(keys):
                 shared[self.place(name).group] = Tensors(*(tensors[key].float() for key in keys))
@@ -116,7 +127,7 @@ class LoRTAConfig(WithCard, PeftConfig):
                 f"This LoRTA adapter holds {left[0]} besides its tensor, which no plain LoRA has: merge it."
             )
         factors = {}
-        for name in self.places or {}:
+        for name in self.places:
             place = self.place(name)
             if place.group not in shared:
                 raise AdapterError(f"This LoRTA adapter lacks the tensors that {name} shares.")

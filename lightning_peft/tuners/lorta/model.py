@@ -57,6 +57,8 @@ class LoRTAModel(Tuner[LoRTAConfig, LoRTALayer]):
         check_called([key], self.model)
         place = config.place(key)
         layer = target if isinstance(target, LoRTALayer) else LoRTALayer(target, adapter_name, config, key)
+        if (shape := (layer.in_features, layer.out_features)) != place.shape:
+            raise ValueError(f"{key} is {shape} (inputs, outputs), but has a place for {place.shape}: another model's.")
         owners = (other for other in self._layers() if other.owns(adapter_name, place.group))
         layer.update_layer(adapter_name, config, place, next(owners, None))
         setattr(parent, name, layer)

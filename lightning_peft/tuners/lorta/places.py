@@ -67,6 +67,13 @@ class Place:
         """What it has in common with all that share its tensor."""
         return Group(self.width, self.heads, self.head_dim)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The inputs and outputs of the matrix."""
+        fused = {"interleaved": 3 * self.heads, "concatenated": self.heads + 2 * self.own_heads}
+        across = self.head_dim * fused.get(self.matrix, self.own_heads)
+        return (across, self.width) if self.matrix == "o" else (self.width, across)
+
     def as_json(self) -> dict[str, Any]:
         """Return the place as a configuration keeps it."""
         return asdict(self)
