@@ -1,4 +1,4 @@
-"""LoRTA: its formula by loops, on which side the heads are, one tensor for all matrices, and it as an adapter of peft."""
+"""LoRTA: its formula by loops, on which side heads are, one tensor for all matrices, and it as an adapter of peft."""
 
 from __future__ import annotations
 

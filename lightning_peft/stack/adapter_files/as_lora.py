@@ -20,7 +20,7 @@ from lightning_peft.stack.adapter_files.folder import (
     write_folders,
 )
 from lightning_peft.stack.configs import different_fields
-from lightning_peft.stack.injection.initialisation import changes_base
+from lightning_peft.stack.injection.initialisation import begins_in_weights, changes_base
 from lightning_peft.stack.stack import stack_of
 
 ROOT = "base_model.model."
@@ -30,7 +30,6 @@ _HARMLESS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "
 _HARMLESS |= {"layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out", "init_lora_weights"}
 _HARMLESS |= {"task_type", "runtime_config", "eva_config", "corda_config", "loftq_config", "lora_ga_config"}
 _ADAPTIVE = {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
-_REPEATABLE = ("pissa", "olora")  # beginnings that follow from the base's weights alone
 
 
 @dataclass(frozen=True)
@@ -218,11 +217,10 @@ def _with_beginning(config: Any, tensors: Mapping[str, Tensor], folder: Path, ba
     Raises:
         AdapterError: the beginning does not follow from the base's weights alone.
     """
-    start = config.init_lora_weights
-    if not isinstance(start, str) or start.lower() not in _REPEATABLE:
+    if not begins_in_weights(config):
+        change = "layer_replication" if config.layer_replication else config.init_lora_weights
         raise AdapterError(
-            f"{folder} changed the base in a way that cannot be computed again from its weights "
-            f"({'layer_replication' if config.layer_replication else start}): merge it."
+            f"{folder} changed the base in a way that its weights alone do not tell again ({change}): merge it."
         )
     model, _ = load_base(folder, base)
     stack = stack_of(model)

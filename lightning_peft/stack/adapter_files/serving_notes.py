@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_peft.stack.adapter_files.readme import code
-from lightning_peft.stack.injection.initialisation import changes_base
+from lightning_peft.stack.injection.initialisation import begins_in_weights, changes_base
 
 _FOLDER, _BASE = "path/to/this/folder", "BASE"
 # what LoRA can have besides its two matrices, which servers do not read
@@ -43,9 +43,11 @@ _MERGE = f"```bash\nlightning-peft merge {_FOLDER} merged --base {_BASE}\n```"
 
 
 def _lora(config: Any) -> list[str]:
-    if _lost(config):
-        lost = ", ".join(f"`{name}`" for name in _lost(config))
-        return [f"Servers do not read {lost}, and would compute something else. Write it as one without:", _AS_LORA]
+    if lost := ", ".join(f"`{name}`" for name in _lost(config)):
+        misread = f"Servers do not read {lost}, and would compute something else"
+        if changes_base(config) and not begins_in_weights(config):
+            return [f"{misread}: merge it, and serve the model that comes out.", _MERGE]
+        return [f"{misread}. Write it as a LoRA that does without:", _AS_LORA]
     rank = max([config.r, *(getattr(config, "rank_pattern", None) or {}).values()])
     commands = [
         f"vllm serve {_BASE} --enable-lora --max-lora-rank {_power(rank)} --lora-modules adapter={_FOLDER}",
@@ -63,14 +65,8 @@ def _lora(config: Any) -> list[str]:
 
 def _lost(config: Any) -> list[str]:
     """Return the settings of a LoRA that change what it computes, and that servers pass over."""
-    patterns = [name for name in ("rank_pattern", "alpha_pattern") if not _harmless(config, name)]
-    return [*patterns, *(["init_lora_weights"] if changes_base(config) else [])]
-
-
-def _harmless(config: Any, name: str) -> bool:
-    """Return whether a pattern leaves every matrix's scaling at `lora_alpha / r`: those of a sum do."""
-    ranks, alphas = (dict(getattr(config, key, None) or {}) for key in ("rank_pattern", "alpha_pattern"))
-    return not getattr(config, name, None) or (ranks == alphas and config.r == config.lora_alpha)
+    fields = ("rank_pattern", "alpha_pattern", *(("init_lora_weights",) if changes_base(config) else ()))
+    return [name for name in fields if getattr(config, name, None)]
 
 
 def _edit(config: Any) -> list[str]:
