@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from lightning_peft.moved.names import keep_old_names
@@ -18,6 +19,15 @@ class AdaLoraInjection(Injection):
     def _saved_config(self) -> Any:
         config = super()._saved_config()
         config.rank_pattern = None
+        return config
+
+
+class PlacesInjection(Injection):
+    """LoRTA, which finds where in its tensor each matrix stands: without the model nothing else could tell."""
+
+    def kept_config(self, config: Any) -> Any:
+        config = super().kept_config(config)
+        config.places = copy.deepcopy(self.config.places)
         return config
 
 
@@ -82,6 +92,7 @@ _INJECTIONS: dict[str, type[Injection]] = {
     "IA3": OnesInjection,
     "LAYER_OFFSETS": ZerosInjection,
     "LN_TUNING": CopiesInjection,
+    "LORTA": PlacesInjection,
     "POLY": TasksInjection,
     "PREFIX_TUNING": PastInjection,
     "P_TUNING": EncodedPromptInjection,
