@@ -33,8 +33,8 @@ def citizen(cell: Cell) -> None:
     """Check that peft's and transformers' own calls do with each adapter what they do with LoRA.
 
     Got, added, set, disabled, deleted; loaded on the meta device; with and without float32 adapters on a bfloat16 base;
-    saved and loaded by peft, `AutoPeftModel` and transformers; copied, pickled; a step of transformers' Trainer, where a
-    folder can be trained, and, of a decoder, a pipeline.
+    saved and loaded by peft, `AutoPeftModel` and transformers; copied, pickled; a step of transformers' Trainer, where
+    a folder can be trained, and, of a decoder, a pipeline.
     """
     failures: list[str] = []
     applied = False

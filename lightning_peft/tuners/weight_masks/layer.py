@@ -113,7 +113,7 @@ class WeightMasksLayer(nn.Module, TunerLayer):
             tuple(self.mask(name) for name in active),
             tuple(self.scaling[name] for name in active),
             tuple(self.trained[name] for name in active),
-            *(self.weight_mask_scores[name] if name in self.weight_mask_scores else None for name in active),
+            *(self.weight_mask_scores.get(name) for name in active),
         )
         return product if y is None else y + product.to(y.dtype)
 
