@@ -106,7 +106,7 @@ def test_rows_that_were_added_at_random_are_another_base(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("token", [9999, -1])
 def test_a_token_that_the_vocabulary_has_not_is_one_sentence(token: int) -> None:
-    with pytest.raises(ValueError, match="TrainableTokensConfig cannot .*out of bounds") as error:
+    with pytest.raises(ValueError, match=r"TrainableTokensConfig cannot .*out of bounds") as error:
         PEFT(TrainableTokensConfig(token_indices=[token])).apply(Language())
     assert one_sentence(str(error.value))
 
