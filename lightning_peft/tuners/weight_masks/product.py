@@ -71,7 +71,8 @@ class MaskedProduct(torch.autograd.Function):
         weight = ctx.weight() if weight is None else weight
         to_x = gradient @ _masked(gradient, weight, masks, ctx.strengths, ctx.whole) if needs[0] else None
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs[2] else None
-        to_weight, to_scores = None, []
+        to_weight: Tensor | None = None
+        to_scores: list[Tensor | None] = []
         trains = any(need and trained for need, trained in zip(needs[7:], ctx.trained, strict=True))
         if needs[1] or trains:
             flat = gradient.reshape(-1, gradient.shape[-1])

@@ -12,10 +12,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from tuning import QUIET, Classifier, Language, fit, one_sentence, same, texts, trainer, weights
+from tuning import QUIET, Classifier, Language, fit, one_sentence, points, same, texts, trainer, weights
 
 from lightning_peft import adapters, load_adapter, save_adapter
 from lightning_peft.callbacks import MovementPruning
+from lightning_peft.testing import check_adaptation
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
@@ -30,6 +31,10 @@ def layers(module: nn.Module, name: str = "movement") -> list[Any]:
 
 def kept(module: nn.Module) -> list[int]:
     return [int(layer.mask("movement").sum()) for layer in layers(module)]
+
+
+def call(module: Any, batch: list[Tensor]) -> Tensor:
+    return module(batch[0])
 
 
 class Noted(L.Callback):
@@ -192,6 +197,22 @@ def test_masks_alone_teach_a_network_digits_that_it_has_not_seen_and_random_ones
     losses, accuracies = ({name: result[i] for name, result in results.items()} for i in (0, 1))
     assert accuracies["movement"] > 0.6 and max(accuracies[n] for n in ("before", "magnitude", "random")) < 0.4
     assert losses["movement"] < 0.5 * min(losses[name] for name in ("before", "magnitude", "random"))
+
+
+# -- laws -----------------------------------------------------------------------------------------------------------
+
+
+def test_laws_hold_from_a_density_of_one() -> None:
+    """The table of laws has a row that begins at a half; by default it begins at one, as the base."""
+    callback = pruning(begin_step=1, end_step=2)
+    laws = ("identity", "frozen", "off", "merge", "round trip", "complete", "alive", "restored", "count", "resume")
+    outcomes = check_adaptation(Classifier, callback, list(points()), call, lambda _: 3 * 64, laws)
+    assert {outcome.law for outcome in outcomes if not outcome.holds} == {"off", "complete"}  # which it declares
+    half = check_adaptation(Classifier, pruning(initial_density=0.5, begin_step=1, end_step=2), list(points()), call)
+    assert {"off", "frozen", "round trip", "resume"} <= {outcome.law for outcome in half if outcome.holds}
+    assert {outcome.law: outcome.reason for outcome in half}[
+        "identity"
+    ] == "initial_density=0.5 drops weights at the start"
 
 
 # -- on language models ---------------------------------------------------------------------------------------------
