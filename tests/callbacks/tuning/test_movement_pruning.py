@@ -195,7 +195,7 @@ def test_masks_alone_teach_a_network_digits_that_it_has_not_seen_and_random_ones
         with torch.no_grad(), adapters(adapted).disabled():
             assert measured(adapted) == results["before"]
     losses, accuracies = ({name: result[i] for name, result in results.items()} for i in (0, 1))
-    assert accuracies["movement"] > 0.6 and max(accuracies[n] for n in ("before", "magnitude", "random")) < 0.4
+    assert accuracies["movement"] > 0.5 and max(accuracies[n] for n in ("before", "magnitude", "random")) < 0.4
     assert losses["movement"] < 0.5 * min(losses[name] for name in ("before", "magnitude", "random"))
 
 
