@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from lightning_peft.moved.names import keep_old_names
 from lightning_peft.stack.injection.adaption_prompt import AdaptionInjection
@@ -84,6 +87,14 @@ class CopiesInjection(Injection):
     trains_copies = True
 
 
+class MasksInjection(Injection):
+    """Masks of weights, of which a folder holds the bits, without the scores that they were trained by."""
+
+    @classmethod
+    def is_final(cls, config: Any, tensors: Mapping[str, Tensor]) -> bool:
+        return bool(config.packed)
+
+
 _INJECTIONS: dict[str, type[Injection]] = {
     "ADALORA": AdaLoraInjection,
     "ADAPTION_PROMPT": AdaptionInjection,
@@ -99,6 +110,7 @@ _INJECTIONS: dict[str, type[Injection]] = {
     "SHADOW": AuxiliaryInjection,
     "SHIRA": ShiraInjection,
     "VBLORA": VBLoraInjection,
+    "WEIGHT_MASKS": MasksInjection,
     "XLORA": MixtureInjection,
 }
 
