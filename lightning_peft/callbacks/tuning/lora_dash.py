@@ -52,7 +52,8 @@ class LoRADash(MultiPhase):
 
     default_name = "dash"
     law_examples: Mapping[str, LawExample] = {
-        "LoRADash": LawExample({"r": 2, "alpha": 4, "directions": 2, "warmup_steps": 1})
+        # few directions beside the rank: a folder holds them, and they are not trained
+        "LoRADash": LawExample({"r": 4, "alpha": 8, "directions": 1, "warmup_steps": 1})
     }
 
     def __init__(
