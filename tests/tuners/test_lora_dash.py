@@ -220,7 +220,7 @@ def test_on_quantised_weights_directions_are_of_what_they_compute_with_and_nothi
     stack_of(model).add(LoRADashConfig(target_modules=["0"], r=2), "dash")
     choose_directions(model, "dash")
     assert torch.equal(model(x), expected) and model[0].dash_outputs["dash"].any()
-    with pytest.raises(ValueError, match="^LoRADashConfig cannot be merged into quantised weights"):
+    with pytest.raises(ValueError, match=r"^LoRADashConfig cannot be merged into quantised weights"):
         stack_of(model).merge()
 
 

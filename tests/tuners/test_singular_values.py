@@ -162,7 +162,7 @@ def test_over_a_quantised_layer_the_vectors_are_those_of_the_weight_it_computes_
     layer.singular_deltas["sv"].data[0] = -float(sigma[0])
     change = x() @ torch.from_numpy(sigma[0] * np.outer(u[:, 0], vt[0])).T
     torch.testing.assert_close(model(x()), plain(x()) - change, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="^SingularValuesConfig cannot be merged into quantised weights"):
+    with pytest.raises(ValueError, match=r"^SingularValuesConfig cannot be merged into quantised weights"):
         stack_of(model).merge()
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class LoRADash(MultiPhase):
     """LoRA, and after a warm-up the singular directions of each weight that it has changed most for their size.
 
-    Si et al. 2024, arXiv:2409.01035: `y = W x + (alpha / r) B A x + U diag(c) Vᵀ x`. After `warmup_steps` U and V become
+    Si et al. 2024, arXiv:2409.01035: `y = W x + (alpha / r) B A x + U diag(c) Vᵀ x`. After `warmup_steps` U and V are
     the singular vectors of W with the highest change rate `|u_iᵀ ΔW v_i| / σ_i`, `ΔW = (alpha / r) B A`; A, B and the
     coefficients c are then trained together. c is zero until there are directions, so that the switch changes no
     output. Trainable parameters: `r * (inputs + outputs) + min(directions, inputs, outputs)` for each adapted matrix.

@@ -74,22 +74,17 @@ class LoRADashConfig(WithCard, PeftConfig):
             if kind not in TENSORS:
                 raise AdapterError(f"{key} is no tensor of LoRA-Dash, and no LoRA can hold it: save it apart.")
             layers.setdefault(module, {})[kind] = tensor.float()
-        return {module: self.factors(*(held[kind] for kind in TENSORS)) for module, held in layers.items()}
+        return {module: self.factors(held, self.alpha) for module, held in layers.items()}
 
-    def factors(
-        self, a: Tensor, b: Tensor, coefficients: Tensor, inputs: Tensor, outputs: Tensor, scale: float | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def factors(self, held: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
         """Return A' `[r + directions, inputs]` and B' `[outputs, r + directions]` whose product is the whole change.
 
         Args:
-            a: `[r, inputs]`.
-            b: `[outputs, r]`.
-            coefficients: c, `[directions]`.
-            inputs: Vᵀ, `[directions, inputs]`.
-            outputs: U, `[outputs, directions]`.
-            scale: the dial; default `alpha`.
+            held: one layer's tensors: `dash_A` `[r, inputs]`, `dash_B` `[outputs, r]`, `dash_coefficients`
+                `[directions]`, `dash_inputs` (Vᵀ) `[directions, inputs]`, `dash_outputs` (U) `[outputs, directions]`.
+            scale: the dial.
         """
-        scale = self.alpha if scale is None else scale
+        a, b, coefficients, inputs, outputs = (held[kind] for kind in TENSORS)
         down = torch.cat([a, inputs.to(a.dtype)])
         up = torch.cat([self.lora_scale * b, outputs.to(b.dtype) * coefficients.to(b.dtype)], dim=1)
         return down, up if scale == 1.0 else scale * up

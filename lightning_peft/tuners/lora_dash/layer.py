@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lightning_peft.tuners.lora_dash.config import LoRADashConfig
+from lightning_peft.tuners.lora_dash.config import TENSORS, LoRADashConfig
 from lightning_peft.tuners.matrix_change import MatrixChangeLayer
 
 
@@ -62,8 +62,8 @@ class LoRADashLayer(MatrixChangeLayer):
 
     def factors(self, adapter_name: str, scale: float) -> tuple[Tensor, Tensor]:
         """Return an adapter's change as a product of two matrices, see `LoRADashConfig.factors`."""
-        held = (self.dash_A, self.dash_B, self.dash_coefficients, self.dash_inputs, self.dash_outputs)
-        return self.configs[adapter_name].factors(*(tensors[adapter_name] for tensors in held), scale=scale)
+        held = {kind: getattr(self, kind)[adapter_name] for kind in TENSORS}
+        return self.configs[adapter_name].factors(held, scale)
 
     def change(self, adapter_name: str) -> Tensor:
         down, up = self.factors(adapter_name, 1.0)

@@ -41,8 +41,7 @@ class Basis:
 
     def to(self, device: torch.device) -> Basis:
         """Return it on a device."""
-        tensors = (tensor.to(device) for tensor in (self.outputs, self.inputs, self.values))
-        return Basis(*tensors, self.sketches)
+        return Basis(self.outputs.to(device), self.inputs.to(device), self.values.to(device), self.sketches)
 
     def apply(self, x: Tensor, change: Tensor) -> Tensor:
         """Return `U diag(change) Vᵀ x`.
@@ -71,10 +70,10 @@ def base_weight(layer: nn.Module) -> Tensor:
     if is_quantized(layer):
         weight = importlib.import_module("lightning_peft.backbone.quantized_layers").weight_of(layer)
     else:
-        deltas = layer._modules.get("weight_deltas")
-        merged_into: dict[str, Any] = getattr(deltas, "_before_merge", {})
-        own: Any = merged_into.get("weight", layer._parameters.get("weight"))
-        weight = whole((layer.weight if own is None else own).detach())  # type: ignore[arg-type]
+        held: Any = layer  # `weight` reads with other adapters' deltas in it, and is computed where it is parametrised
+        before_merge = getattr(layer._modules.get("weight_deltas"), "_before_merge", {})
+        own = before_merge.get("weight", layer._parameters.get("weight"))
+        weight = whole((held.weight if own is None else own).detach())
         weight = weight if isinstance(layer, nn.Linear) else weight.T  # Conv1D's is [inputs, outputs]
     inputs, outputs = matrix_shape(layer)
     if weight.shape != (outputs, inputs):
@@ -110,10 +109,13 @@ def decompose(layer: nn.Module, counts: Iterable[int]) -> Basis:
     with torch.inference_mode(False), torch.no_grad():
         weight = base_weight(layer)
         outputs, values, inputs = singular_vectors(weight)
-        dtype = torch.float32 if is_quantized(layer) else weight.dtype
-        kept = [outputs[:, : counts[-1]], inputs[: counts[-1]], values[: counts[-1]]]
-        u, vt, sigma = (t.to(weight.device, d).contiguous() for t, d in zip(kept, (dtype, dtype, torch.float32)))
-        return Basis(u, vt, sigma, {n: sketch(outputs[:, :n], inputs[:n]) for n in counts})
+        dtype, kept = torch.float32 if is_quantized(layer) else weight.dtype, counts[-1]
+        return Basis(
+            outputs[:, :kept].to(weight.device, dtype).contiguous(),
+            inputs[:kept].to(weight.device, dtype).contiguous(),
+            values[:kept].to(weight.device, torch.float32),
+            {n: sketch(outputs[:, :n], inputs[:n]) for n in counts},
+        )
 
 
 def sketch(outputs: Tensor, inputs: Tensor) -> Tensor:
