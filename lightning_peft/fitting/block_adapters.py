@@ -47,9 +47,7 @@ def by_block(stack: AdapterStack, names: Sequence[str]) -> list[BlockAdapter]:
     inside = [{id(parameter) for parameter in block.module.parameters()} for block in found]
     holders = Counter(number for numbers in inside for number in numbers)
     held = [
-        BlockAdapter(
-            block.name, block.module, {n: p for n, p in every.items() if id(p) in ids and holders[id(p)] == 1}
-        )
+        BlockAdapter(block.name, block.module, {n: p for n, p in every.items() if id(p) in ids and holders[id(p)] == 1})
         for block, ids in zip(found, inside, strict=True)
     ]
     return [block for block in held if block.parameters]

@@ -249,7 +249,9 @@ class IST(Around):
         assert isinstance(mean, Tensor)
         self.importance = updated(self.importance, sets, mean.tolist(), self.rate)
         if trainer.is_global_zero:
-            scores = {f"importance/{block.name}": float(i) for block, i in zip(self.blocks, self.importance, strict=True)}
+            scores = {
+                f"importance/{block.name}": float(i) for block, i in zip(self.blocks, self.importance, strict=True)
+            }
             for logger in trainer.loggers:
                 logger.log_metrics(scores, step=trainer.global_step)
 
