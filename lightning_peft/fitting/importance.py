@@ -65,6 +65,7 @@ def updated(scores: Tensor, suppressed: Sequence[Sequence[int]], losses: Sequenc
         tensor([ 0.7902, -0.7902,  0.0000], dtype=torch.float64)
     """
     rewards = torch.exp(-torch.tensor(losses, dtype=scores.dtype))
+    rewards = rewards - rewards[0]  # so that rewards that are equal are so without rounding
     rewards = rewards - rewards.mean()
     if not rewards.isfinite().all():
         return scores

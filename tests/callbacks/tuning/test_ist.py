@@ -318,15 +318,12 @@ def test_it_is_the_methods_adapter_in_every_file(tmp_path: Path) -> None:
     assert weights(plain).keys() == weights(module).keys()
 
 
+BIASES = BitFit(add_missing=True)
+
+
 @pytest.mark.parametrize(
     "method",
-    [
-        IA3(),
-        BitFit(add_missing=True),
-        Compacter(reduction=2),
-        LoRA(r=2, variant="dora"),
-        Composite({"a": LoRA(r=1), "b": BitFit(add_missing=True)}),
-    ],
+    [IA3(), BIASES, Compacter(reduction=2), LoRA(r=2, variant="dora"), Composite({"a": LoRA(r=1), "b": BIASES})],
     ids=lambda method: type(method).__name__,
 )
 def test_it_goes_around_any_method_that_adapts_blocks(method: Any) -> None:
