@@ -275,11 +275,13 @@ def test_a_folder_has_one_bit_for_each_weight_and_is_loaded_bit_for_bit(tmp_path
     tensors = load_file(file)
     header = int.from_bytes(file.read_bytes()[:8], "little")
     assert file.stat().st_size == 8 + header + 50 * 40 // 8 and {t.dtype for t in tensors.values()} == {torch.uint8}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["density"] == 0.5
     load_adapter(again, tmp_path)
     assert torch.equal(again(x), model(x)) and not any(p.requires_grad for p in again.parameters())
     save_adapter(again, tmp_path / "again")  # what was loaded is written as it was
     written = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert all(torch.equal(written[key], tensors[key]) for key in tensors)
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["density"] == 0.5
 
 
 def test_sizes_that_are_no_multiple_of_eight(tmp_path: Path) -> None:

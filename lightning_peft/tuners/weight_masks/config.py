@@ -32,7 +32,7 @@ class WeightMasksConfig(WithCard, PeftConfig):
         target_modules: the linear layers, by name or suffix; a string is a regular expression, or `"all-linear"`.
             Default: those of the model's blocks.
         density: the share of entries that each mask keeps, in (0, 1]; at 1 the adapter changes nothing. Training may
-            lower it, see `WeightMasksLayer.keep_at_most`.
+            lower it, see `WeightMasksLayer.keep_at_most`; a folder notes what share its bits keep.
         criterion: what the scores are: 0 at first and trained, `"movement"`; `|W|`, `"magnitude"`, or drawn at
             `"random"`, both of which training leaves as they are.
         seed: of the random scores.
@@ -73,11 +73,13 @@ class WeightMasksConfig(WithCard, PeftConfig):
         Returns:
             The configuration and the tensors of an adapter that computes the same, bit for bit, and cannot be trained.
         """
-        compact = dict(tensors)
+        compact, kept, entries = dict(tensors), 0, 0
         for key in [key for key in tensors if key.endswith(_SCORES)]:
             layer = key.removesuffix(_SCORES)
             mask, _ = largest(compact.pop(key), int(compact.pop(layer + _KEPT)))
             compact[layer + _BITS] = pack(mask.reshape(-1))
+            kept, entries = kept + int(mask.sum()), entries + mask.numel()
         config = copy.deepcopy(self)
         config.packed = True
+        config.density = kept / entries if kept else self.density
         return config, compact
