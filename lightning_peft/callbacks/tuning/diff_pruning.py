@@ -30,12 +30,12 @@ class DiffPruning(MultiPhaseDeltas):
     """Learn a difference and which of its entries matter, keep those, and train them: `W = W0 + z_t * z * delta`.
 
     Guo et al. 2021, arXiv:2012.07463. In the first phase each entry has a hard-concrete gate `z`, each parameter one
-    gate `z_t` for all of its entries, and `l0` times the expected number of entries whose gates are open is added to the
-    objective. Then the `density` of entries with the largest `|z_t * z * delta|`, over all parameters together, are
-    kept, the gates become 1, the optimizers forget their state, and only these entries are trained further, from where
-    they are. Exactly `round(density * entries)` are kept, also where some tie; the others are bit-equal to `W0`. In
-    evaluation gates are not random. What stands outside the backbone is trained throughout. A saved folder holds a
-    plain difference: after the first phase only the kept entries.
+    gate `z_t` for all of its entries, and `l0` times the expected number of open entries is added to the objective.
+    Then the `density` of entries with the largest `|z_t * z * delta|`, over all parameters together, are kept, the
+    gates become 1, the optimizers forget their state, and only these entries are trained further, from where they are.
+    Exactly `round(density * entries)` are kept, also where some tie; the others are bit-equal to `W0`. In evaluation
+    gates are not random. What stands outside the backbone is trained throughout. A saved folder holds a plain
+    difference: after the first phase only the kept entries.
 
     Args:
         density: the fraction of entries to keep, in (0, 1).
