@@ -92,7 +92,7 @@ def test_gradients_through_sampled_gates_are_those_of_the_written_out_formula() 
 
     z, dz = stretched(u, gate.entries.detach())
     z_tensor, dz_tensor = stretched(u_tensor, gate.tensor.detach())
-    assert 0 < int((dz != 0).sum()) and z_tensor > 0
+    assert int((dz != 0).sum()) > 0 and z_tensor > 0
     assert value.grad is not None and torch.allclose(value.grad, dw * z * z_tensor, atol=1e-5)
     assert gate.entries.grad is not None
     assert torch.allclose(gate.entries.grad, dw * value.detach() * dz * z_tensor, atol=1e-5)

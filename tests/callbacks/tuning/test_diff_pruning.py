@@ -159,7 +159,7 @@ def test_a_folder_is_a_plain_difference_in_either_phase(steps: int, tmp_path: Pa
     again = Language("gpt2").eval()
     (part,) = load_adapter(again.model, tmp_path)
     assert torch.equal(again.model(input_ids=x).logits, expected)
-    assert part.config.gates is None and not part.config.tensor_gates and part.config.masked is None or steps == 2
+    assert (part.config.gates is None and not part.config.tensor_gates and part.config.masked is None) or steps == 2
     stored = sum(p.numel() for p in adapters(again.model).parameters(part).values())
     entries = sum(p.numel() for p in Language("gpt2").model.parameters())
     assert stored == (entries if steps == 2 else round(0.01 * entries))

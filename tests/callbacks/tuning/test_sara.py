@@ -57,7 +57,7 @@ def test_exactly_the_small_entries_move_and_the_others_are_bit_equal_under_weigh
     before = weights(module)
     callback = sara(lambda_rank=lambda_rank, progressive_iter=0)
     assert callback.trainable_parameters(module.net) == sum(  # type: ignore[arg-type]
-        int(((0 < p.abs()) & (p.abs() < 0.05)).sum())
+        int(((p.abs() > 0) & (p.abs() < 0.05)).sum())
         for p in module.net.parameters()  # type: ignore[union-attr]
     )
     (part,) = callback.apply(module)
