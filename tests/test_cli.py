@@ -38,7 +38,14 @@ SMALLER: dict[str, dict[str, object]] = {  # what a recipe asks for that a tiny 
     "trunk_cache": {"layers": [1, 2]},
 }
 
-EPOCHS = {
+EPOCHS = {  # those that train in phases, or prune
+    "adalora": 2,
+    "diff_pruning": 3,
+    "lofit": 3,
+    "lottery": 4,
+    "lt_sft": 3,
+    "sara": 2,
+}
     "adalora": 2,
     "diff_pruning": 3,
     "lofit": 3,
