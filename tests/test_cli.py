@@ -46,13 +46,6 @@ EPOCHS = {  # those that train in phases, or prune
     "lt_sft": 3,
     "sara": 2,
 }
-    "adalora": 2,
-    "diff_pruning": 3,
-    "lofit": 3,
-    "lottery": 4,
-    "lt_sft": 3,
-    "sara": 2,
-}  # those that train in phases, or prune
 
 
 def arguments(recipe: Path, model: Path, folder: Path) -> list[str]:
