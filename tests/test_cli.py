@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "TruthfulQA" in path.read_text()]
 SMALLER: dict[str, dict[str, object]] = {  # what a recipe asks for that a tiny model of three blocks has not
     "adalora": {"tinit": 0, "tfinal": 0},
+    "diff_pruning": {"gate_epochs": None, "gate_steps": 1},
     "head_gains": {"init_from": None},  # the edit it trains is another recipe's
     "iti": {"num_heads": 3},
     "iti_reference": {"num_heads": 3},
@@ -33,11 +34,20 @@ SMALLER: dict[str, dict[str, object]] = {  # what a recipe asks for that a tiny 
     "prefix_tuning": {"num_virtual_tokens": 3},
     "prompt_tuning": {"num_virtual_tokens": 3},
     "rome": {"layer": 1},
+    "sara": {"rank_min_dim": 8},
     "strata": {"boundaries": [1, 2]},
     "trunk_cache": {"layers": [1, 2]},
 }
 
-EPOCHS = {"adalora": 2, "lofit": 3, "lora_dash": 2, "lottery": 4, "lt_sft": 3}  # those that train in phases, or prune
+EPOCHS = {  # those that train in phases, or prune
+    "adalora": 2,
+    "diff_pruning": 3,
+    "lofit": 3,
+    "lora_dash": 2,
+    "lottery": 4,
+    "lt_sft": 3,
+    "sara": 2,
+}
 
 
 def arguments(recipe: Path, model: Path, folder: Path) -> list[str]:

@@ -36,10 +36,12 @@ from lightning_peft.callbacks import (
     AdapterEMA,
     BitFit,
     Composite,
+    DiffPruning,
     FullFineTuning,
     Houlsby,
     LoRA,
     LotteryTicket,
+    SaRA,
 )
 
 pytestmark = [
@@ -56,6 +58,8 @@ METHODS: dict[str, Callable[[], list[L.Callback]]] = {
     "two callbacks": lambda: [LoRA(r=2, **WHERE), IA3(target_modules=IN_BOTH, feedforward_modules=IN_BOTH, **WHERE)],
     "three callbacks": lambda: [LoRA(r=2, **WHERE), LoRA(r=1, name="other", **WHERE), BitFit(**WHERE)],
     "LTSFT, in two phases": lambda: [LTSFT(density=0.1, full_steps=2, **WHERE)],
+    "SaRA, with its second choice": lambda: [SaRA(density=0.2, progressive_iter=2, rank_min_dim=1, **WHERE)],
+    "DiffPruning, in two phases": lambda: [DiffPruning(density=0.1, gate_steps=2, **WHERE)],
     "LotteryTicket, in three phases": lambda: [LotteryTicket(rounds=2, round_steps=1, **WHERE)],
     "AdaLoRA": lambda: [AdaLoRA(init_r=3, target_r=1, tinit=1, tfinal=1, delta_t=1, **WHERE)],
     "IST": lambda: [IST(LoRA(r=2), score_every_n_steps=1, **WHERE)],

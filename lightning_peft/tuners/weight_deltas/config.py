@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,8 +14,12 @@ from torch import Tensor
 from lightning_peft.stack.registration import add_peft_type
 from lightning_peft.tuners.config import WithCard
 from lightning_peft.tuners.targets import ordered
+from lightning_peft.tuners.weight_deltas.hard_concrete import settled
 
-_VALUES, _MASKS, _INDICES, _BITS = (f".weight_deltas.{kind}." for kind in ("values", "masks", "indices", "bits"))
+_VALUES, _MASKS, _INDICES, _BITS, _FIXED, _GATES, _TENSOR_GATES, _GATE_RATES = (
+    f".weight_deltas.{kind}."
+    for kind in ("values", "masks", "indices", "bits", "fixed", "gates", "tensor_gates", "gate_rates")
+)
 
 
 @dataclass
@@ -33,7 +38,12 @@ class WeightDeltasConfig(WithCard, PeftConfig):
             at first; where it is false the entry keeps its value of `theta0`.
         pruned: where a mask is false the entry is 0 instead.
         kept: for parameters of which some entries are stored, as in a saved sparse adapter: how many each has.
+            One of them that is also `masked` has a mask of its stored entries, and where that is false an entry keeps
+            the delta that it had.
         packed: those of them whose entries are given by a bit for each; the others by indices.
+        gates: multiply each entry of the deltas that are stored whole by a hard-concrete gate of this logit at the
+            start, at least log(5), so that all are open; None for no gates.
+        tensor_gates: multiply each of these deltas by one gate more.
         target_modules: not used; peft asks for it.
         exclude_modules: not used; peft asks for it.
         modules_to_save: other modules to train and save whole, as in every peft method.
@@ -46,6 +56,8 @@ class WeightDeltasConfig(WithCard, PeftConfig):
     pruned: bool = field(default=False)
     kept: dict[str, int] | None = field(default=None)
     packed: list[str] | None = field(default=None)
+    gates: float | None = field(default=None)
+    tensor_gates: bool = field(default=False)
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
@@ -57,9 +69,13 @@ class WeightDeltasConfig(WithCard, PeftConfig):
             self.target_parameters = ordered(self.target_parameters)
         if self.target_modules is not None:
             raise ValueError("WeightDeltasConfig takes target_parameters, the full names of parameters, not modules.")
+        if self.gates is not None and self.gates < math.log(5):
+            raise ValueError(f"gates must be at least log(5) = 1.61, so that all are open at first, got {self.gates}.")
 
     def compacted(self, tensors: Mapping[str, Tensor]) -> tuple[WeightDeltasConfig, dict[str, Tensor]]:
         """Return this adapter as it is written to a folder: of masked deltas only the entries that the mask lets act.
+
+        Gates are multiplied into their deltas, as evaluation has them.
 
         Args:
             tensors: under the keys of a saved peft folder.
@@ -67,6 +83,7 @@ class WeightDeltasConfig(WithCard, PeftConfig):
         Returns:
             The configuration and the tensors of an adapter that computes the same, bit for bit.
         """
+        tensors = self._settled(tensors)
         counts, packed, compact, bare = dict(self.kept or {}), list(self.packed or ()), dict(tensors), set()
         for key in [key for key in tensors if _MASKS in key]:
             mask, value = compact.pop(key).reshape(-1), key.replace(_MASKS, _VALUES)
@@ -77,7 +94,7 @@ class WeightDeltasConfig(WithCard, PeftConfig):
                 continue
             compact[value] = tensors[value].reshape(-1)[mask]
             counts[name] = count
-            if 32 * count < entries < 2**31:  # four bytes an index, or a bit for each entry
+            if sparsely_packed(count, entries):
                 compact[key.replace(_MASKS, _INDICES)] = mask.nonzero()[:, 0].int()
             else:
                 compact[key.replace(_MASKS, _BITS)] = pack(mask)
@@ -85,7 +102,28 @@ class WeightDeltasConfig(WithCard, PeftConfig):
         config = copy.deepcopy(self)
         config.kept, config.packed = counts or None, packed or None
         config.masked = [name for name in self.masked or () if name not in counts and name not in bare] or None
+        config.gates, config.tensor_gates = None, False
         return config, compact
+
+    def _settled(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors with gates multiplied into deltas, and stored entries that rest in their place."""
+        plain = dict(tensors)
+        for key in [key for key in tensors if _GATES in key]:
+            assert self.gates is not None
+            rate = plain.pop(key.replace(_GATES, _GATE_RATES))
+            trained = [plain.pop(key), plain.pop(key.replace(_GATES, _TENSOR_GATES), None)]
+            value = key.replace(_GATES, _VALUES)
+            for logits in (self.gates + rate * part for part in trained if part is not None):
+                plain[value] = settled(logits) * plain[value]
+        for key in [key for key in tensors if _FIXED in key]:
+            mask, value = plain.pop(key.replace(_FIXED, _MASKS)), key.replace(_FIXED, _VALUES)
+            plain[value] = torch.where(mask, plain[value], plain.pop(key))
+        return plain
+
+
+def sparsely_packed(count: int, entries: int) -> bool:
+    """Return whether indices of four bytes take less than a bit for each entry."""
+    return 32 * count < entries < 2**31
 
 
 def pack(mask: Tensor) -> Tensor:

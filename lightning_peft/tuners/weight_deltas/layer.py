@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.backbone.modules import is_matrix
 from lightning_peft.tuners.tuner import TunerLayer, check_merged
 from lightning_peft.tuners.weight_deltas.config import WeightDeltasConfig, storage, unpack
+from lightning_peft.tuners.weight_deltas.hard_concrete import sampled, settled
 from lightning_peft.tuners.weight_deltas.view import attach, detach
 
 
@@ -23,8 +24,11 @@ class WeightDeltasLayer(nn.Module, TunerLayer):
         owner: the module; it is not registered as a child of this one, which is the owner's child.
     """
 
-    adapter_layer_names = ("values",)
-    other_param_names = ("masks", "indices", "bits", "scaling", "pruned")
+    adapter_layer_names = ("values", "gates", "tensor_gates")
+    other_param_names = (
+        *("masks", "indices", "bits", "fixed", "gate_rates"),
+        *("scaling", "pruned", "gate_starts", "noise"),
+    )
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -32,6 +36,12 @@ class WeightDeltasLayer(nn.Module, TunerLayer):
         self.masks = nn.ModuleDict()
         self.indices = nn.ModuleDict()
         self.bits = nn.ModuleDict()
+        self.fixed = nn.ModuleDict()  # of stored entries, the deltas of those that their mask leaves out
+        self.gates = nn.ModuleDict()
+        self.tensor_gates = nn.ModuleDict()
+        self.gate_rates = nn.ModuleDict()
+        self.gate_starts: dict[str, float] = {}
+        self.noise: dict[str, dict[str, list[Tensor]]] = {}  # while gates are sampled
         self.scaling: dict[str, float] = {}
         self.pruned: dict[str, bool] = {}
         # parameters that another module has as well, which holds their deltas: parameter -> (its layer, its name)
@@ -49,8 +59,8 @@ class WeightDeltasLayer(nn.Module, TunerLayer):
             config: its configuration.
             names: for each of the owner's parameters that it changes, the full name.
         """
-        values: Any = nn.ParameterDict()
-        masks, indices, bits = (BufferDict(persistent=True) for _ in range(3))
+        values, gates, tensor_gates = (nn.ParameterDict() for _ in range(3))
+        masks, indices, bits, fixed, rates = (BufferDict(persistent=True) for _ in range(5))
         for name, full_name in names.items():
             if name in self.links:
                 continue
@@ -62,14 +72,25 @@ class WeightDeltasLayer(nn.Module, TunerLayer):
                     bits[name] = torch.zeros(-(-shape.numel() // 8), dtype=torch.uint8, device=device)
                 else:
                     indices[name] = torch.arange(count, dtype=torch.int32, device=device)
+                if full_name in (config.masked or ()):
+                    masks[name] = torch.ones(count, dtype=torch.bool, device=device)
+                    fixed[name] = torch.zeros(count, dtype=storage(dtype), device=device)
             else:
                 values[name] = nn.Parameter(torch.zeros(shape, dtype=storage(dtype), device=device))
                 if full_name in (config.masked or ()):
                     masks[name] = torch.ones(shape, dtype=torch.bool, device=device)
-        containers = (self.values, self.masks, self.indices, self.bits)
-        for container, entries in zip(containers, (values, masks, indices, bits), strict=True):
+                if config.gates is not None:
+                    gates[name] = nn.Parameter(torch.zeros(shape, device=device))
+                    rates[name] = torch.zeros((), device=device)
+                    if config.tensor_gates:
+                        tensor_gates[name] = nn.Parameter(torch.zeros(1, device=device))
+        held: list[tuple[nn.ModuleDict, Any]] = [(self.values, values), (self.masks, masks), (self.indices, indices)]
+        held += [(self.bits, bits), (self.fixed, fixed), (self.gates, gates), (self.tensor_gates, tensor_gates)]
+        for container, entries in [*held, (self.gate_rates, rates)]:
             if len(entries):
                 container[adapter_name] = entries
+        if config.gates is not None:
+            self.gate_starts[adapter_name] = config.gates
         self.scaling[adapter_name] = config.alpha
         self.pruned[adapter_name] = config.pruned
         attach(self._owner[0], self, set(names))
@@ -178,6 +199,8 @@ class WeightDeltasLayer(nn.Module, TunerLayer):
     def _change(self, adapter: str, name: str, base: Tensor | None) -> Tensor:
         """Return what one adapter adds at strength 1, in the shape of the parameter."""
         value: Tensor = self._by_parameter(self.values, adapter)[name]
+        if name in self._by_parameter(self.gates, adapter):
+            value = self._gated(adapter, name, value)
         indices, bits, masks = (self._by_parameter(c, adapter) for c in (self.indices, self.bits, self.masks))
         if name not in indices and name not in bits and name not in masks:
             return value
@@ -185,12 +208,26 @@ class WeightDeltasLayer(nn.Module, TunerLayer):
         outside = value.new_zeros(()).expand(shape)
         if self.pruned[adapter] and base is not None:
             outside = -base.detach().to(value.dtype)
-        if name in masks:
+        if name in masks and name not in indices and name not in bits:
             return torch.where(masks[name], value, outside)
+        if name in masks:
+            value = torch.where(masks[name], value, self._by_parameter(self.fixed, adapter)[name])
         if name in bits:
             mask = unpack(bits[name], shape.numel()).reshape(shape)
             return outside.masked_scatter(mask, value)
         return outside.reshape(-1).index_copy(0, indices[name].long(), value).reshape(shape)
+
+    def _gated(self, adapter: str, name: str, value: Tensor) -> Tensor:
+        """Return a delta times its gates: sampled ones where there is noise, else those of evaluation."""
+        noise = self.noise.get(adapter, {}).get(name)
+        start, rate = self.gate_starts[adapter], self._by_parameter(self.gate_rates, adapter)[name]
+        trained = [self._by_parameter(self.gates, adapter)[name]]
+        if adapter in self.tensor_gates:
+            trained.append(self._by_parameter(self.tensor_gates, adapter)[name])
+        for i, part in enumerate(trained):
+            logits = start + rate * part
+            value = value * (settled(logits) if noise is None else sampled(logits, noise[i]))
+        return value
 
     @staticmethod
     def _by_parameter(container: nn.ModuleDict, adapter: str) -> Any:
