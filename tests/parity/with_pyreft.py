@@ -1,4 +1,4 @@
-"""LoReFT, DiReFT and NoReFT beside the authors' pyreft; the numbers were made by `benchmarks/parity/pyreft_library.py`."""
+"""LoReFT, DiReFT and NoReFT beside the authors' pyreft; numbers made by `benchmarks/parity/pyreft_library.py`."""
 
 from __future__ import annotations
 
