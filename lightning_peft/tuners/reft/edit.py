@@ -27,9 +27,9 @@ def orthonormal(rows: Tensor) -> Tensor:
         rows: `[r, width]`, r at most the width, linearly independent; computed in float32 at the least.
 
     Example:
-        >>> orthonormal(torch.tensor([[2.0, 0.0], [5.0, -3.0]]))
-        tensor([[ 1.,  0.],
-                [ 0., -1.]])
+        >>> orthonormal(torch.tensor([[2.0, 0.0, 0.0], [5.0, 3.0, 0.0]])).abs()
+        tensor([[1., 0., 0.],
+                [0., 1., 0.]])
     """
     precise = rows.to(torch.promote_types(rows.dtype, torch.float32))
     q, triangle = torch.linalg.qr(precise.T)
