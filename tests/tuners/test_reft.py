@@ -171,6 +171,15 @@ def test_the_dropout_is_on_the_change_alone() -> None:
     assert torch.equal(seen[0][0, 1:], h[0, 1:])
 
 
+@torch.no_grad()
+def test_an_adapter_put_on_a_model_in_evaluation_has_no_dropout() -> None:
+    model = tiny("llama").eval()
+    stack_of(model).add(ReftConfig(target_modules=["model.layers.1"], width=32, positions="all", dropout=0.5), "reft")
+    for layer in layers(model):
+        layer.reft_bias["reft"].fill_(1.0)
+    assert torch.equal(logits_of(model, "llama"), logits_of(model, "llama"))
+
+
 # -- prompts ---------------------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,7 @@ class ReftLayer(nn.Module, TunerLayer, ChangesOutput):
         self._owner: tuple[nn.Module] = (owner,)  # in a tuple, so that it does not become a child
         owner.add_module(ATTRIBUTE, self)
         add_output_hook(owner, self.after)
+        self.train(owner.training)
 
     def _detach(self) -> None:
         owner = self.owner
@@ -98,7 +99,8 @@ class ReftLayer(nn.Module, TunerLayer, ChangesOutput):
         shape = (config.units, config.r, config.width)
         for held, size in ((self.reft_rows, shape), (self.reft_source, shape), (self.reft_bias, shape[:2])):
             held[adapter_name] = nn.Parameter(torch.empty(size))
-        self.reft_dropout[adapter_name] = nn.Dropout(config.dropout)
+        # a new module is in training, and its owner may not be
+        self.reft_dropout[adapter_name] = nn.Dropout(config.dropout).train(self.owner.training)
         self.scaling[adapter_name], self.configs[adapter_name] = config.alpha, config
         self._initialise(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
