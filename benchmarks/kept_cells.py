@@ -19,6 +19,7 @@ import numpy as np
 
 from lightning_peft.files.records import write_atomically, write_record
 
+_FLOAT32 = "float32"  # the columns that are written in as few digits as say which float32 it is
 _LEFT_OUT = ("files", "sha256")  # sums of weights that are not kept, and of the record itself
 
 
@@ -29,7 +30,11 @@ def keep(run: Path, folder: Path) -> int:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["failed"]:
             continue
-        kept = {name: _short(value) for name, value in record.items() if name not in _LEFT_OUT}
+        kept = {name: value for name, value in record.items() if name not in _LEFT_OUT}
+        columns = kept.get("columns", {})
+        kept[_FLOAT32] = [name for name, values in columns.items() if _all_float32(values)]
+        for name in kept[_FLOAT32]:
+            columns[name] = {unit: [float(str(np.float32(v))) for v in draws] for unit, draws in columns[name].items()}
         write_atomically(folder / f"{path.parent.name}.json", json.dumps(kept, separators=(",", ":")) + "\n")
         count += 1
     return count
@@ -41,20 +46,18 @@ def restore(folder: Path, run: Path) -> int:
     for path in sorted(folder.glob("*.json")):
         cell = run / "cells" / path.stem / "result.json"
         if not cell.exists():
-            write_record(cell, json.loads(path.read_text(encoding="utf-8")) | {"files": {}})
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            columns = kept.get("columns", {})
+            for name in kept.pop(_FLOAT32):
+                columns[name] = {unit: [float(np.float32(v)) for v in draws] for unit, draws in columns[name].items()}
+            write_record(cell, kept | {"files": {}})
             count += 1
     return count
 
 
-def _short(value: Any) -> Any:
-    """Return a value with each float that a float32 holds in as few digits as say which, which is the same float32."""
-    if isinstance(value, dict):
-        return {name: _short(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_short(inner) for inner in value]
-    if isinstance(value, float) and float(np.float32(value)) == value:
-        return float(str(np.float32(value)))
-    return value
+def _all_float32(values: dict[str, list[Any]]) -> bool:
+    """Return whether a column holds floats alone, each of which a float32 holds."""
+    return all(isinstance(v, float) and float(np.float32(v)) == v for draws in values.values() for v in draws)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -156,7 +157,7 @@ class Classification(Task):
         """
         data = self._data(batch_size)
         data.size, data.order_seed = self.size if split.size is None else split.size, seed
-        return data.use_split(split)
+        return data.use_split(replace(split, size=None))  # which is drawn with the seed
 
     def depends_on(self) -> str:
         """Return a hash of the rows."""
