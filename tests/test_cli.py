@@ -24,6 +24,7 @@ SMALLER: dict[str, dict[str, object]] = {  # what a recipe asks for that a tiny 
     "iti": {"num_heads": 3},
     "iti_reference": {"num_heads": 3},
     "lofit": {"select_steps": 1},
+    "lora_dash": {"warmup_steps": 1},
     "lottery": {"round_steps": 1},
     "lt_sft": {"full_epochs": None, "full_steps": 1},
     "mam": {"size": 4},
@@ -36,7 +37,7 @@ SMALLER: dict[str, dict[str, object]] = {  # what a recipe asks for that a tiny 
     "trunk_cache": {"layers": [1, 2]},
 }
 
-EPOCHS = {"adalora": 2, "lofit": 3, "lottery": 4, "lt_sft": 3}  # those that train in phases, or prune
+EPOCHS = {"adalora": 2, "lofit": 3, "lora_dash": 2, "lottery": 4, "lt_sft": 3}  # those that train in phases, or prune
 
 
 def arguments(recipe: Path, model: Path, folder: Path) -> list[str]:
