@@ -39,8 +39,8 @@ class StepTimer(Callback):
 class PeakMemory:
     """Measure by how many bytes memory grows at most while code runs, on a GPU the GPU's, else the process's.
 
-    The process's is read on Linux alone, whose kernel can forget an earlier peak; elsewhere nothing is measured. Memory that was
-    freed before is first given back to the system, so that what ran earlier does not hide what grows.
+    The process's is read on Linux alone, whose kernel can forget an earlier peak; elsewhere nothing is measured. Memory
+    that was freed before is first given back to the system, so that what ran earlier does not hide what grows.
 
     Attributes:
         bytes: the most of all times it was entered; None where it could not be measured.
