@@ -27,7 +27,9 @@ class StepTimer(Callback):
         """Return the mean seconds of a step, None where there was none."""
         return self._total / self._steps if self._steps else None
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._begin = _now(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
@@ -37,8 +39,8 @@ class StepTimer(Callback):
 class PeakMemory:
     """Measure by how many bytes memory grows at most while code runs, on a GPU the GPU's, else the process's.
 
-    The process's is read on Linux alone, whose kernel can forget an earlier peak; elsewhere nothing is measured. Memory that was
-    freed before is first given back to the system, so that what ran earlier does not hide what grows.
+    The process's is read on Linux alone, whose kernel can forget an earlier peak; elsewhere nothing is measured. Memory
+    that was freed before is first given back to the system, so that what ran earlier does not hide what grows.
 
     Attributes:
         bytes: the most of all times it was entered; None where it could not be measured.

@@ -22,6 +22,7 @@ from lightning_peft.tasks.task import Task
 
 Kind = Literal["base", "prompt", "decoded", "tuned", "edited", "control", "stack"]
 
+_LATER = ("max_steps", "epoch_steps")  # row settings that cells finished before them do not have
 _AS_IT_IS: tuple[Kind, ...] = ("base", "prompt", "decoded")  # the model's weights and activations are its own
 
 
@@ -262,7 +263,8 @@ def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, fold: int, seed:
     by_name, needed = {r.name: r for r in plan.rows}, [row.name]
     for name in needed:  # which grows
         needed += by_name[name].earlier
-    return hashed(plan.task.records.depends_on([rows[name] for name in needed], seed, fold))
+    of_rows = [{k: v for k, v in rows[name].items() if k not in _LATER or v is not None} for name in needed]
+    return hashed(plan.task.records.depends_on(of_rows, seed, fold))
 
 
 keep_old_names(__name__)

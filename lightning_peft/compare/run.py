@@ -66,9 +66,7 @@ def _run(plan: Plan, settings: Mapping[str, Any], console: Console, output: Path
         for (name, seed, fold), row in places.items()
     }
     # before anything that costs time, and before what a key hashes is asked for
-    keys = {
-        (name, seed, fold): cell_key(plan, settings, row, fold, seed) for (name, seed, fold), row in places.items()
-    }
+    keys = {(name, seed, fold): cell_key(plan, settings, row, fold, seed) for (name, seed, fold), row in places.items()}
     before = _finished_before(keys, folders, records, console)
     missing = [cell for place, cell in cells.items() if place not in before]
     records.check([cells[row.name, plan.all_seeds[0], 0] for row in plan.rows], missing, list(cells.values()))
@@ -88,9 +86,7 @@ def _run(plan: Plan, settings: Mapping[str, Any], console: Console, output: Path
         status = f"failed: {outcome['failed']}" if outcome["failed"] else f"done, {seconds:.0f} s so far"
         console.print(f"  {status}", highlight=False, markup=False)
     done = {
-        (name, seed, fold): cell_of(
-            plan, row, fold, folders[name, seed, fold], outcomes[name, seed, fold], seed
-        )
+        (name, seed, fold): cell_of(plan, row, fold, folders[name, seed, fold], outcomes[name, seed, fold], seed)
         for (name, seed, fold), row in places.items()
     }
     sections = list(plan.task.sections)

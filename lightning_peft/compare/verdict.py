@@ -140,7 +140,9 @@ def _seeds(results: Results, name: str, primary: Measure) -> Iterator[str]:
         )
     else:
         yield f"{len(seeds)} seeds; intervals are over {plural_unit(results)} and seeds."
-    spread = [(max(means) - min(means), row) for row in results["rows"] if (means := (row.get("seeds") or {}).get(name))]
+    spread = [
+        (max(means) - min(means), row) for row in results["rows"] if (means := (row.get("seeds") or {}).get(name))
+    ]
     if spread:
         _, row = max(spread, key=lambda entry: entry[0])
         means = " ".join(score(mean, primary.written) for mean in row["seeds"][name])

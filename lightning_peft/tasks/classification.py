@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,17 +65,20 @@ class Classification(Task):
     """Texts of a file in classes: `SequenceClassifier` on frozen weights, whose new head is drawn with a seed.
 
     Every row of the file is tested once, in one of `num_folds` folds; or, where a test set is named, its rows alone are
-    tested, by modules that have learnt from all others, in one fold. Texts that are the same but for case and spaces stay on one side.
+    tested, by modules that have learnt from all others, in one fold. Texts that are the same but for case and spaces
+    stay on one side.
 
     Args:
-        model: a model on the Hugging Face hub, a folder, or `"installed:NAME"`, the folder `model` of an installed Python package.
+        model: a model on the Hugging Face hub, a folder, or `"installed:NAME"`, the folder `model` of an installed
+            Python package.
         path: what `read_rows` reads: a file, the name of a hub dataset, or `"package:NAME"`.
         text: the column of the text.
         text_pair: the column of a second text.
         label: the column of the class.
         classes: the names of the classes, in their order; default those of the file.
         test_path: the file of the test set, with the same columns.
-        test_split: the test set as a column and its value, `{"split": "test"}`: rows of `path`, which are not learnt from.
+        test_split: the test set as a column and its value, `{"split": "test"}`: rows of `path`, which are not learnt
+            from.
         num_folds: without a test set, how many folds the rows are divided into.
         val_fraction: share of the rows to learn from that hyperparameters are chosen on.
         size: learn from so many rows only; default all.
@@ -156,7 +160,7 @@ class Classification(Task):
         """
         data = self._data(batch_size)
         data.size, data.order_seed = self.size if split.size is None else split.size, seed
-        return data.use_split(split)
+        return data.use_split(replace(split, size=None))  # which is drawn with the seed
 
     def depends_on(self) -> str:
         """Return a hash of the rows."""

@@ -82,7 +82,8 @@ class Task(ABC):
 
         A task names the row options that it takes as keyword arguments, with defaults: `batch_size`; `few_shot`, a
         number of demonstrations, and `draw`, which of several draws of them; `edits`, whether the training set is for
-        an edit, which reads labelled texts; `seed`, of the order of training batches. Those that a row does not set are not given.
+        an edit, which reads labelled texts; `seed`, of the order of training batches. Those that a row does not set are
+        not given.
 
         Raises:
             ValueError: the split cannot be made.
