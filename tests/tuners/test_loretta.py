@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,11 +28,11 @@ BASES = (*PLAIN, "nf4", "int8")
 X = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
 
 
-def base(kind: str = "linear", inputs: int = 64, outputs: int = 48) -> nn.Sequential:
+def base(kind: Any = "linear", inputs: int = 64, outputs: int = 48) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(Conv1D(outputs, inputs) if kind == "conv1d" else nn.Linear(inputs, outputs))
     if kind in ("nf4", "int8"):
-        quantize(model, Quantization(kind))  # type: ignore[arg-type]
+        quantize(model, Quantization(kind))
     return model
 
 
@@ -51,12 +51,11 @@ def shaken(model: nn.Module, configuration: LoRETTAConfig, name: str = "a") -> A
     return stack_of(model)
 
 
-def by_einsum(train: nn.Module) -> Tensor:
-    """The matrix `[outputs, inputs]` of a train of two or three cores, written out."""
-    cores = [core.detach() for core in train.cores]  # type: ignore[union-attr]
+def by_einsum(train: Any) -> Tensor:
+    """The matrix `[outputs, inputs]` of a train of up to four cores, written out."""
+    cores = [core.detach() for core in train.cores]
     rule = {2: "aib,bjc->ij", 3: "aib,bjc,ckd->ijk", 4: "aib,bjc,ckd,dle->ijkl"}[len(cores)]
-    inputs = int(np.prod(train.shape.inputs))  # type: ignore[union-attr, arg-type]
-    return torch.einsum(rule, *cores).reshape(inputs, -1).T
+    return torch.einsum(rule, *cores).reshape(math.prod(train.shape.inputs), -1).T
 
 
 def change(layer: Any, name: str = "a") -> Tensor:

@@ -17,6 +17,7 @@ from tuning import QUIET, Language, base_weights, fit, moved, one_sentence
 from lightning_peft import adapters, load_adapter, save_adapter
 from lightning_peft.backbone.targets import Layers
 from lightning_peft.callbacks import Houlsby, LoRETTAAdp, LoRETTARep
+from lightning_peft.stack.stack import stack_of
 from lightning_peft.tuners.bottleneck import BottleneckConfig, BottleneckLayer
 from lightning_peft.tuners.bottleneck.branch import Bottleneck
 from lightning_peft.tuners.tensor_train import TensorTrain
@@ -120,11 +121,9 @@ def test_it_computes_what_houlsbys_adapters_of_those_matrices_do(kind: str) -> N
 
 
 def test_a_linear_one_without_biases_is_merged() -> None:
-    from lightning_peft.stack.stack import stack_of
-
     model, x = nn.Sequential(nn.Linear(12, 6)), torch.randn(3, 12)
-    plain = {"activation": "linear", "biases": False, "size": 4}
-    stack_of(model).add(BottleneckConfig(target_modules=["0"], tensor_rank=2, **plain), "a")  # type: ignore[arg-type]
+    plain: dict[str, Any] = {"activation": "linear", "biases": False, "size": 4}
+    stack_of(model).add(BottleneckConfig(target_modules=["0"], tensor_rank=2, **plain), "a")
     shake(model)
     expected = model(x)
     stack_of(model).merge()
