@@ -17,8 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 from tuning import QUIET, one_sentence, same, weights
 
-from lightning_peft import AdapterError
+from lightning_peft import AdapterError, save_adapter
 from lightning_peft.backbone.quantization import Quantization, quantize
+from lightning_peft.callbacks import LoRETTARep
+from lightning_peft.stack.adapter_files.as_lora import as_lora
 from lightning_peft.stack.stack import stack_of
 from lightning_peft.tuners.loretta import LoRETTAConfig, LoRETTALayer
 
@@ -100,7 +102,7 @@ def test_layers_of_any_width_are_adapted_prime_ones_too(inputs: int, outputs: in
 def test_the_rank_in_the_middle_bounds_that_of_the_product() -> None:
     model = base()
     shaken(model, config(r=8, tensor_rank=3))
-    assert torch.linalg.matrix_rank(model[0].get_delta_weight("a")) == 3
+    assert torch.linalg.matrix_rank(model[0].change("a")) == 3
 
 
 def test_two_adapters_add_and_one_is_taken_out() -> None:
@@ -149,8 +151,8 @@ def test_queries_and_values_are_its_own_targets(kind: str, names: set[str]) -> N
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1)), {}, "Conv2d, but LoRETTA adapts linear layers"),
-        (lambda: nn.Sequential(nn.Embedding(4, 4)), {}, "Embedding, but LoRETTA adapts linear layers"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1)), {}, "Conv2d, but LoRETTA changes linear layers"),
+        (lambda: nn.Sequential(nn.Embedding(4, 4)), {}, "Embedding, but LoRETTA changes linear layers"),
         (base, {"target_modules": []}, "target_modules is empty"),
         (base, {"target_modules": None}, "Sequential"),
         (base, {"r": 0}, "The rank r must be at least 1, got 0"),
@@ -232,6 +234,20 @@ def test_the_exported_lora_of_rank_r_computes_the_same_logits(make: Any, tmp_pat
         logits = plain(input_ids=ids).logits
     moved = (expected - bare).abs().max()
     assert moved > 1e-2 and (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_export_writes_that_lora_and_refuses_trained_norms(tmp_path: Path) -> None:
+    module = tiny("llama")
+    LoRETTARep(r=6).apply(module)
+    save_adapter(module, tmp_path / "rep")
+    plain = LoraConfig.from_pretrained(as_lora(tmp_path / "rep", tmp_path / "plain"))
+    assert (plain.r, plain.lora_alpha, plain.rank_pattern) == (6, 6, {})
+    module = tiny("llama")
+    LoRETTARep(train_norms=True).apply(module)
+    save_adapter(module, tmp_path / "both")
+    with pytest.raises(AdapterError, match=r"loretta_rep-norms holds .* no product of low rank") as error:
+        as_lora(tmp_path / "both", tmp_path / "refused")
+    assert one_sentence(str(error.value)) and not (tmp_path / "refused").exists()
 
 
 def test_a_folder_that_holds_more_or_less_than_whole_trains_is_one_sentence(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class LoRETTARep(BesideNorms):
     law_examples: Mapping[str, LawExample] = {
         "LoRETTARep": LawExample({"r": 4, "tensor_rank": 3, "dropout": 0.0}, ("attention",)),
         "LoRETTARep(train_norms=True)": LawExample(
-            {"r": 4, "tensor_rank": 3, "dropout": 0.0, "train_norms": True}, ("attention",)
+            {"r": 4, "tensor_rank": 3, "dropout": 0.0, "train_norms": True}, ("attention", "norms")
         ),
     }
 
@@ -161,7 +161,9 @@ class LoRETTAAdp(BesideNorms, Bottleneck):
     default_name = "loretta_adp"
     law_examples: Mapping[str, LawExample] = {
         "LoRETTAAdp": LawExample({"size": 4, "tensor_rank": 3}, ("mlp",)),
-        "LoRETTAAdp(train_norms=True)": LawExample({"size": 4, "tensor_rank": 3, "train_norms": True}, ("mlp",)),
+        "LoRETTAAdp(train_norms=True)": LawExample(
+            {"size": 4, "tensor_rank": 3, "train_norms": True}, ("mlp", "norms")
+        ),
     }
 
     def __init__(
