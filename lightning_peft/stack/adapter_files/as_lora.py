@@ -105,21 +105,20 @@ def read_factors(config: Any, tensors: Mapping[str, Tensor], source: str) -> dic
         except AdapterError as error:
             raise AdapterError(f"{source}: {error}") from error
         return {key.removeprefix(ROOT) + ".lora_A.weight": Factors(a, b) for key, (a, b) in pairs.items()}
-    kind = _kind(config)
-    if kind == "ADALORA":
+    from peft import AdaLoraConfig, LoraConfig
+
+    if isinstance(config, AdaLoraConfig):
         return _adaptive_factors(config, tensors, source)
-    if kind != "LORA":
+    if not isinstance(config, LoraConfig):
         raise AdapterError(f"{source} holds a {type(config).__name__}, whose change is no product of low rank.")
     return _plain_factors(config, tensors, source)
 
 
 def is_low_rank(config: Any) -> bool:
     """Return whether `read_factors` knows a configuration's kind."""
-    return hasattr(config, "lora_factors") or _kind(config) in ("LORA", "ADALORA")
+    from peft import LoraConfig
 
-
-def _kind(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
+    return hasattr(config, "lora_factors") or isinstance(config, LoraConfig)  # AdaLoRA's is one
 
 
 def lora_written(config: Any, factors: Mapping[str, Factors]) -> tuple[Any, dict[str, Tensor]]:
