@@ -90,9 +90,10 @@ def choose_small(
     for name in names:
         parameter = known[name]
         assert parameter is not None
-        if parameter.is_meta or not parameter.is_floating_point():
-            state = "has no values yet" if parameter.is_meta else "is quantised"
-            raise ValueError(f"{name} {state}, so that no entries can be chosen by size: choose other layers or bases.")
+        if parameter.is_meta:
+            raise ValueError(f"Entries are chosen by size, and {name} has no values yet: load the weights first.")
+        if not parameter.is_floating_point():
+            raise ValueError(f"Entries are chosen by size, and {name} is quantised: take an unquantised base.")
         magnitudes[name] = whole(parameter.detach()).abs().float()
     if density is None:
         assert threshold is not None

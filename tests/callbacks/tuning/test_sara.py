@@ -272,3 +272,11 @@ def test_a_wrong_setting_is_one_sentence(options: dict[str, Any], message: str) 
     with pytest.raises(ValueError) as raised:
         fit(Classifier(), sara(**options), max_steps=8)
     assert str(raised.value).startswith(message) and one_sentence(str(raised.value))
+
+
+def test_a_model_without_values_is_refused_in_one_sentence() -> None:
+    with torch.device("meta"):
+        module = Classifier()
+    with pytest.raises(ValueError, match="has no values yet: load the weights first") as raised:
+        sara().apply(module)
+    assert one_sentence(str(raised.value))
