@@ -106,7 +106,8 @@ def _unit(options: ReftOptions, tensors: Tensors, name: str, size: int) -> dict[
 @torch.no_grad()
 def _parametrized(free: Tensor, base: Tensor) -> Tensor:
     """Return the rows that torch's orthogonal parametrization makes of its parameter and its buffer."""
-    linear: nn.Linear = nn.utils.parametrizations.orthogonal(nn.Linear(free.shape[1], free.shape[0], bias=False))
+    linear = nn.Linear(free.shape[1], free.shape[0], bias=False)
+    nn.utils.parametrizations.orthogonal(linear)
     state = {"parametrizations.weight.original": free.float(), "parametrizations.weight.0.base": base.float()}
     linear.load_state_dict(state)
     return linear.weight.detach().clone()

@@ -133,7 +133,8 @@ class LoReFT(AdapterCallback):
                 'tokens of the answer such as "answer[0:3]".'
             )
         layers = tuple(self.layers) if isinstance(self.layers, list) else self.layers
-        sites = Selection(sites="block", layers=layers, within=self.within).find(backbone)
+        found = Selection(sites="block", layers=layers, within=self.within).find(backbone)
+        sites = [site for site in found if isinstance(site, LayerSite)]
         if "all" in policies:
             return sites
         if layers is None:  # an encoder-decoder's answers are in its decoder
