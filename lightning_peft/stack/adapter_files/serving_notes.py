@@ -20,6 +20,8 @@ def serving_notes(config: Any, kind: str, compressed: bool) -> list[str]:
         kind: the name of peft's type.
         compressed: whether the folder is compressed.
     """
+    from lightning_peft.stack.adapter_files.as_lora import is_low_rank  # which writes folders, and so these cards
+
     if compressed:
         return ["Decompress it first: the card of the folder that `lightning-peft decompress` writes says more."]
     if config.is_prompt_learning:
@@ -31,7 +33,7 @@ def serving_notes(config: Any, kind: str, compressed: bool) -> list[str]:
         return _edit(config)
     if kind == "LORA" and not (further := [name for name in _FURTHER if getattr(config, name, None)]):
         return _lora(config)
-    if hasattr(config, "lora_factors") or kind == "ADALORA":
+    if kind != "LORA" and is_low_rank(config):
         return [f"{_UNKNOWN}. This adapter can be written as one that computes the same:", _AS_LORA]
     why = f"Servers read no {', '.join(f'`{name}`' for name in further)}" if kind == "LORA" else _UNKNOWN
     return [f"{why}: merge it, and serve the model that comes out. Where that cannot be, the command says so.", _MERGE]
