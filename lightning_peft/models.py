@@ -254,7 +254,7 @@ class SequenceClassifier(_Pretrained):
         others = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")]
         if self.head_learning_rate is None or not head or not others:
             return super().configure_optimizers()
-        groups = [{"params": others}, {"params": head, "lr": self.head_learning_rate}]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": head, "lr": self.head_learning_rate}]
         return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

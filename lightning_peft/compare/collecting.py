@@ -66,7 +66,7 @@ def collect(
     for section in sections:
         for entry in rows:
             entry |= section.row_results(by_seed[entry["method"]][0])
-    results = {
+    results: dict[str, Any] = {
         "name": plan.name,
         "data": records.describe_data(units),
         "model": records.describe_model(),

@@ -50,11 +50,16 @@ class Example(TypedDict):
 class FoldSplit(Protocol):
     """Which groups are learnt from and which are tested, as `lightning_peft.tasks.Split`."""
 
-    fold: int
-    folds: int
-    seed: int
-    size: int | None
-    inner: bool
+    @property
+    def fold(self) -> int: ...
+    @property
+    def folds(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def size(self) -> int | None: ...
+    @property
+    def inner(self) -> bool: ...
 
 
 class RowData(L.LightningDataModule, ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -62,7 +62,7 @@ class Around(AdapterCallback):
             )
         self.method = copy.copy(method)
         shared: dict[str, Any] = {key: getattr(method, key) for key in AdapterOptions.__annotations__}
-        super().__init__(**(shared | options))  # type: ignore[typeddict-item]
+        super().__init__(**shared | cast(dict[str, Any], options))
         for key in shared:
             setattr(self.method, key, getattr(self, key))
         self.exempt: Mapping[str, str] = method.exempt

@@ -76,7 +76,8 @@ def suppressed(
     scalings: list[tuple[Any, str, Any]] = []
     values: list[tuple[nn.Parameter, float, Tensor]] = []
     for part in (stack[name] for name in names):
-        scalings += [(m.scaling, part.name, m.scaling[part.name]) for m in part.scaling if m in inside]
+        layers: list[Any] = [layer for layer in part.scaling if layer in inside]
+        scalings += [(layer.scaling, part.name, layer.scaling[part.name]) for layer in layers]
         if (start := part.injection.start) is not None and not part.scaling:
             ours = set(stack.parameters(part))
             moved = [p for block in chosen for name, p in block.parameters.items() if name in ours]
