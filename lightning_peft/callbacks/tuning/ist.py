@@ -126,7 +126,6 @@ class IST(Around):
         self._restored = dict(state_dict)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
         assert self.stack is not None
         self._check(trainer, pl_module, self.stack)
         self.blocks = by_block(self.stack, self.names)
@@ -136,6 +135,7 @@ class IST(Around):
                 f"{type(self.stack.backbone).__name__}'s, nothing of it shared with others: give it a method that "
                 "adapts each of several blocks."
             )
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -149,8 +149,8 @@ class IST(Around):
                     f"{len(self.blocks)} or others: continue with the method it was trained with."
                 )
             if self.sampling == "importance" and len(restored["importance"]):
-                self.importance = restored["importance"].clone()
-            self._generator.set_state(restored["generator"])
+                self.importance = restored["importance"].cpu().clone()
+            self._generator.set_state(restored["generator"].cpu())
             self.drawn, self._step = list(restored["drawn"]), int(restored["step"])
             self._restored = {}
         if self.freeze:
@@ -205,8 +205,11 @@ class IST(Around):
         lines, advice = super().report_lines(module, stack, names)
         if self.sampling == "importance" and len(self.importance):
             order = self.importance.argsort(stable=True).tolist()
-            ranked = [f"{self.blocks[i].name} ({self.importance[i]:+.2f})" for i in (*order[:2], *order[-2:])]
-            lines.append(("blocks", f"matter most: {', '.join(ranked[:2])}; least: {', '.join(ranked[:-3:-1])}"))
+            ranked = [f"{self.blocks[i].name} ({self.importance[i]:+.2f})" for i in order]
+            shown = min(2, len(ranked) // 2)
+            lines.append(
+                ("blocks", f"matter most: {', '.join(ranked[:shown])}; least: {', '.join(ranked[: -shown - 1 : -1])}")
+            )
         return lines, advice
 
     # -- what they do ------------------------------------------------------------------------------------------------
