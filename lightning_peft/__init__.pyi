@@ -10,6 +10,7 @@ from .fitting.reading_edit import edit as edit
 from .fitting.strength_within import strength_within as strength_within
 from .positions import answering as answering
 from .positions import plain_text as plain_text
+from .stack.adapter_files.as_lora import as_lora as as_lora
 from .stack.adapter_files.baking import bake as bake
 from .stack.adapter_files.control_vectors import export_control_vector as export_control_vector
 from .stack.adapter_files.folder import AdapterError as AdapterError

@@ -200,6 +200,8 @@ class SequenceClassifier(_Pretrained):
         learning_rate: of AdamW.
         weight_decay: of AdamW, on what is trained.
         dtype: the name of a torch dtype to load the weights in.
+        head_learning_rate: of the head where something in the backbone is trained beside it, for a new head needs
+            another one than pretrained weights; alone the head has `learning_rate`. Default: always `learning_rate`.
     """
 
     def __init__(
@@ -209,9 +211,11 @@ class SequenceClassifier(_Pretrained):
         learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
         dtype: str = "float32",
+        head_learning_rate: float | None = None,
     ) -> None:
         super().__init__(pretrained, "AutoModel", learning_rate, weight_decay, dtype)
         self.save_hyperparameters()
+        self.head_learning_rate = head_learning_rate
         self.head = nn.Linear(self.backbone.config.hidden_size, num_labels)
         self.val_accuracy = MulticlassAccuracy(num_labels, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_labels, average="micro")
@@ -236,9 +240,22 @@ class SequenceClassifier(_Pretrained):
         self.log("val_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
         self.log("val_accuracy", self.val_accuracy, prog_bar=True, batch_size=len(labels))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.test_accuracy(self(batch), batch["labels"])
-        self.log("test_accuracy", self.test_accuracy, batch_size=len(batch["labels"]))
+    def test_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Return columns `[B]`: `accuracy` (0 or 1), `nll` in nats, `target`, `prediction`; `unit` where given."""
+        logits, labels = self(batch), batch["labels"]
+        self.test_accuracy(logits, labels)
+        self.log("test_accuracy", self.test_accuracy, batch_size=len(labels))
+        prediction, nll = logits.argmax(-1), nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        columns = {"accuracy": (prediction == labels).float(), "nll": nll, "target": labels, "prediction": prediction}
+        return columns | ({"unit": batch["unit"]} if "unit" in batch else {})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        head = [p for p in self.head.parameters() if p.requires_grad]
+        others = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")]
+        if self.head_learning_rate is None or not head or not others:
+            return super().configure_optimizers()
+        groups = [{"params": others}, {"params": head, "lr": self.head_learning_rate}]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the likeliest class of each row, `[B]`."""

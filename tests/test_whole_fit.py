@@ -30,6 +30,7 @@ from tuning import QUIET, Net, trainer
 from lightning_peft import load_from_checkpoint
 from lightning_peft.callbacks import (
     IA3,
+    IST,
     LTSFT,
     AdaLoRA,
     AdapterEMA,
@@ -61,6 +62,8 @@ METHODS: dict[str, Callable[[], list[L.Callback]]] = {
     "DiffPruning, in two phases": lambda: [DiffPruning(density=0.1, gate_steps=2, **WHERE)],
     "LotteryTicket, in three phases": lambda: [LotteryTicket(rounds=2, round_steps=1, **WHERE)],
     "AdaLoRA": lambda: [AdaLoRA(init_r=3, target_r=1, tinit=1, tfinal=1, delta_t=1, **WHERE)],
+    "IST": lambda: [IST(LoRA(r=2), score_every_n_steps=1, **WHERE)],
+    "IST, frozen": lambda: [IST(Houlsby(size=2, target_modules=IN_BOTH), "uniform", freeze=True, **WHERE)],
     "adapters, checkpointed": lambda: [Houlsby(size=2, target_modules=IN_BOTH, **WHERE)],
 }
 WHERE: dict[str, Any] = {"backbone": "net"}

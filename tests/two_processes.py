@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tuning import Classifier, Net, points, trainer
 
 from lightning_peft import adapters, save_adapter
-from lightning_peft.callbacks import PEFT, AdapterEMA, LoRA
+from lightning_peft.callbacks import IST, PEFT, AdapterEMA, LoRA
 
 SEED = 5
 ROWS = 16
@@ -143,11 +143,32 @@ def unseeded(runs: Runs, name: str, module: L.LightningModule, applied: bool) ->
     runs.note(name, start.found)
 
 
+class Draws(L.Callback):
+    """The blocks that IST draws for each step."""
+
+    def __init__(self, ist: IST) -> None:
+        self.ist = ist
+        self.drawn: list[list[int]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.drawn.append(self.ist.drawn)
+
+
+def sparse(runs: Runs) -> None:
+    """Draw blocks in both processes, each of which would begin with another seed."""
+    ist = IST(lora(), share=0.4, score_every_n_steps=1, seed=rank())
+    module, draws = Classifier(), Draws(ist)
+    runs.trainer(ist, draws, max_epochs=4).fit(module, runs.data())
+    trained = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    runs.note("ist", {"drawn": draws.drawn, "importance": ist.importance, "trained": trained})
+
+
 def ddp(runs: Runs) -> None:
     unseeded(runs, "unseeded", Classifier(), applied=False)  # first: nothing has set a seed for all processes yet
     unseeded(runs, "unseeded-applied", Classifier(), applied=True)
     runs.through_and_on("ddp", Classifier, lambda: [lora(), AdapterEMA(0.7)])
     runs.through_and_on("stack", Classifier, stacked)
+    sparse(runs)
     options = {"strategy": runs.strategy(), "devices": runs.devices, "use_distributed_sampler": False}
     test_whole_fit.fit(WHOLE, runs.folder / "whole", **options)
     for step in range(1, WHOLE.steps):

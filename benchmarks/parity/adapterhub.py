@@ -6,8 +6,8 @@ Needs an environment of its own, since AdapterHub pins an older transformers:
     peer/bin/python benchmarks/parity/adapterhub.py tests/parity/fixtures/adapterhub
 
 For each architecture a folder with the base model (`base/`, as transformers saves it), for each method a folder with
-the adapter as AdapterHub's `save_adapter` writes it, and `numbers.safetensors`; in `imported/` further adapters, and
-in `classifier/` some with prediction heads:
+the adapter as AdapterHub's `save_adapter` writes it, and `numbers.safetensors`; in `imported/` further adapters, in
+`reft/<architecture>/` ReFT, and in `classifier/` some with prediction heads:
 
 | key | value |
 |---|---|
@@ -36,9 +36,12 @@ from adapters import (
     CompacterConfig,
     CompacterPlusPlusConfig,
     ConfigUnion,
+    DiReftConfig,
     DoubleSeqBnConfig,
     IA3Config,
     LoRAConfig,
+    LoReftConfig,
+    NoReftConfig,
     ParBnConfig,
     PrefixTuningConfig,
     SeqBnConfig,
@@ -83,6 +86,13 @@ IMPORTED: dict[str, Callable[[str], AdapterConfig]] = {
         LoRAConfig(r=2, alpha=4, intermediate_lora=True, output_lora=True),
     ),
 }
+# likewise; suffixes in an encoder alone, whose texts no generated token follows
+REFT: dict[str, Callable[[str], AdapterConfig]] = {
+    "loreft": lambda kind: LoReftConfig(r=2),
+    "noreft": lambda kind: NoReftConfig(r=2, layers=[1], non_linearity="relu"),
+    "direft": lambda kind: DiReftConfig(r=2, tied_weights=True),
+    "loreft_suffix": lambda kind: LoReftConfig(r=2, prefix_positions=2, suffix_positions=3),
+}
 # architectures whose names are those of one above: some methods, without gradients
 COUSINS = ("roberta", "xlm-roberta", "mistral")
 COUSINS_METHODS = ("houlsby", "pfeiffer", "parallel", "prefix_flat", "lora", "ia3")
@@ -103,6 +113,8 @@ def main() -> None:
         write_logits(kind, folder / kind, {method: METHODS[method] for method in COUSINS_METHODS})
     shutil.rmtree(folder / "classifier", ignore_errors=True)
     write_with_heads(folder / "classifier")
+    shutil.rmtree(folder / "reft", ignore_errors=True)
+    write_reft(folder / "reft")
 
 
 def write(kind: str, folder: Path) -> None:
@@ -145,6 +157,14 @@ def write_logits(kind: str, folder: Path, configs: dict[str, Callable[[str], Ada
             model.save_adapter(str(folder / method), NAME, with_head=False, use_safetensors=method not in PREFIXES)
             numbers[f"{method}/logits"] = model(**given).logits
     save_file({name: value.contiguous() for name, value in numbers.items()}, folder / "numbers.safetensors")
+
+
+def write_reft(folder: Path) -> None:
+    """Write adapters of hidden states and their logits."""
+    for kind in ("bert", "gpt2", "llama"):
+        methods = REFT if kind == "bert" else {name: REFT[name] for name in REFT if name != "loreft_suffix"}
+        write_logits(kind, folder / kind, methods)
+        shutil.rmtree(folder / kind / "base")
 
 
 def write_with_heads(folder: Path) -> None:
@@ -258,6 +278,8 @@ def adapted(kind: str, config: AdapterConfig, constant_gates: bool) -> nn.Module
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in parameters(model).items():
+            if ".parametrizations." in name:  # of orthonormal rows, which stay as they begin
+                continue
             size = 1.0 if ".prefix_tunings." in name else 0.3
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
             if ".gate" in name or "_gates." in name:

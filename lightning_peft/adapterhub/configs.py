@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_peft.adapterhub.folder import CONFIG, SavedAdapter
-from lightning_peft.adapterhub.options import BottleneckOptions, LowRankOptions, Options, PrefixOptions, read
+from lightning_peft.adapterhub.options import (
+    BottleneckOptions,
+    LowRankOptions,
+    Options,
+    PrefixOptions,
+    ReftOptions,
+    read,
+)
 from lightning_peft.stack.adapter_files.folder import AdapterError
 
 _SEQUENTIAL = {"mh_adapter": False, "output_adapter": True, "reduction_factor": 16, "non_linearity": "relu"}
@@ -22,6 +29,7 @@ _PREFIX = {"architecture": "prefix_tuning"}
 _LORA = {"architecture": "lora"}
 _IA3 = {"r": 1, "alpha": 1, "attn_matrices": ["k", "v"], "composition_mode": "scale", "intermediate_lora": True}
 _GATED = {"use_gating": True}
+_REFT = {"architecture": "reft", "layers": "all", "prefix_positions": 3, "suffix_positions": 0, "r": 1}
 
 
 def _union(*configs: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +53,9 @@ NAMED: dict[str, dict[str, Any]] = {
     "dora": {**_LORA, "use_dora": True},
     "vera": {**_LORA, "vera_d": 0.1, "vera_b": 0.0},
     "dvora": {**_LORA, "use_dora": True, "vera_d": 0.1, "vera_b": 0.0},
+    "loreft": {**_REFT, "orthogonality": True, "subtract_projection": True},
+    "noreft": {**_REFT, "orthogonality": False, "subtract_projection": True},
+    "direft": {**_REFT, "orthogonality": False, "subtract_projection": False},
     "mam": _union({**_PREFIX, "bottleneck_size": 800}, _PARALLEL),
     "unipelt": _union(
         {**_PREFIX, **_GATED, "prefix_length": 10}, {**_SEQUENTIAL, **_GATED}, {**_LORA, **_GATED, "alpha": 2}
@@ -63,6 +74,7 @@ _KINDS: dict[str | None, type[Options]] = {
     "bottleneck": BottleneckOptions,
     "prefix_tuning": PrefixOptions,
     "lora": LowRankOptions,
+    "reft": ReftOptions,
 }
 # activations as the versions named them whose files do not say which version they are
 _FORMER_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
@@ -94,7 +106,7 @@ def _method(values: Mapping[str, Any], saved: SavedAdapter, source: str) -> Opti
     if not isinstance(architecture, str | None) or architecture not in _KINDS:
         raise AdapterError(
             f"{source} is of AdapterHub's architecture {architecture!r}, which is not imported; bottlenecks, prefixes, "
-            "LoRA and IA3 are."
+            "LoRA, IA3 and ReFT are."
         )
     return read(_KINDS[architecture], _as_now(values, saved), source)
 

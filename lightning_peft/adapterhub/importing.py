@@ -14,8 +14,9 @@ from lightning_peft.adapterhub.bottlenecks import bottlenecks
 from lightning_peft.adapterhub.configs import methods
 from lightning_peft.adapterhub.folder import SavedAdapter, read_adapter, read_head, unread_files
 from lightning_peft.adapterhub.heads import with_head
+from lightning_peft.adapterhub.hidden_states import hidden_states, in_generation
 from lightning_peft.adapterhub.low_rank import low_rank
-from lightning_peft.adapterhub.options import BottleneckOptions, Options, PrefixOptions
+from lightning_peft.adapterhub.options import BottleneckOptions, Options, PrefixOptions, ReftOptions
 from lightning_peft.adapterhub.part import Part
 from lightning_peft.adapterhub.places import Places
 from lightning_peft.adapterhub.prefixes import prefixes
@@ -103,7 +104,7 @@ def import_adapterhub(model: nn.Module, folder: str | Path, output: str | Path, 
         write_described(described, [part.tensors for part in parts], output, base)
         written = {adapter.name: str(adapter.config.peft_type).removeprefix("PeftType.") for adapter in adapters}
     unread = [f"{name} in {folder} was not read." for name in unread_files(folder)]
-    return Imported(output, written, (*_in_training(options), *notes, *unread))
+    return Imported(output, written, (*_otherwise(options, model), *notes, *unread))
 
 
 def translated(options: Sequence[Options], tensors: Tensors, places: Places, model: nn.Module) -> list[Part]:
@@ -119,10 +120,13 @@ def translated(options: Sequence[Options], tensors: Tensors, places: Places, mod
             parts += bottlenecks(method, tensors, places)
         elif isinstance(method, PrefixOptions):
             parts += prefixes(method, tensors, places, config)
+        elif isinstance(method, ReftOptions):
+            parts += hidden_states(method, tensors, places, model)
         else:
             parts += low_rank(method, tensors, places)
-    # as in AdapterHub what adapts a matrix is inside what reads its output, and both are inside the attention
-    parts.sort(key=lambda part: (part.name == "prefix", part.name.startswith("adapter")))
+    # as in AdapterHub what adapts a matrix is inside what reads its output, both are inside the attention, and all are
+    # inside the block
+    parts.sort(key=lambda part: (part.name == "reft", part.name == "prefix", part.name.startswith("adapter")))
     names = [part.name for part in parts]
     return [
         Part(f"{part.name}-{names[:i].count(part.name) + 1}", part.config, part.tensors)
@@ -159,9 +163,16 @@ def _on_model(model: nn.Module, parts: Sequence[Part], source: str) -> Iterator[
             parameter.requires_grad_(flag)
 
 
-def _in_training(options: Sequence[Options]) -> Iterator[str]:
-    """Say what is different where the adapter is trained further."""
+def _otherwise(options: Sequence[Options], model: nn.Module) -> Iterator[str]:
+    """Say what is different where the adapter is trained further, or texts are generated."""
     for method in options:
+        if isinstance(method, ReftOptions):
+            yield from in_generation(method, model)
+            if method.dropout:
+                yield (
+                    f"AdapterHub's option dropout={method.dropout} of ReFT drops hidden states themselves in training; "
+                    "here it drops what they change by."
+                )
         if isinstance(method, BottleneckOptions) and method.phm_layer and not method.learn_phm:
             yield "AdapterHub's option learn_phm=False is left out: here the shared matrices would be trained too."
         if isinstance(method, PrefixOptions) and method.dropout:

@@ -7,7 +7,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_peft.stack.adapter_files.folder import AdapterError
 
@@ -85,7 +85,29 @@ class LowRankOptions:
     use_gating: bool = False
 
 
-Options = BottleneckOptions | PrefixOptions | LowRankOptions
+@dataclass(frozen=True)
+class ReftOptions:
+    """AdapterHub's `ReftConfig`. Of its kinds a file says whether R is orthonormal, but not what is subtracted."""
+
+    use_gating: ClassVar[bool] = False
+
+    layers: str | list[int]
+    prefix_positions: int
+    suffix_positions: int
+    r: int
+    orthogonality: bool
+    tied_weights: bool = False
+    subtract_projection: bool | None = None
+    dropout: Number = 0.05
+    non_linearity: str | None = None
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether `R h` is subtracted."""
+        return self.subtract_projection is not False
+
+
+Options = BottleneckOptions | PrefixOptions | LowRankOptions | ReftOptions
 
 # options with the one value that is understood, for each class; None and an option that is not there mean the same
 _ONLY: dict[type, dict[str, object]] = {
@@ -100,6 +122,7 @@ _ONLY: dict[type, dict[str, object]] = {
     },
     PrefixOptions: {"shared_gating": True},
     LowRankOptions: {"use_dora": False, "vera_d": None, "vera_b": None},
+    ReftOptions: {"output_reft": True},
 }
 # they say how training begins, or change nothing where the options above have the value that is understood
 _WITHOUT_EFFECT: dict[type, set[str]] = {
@@ -117,6 +140,7 @@ _WITHOUT_EFFECT: dict[type, set[str]] = {
     },
     PrefixOptions: {"init_weights_seed"},
     LowRankOptions: {"init_weights", "init_weights_seed", "dtype"},
+    ReftOptions: {"init_weights_seed", "dtype"},
 }
 
 

@@ -19,7 +19,7 @@ class Place:
     Args:
         layer: the block's number in AdapterHub's count; a decoder's go on from the encoder's.
         theirs: the module there, from inside the base model.
-        ours: the matrix here, by its full name.
+        ours: the matrix here, or the block, by its full name.
     """
 
     layer: int
@@ -95,6 +95,13 @@ class Places:
             for shared, names in block.prefixes.items():
                 places.setdefault(shared, []).append(self._place(layer, number, block, names))
         return places
+
+    def blocks(self) -> list[Place]:
+        """Return the blocks themselves."""
+        return [
+            Place(layer, block.theirs.format(number), self._inside + block.ours.format(number))
+            for layer, number, block in self._blocks(())
+        ]
 
     def in_order(self, places: Collection[AdapterPlace]) -> list[AdapterPlace]:
         """Return places in the order of the model's modules, in which peft adapts them."""

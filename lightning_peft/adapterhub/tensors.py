@@ -11,7 +11,15 @@ from torch import Tensor
 from lightning_peft.stack.adapter_files.folder import AdapterError
 
 # AdapterHub keeps parameters under the adapter's name in modules of these names
-_CONTAINERS = ("adapters", "loras", "prefix_tunings", "prefix_gates", "shared_parameters", "invertible_adapters")
+_CONTAINERS = (
+    "adapters",
+    "loras",
+    "prefix_tunings",
+    "prefix_gates",
+    "shared_parameters",
+    "invertible_adapters",
+    "refts",
+)
 # as they were called before version 2
 _FORMER = {
     "attention_text_task_adapters": "adapters",

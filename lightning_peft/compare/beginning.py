@@ -15,11 +15,12 @@ from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.fitting.find_backbone import find_backbone
 from lightning_peft.stack.adapter_files.saving import load_adapter
 from lightning_peft.stack.stack import stack_of
+from lightning_peft.tasks.cell import Cell
 
 
-def module_of(plan: Plan, row: Row, earlier: Mapping[str, Path]) -> L.LightningModule:
+def module_of(plan: Plan, row: Row, cell: Cell, earlier: Mapping[str, Path]) -> L.LightningModule:
     """Return the task's module, on the earlier row's adapter where the row comes after one."""
-    module = plan.task.module()
+    module = plan.task.seeded_module(cell.seed)
     if row.after is not None:
         below = next(other for other in plan.rows if other.name == row.after)
         if earlier[row.after].exists():
@@ -30,9 +31,9 @@ def module_of(plan: Plan, row: Row, earlier: Mapping[str, Path]) -> L.LightningM
     return module
 
 
-def adapted(plan: Plan, row: Row, folder: Path) -> L.LightningModule:
+def adapted(plan: Plan, row: Row, folder: Path, seed: int) -> L.LightningModule:
     """Return the module with what a finished cell has saved."""
-    module = plan.task.module()
+    module = plan.task.seeded_module(seed)
     if (folder / "adapter").exists():
         load_adapter(_backbone(module, row), folder / "adapter")
     load_outside(module, folder)

@@ -20,11 +20,14 @@ from lightning_peft.compare.tuning import tune
 from lightning_peft.stack.adapter_files.folder import adapter_folders, read_folder
 from lightning_peft.stack.adapter_files.saving import save_adapter
 from lightning_peft.stack.stack import adapters, find_stacks
+from lightning_peft.tasks.arguments import option_names
 from lightning_peft.tasks.cell import Cell
 from lightning_peft.tasks.split import Split
 
 
-def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str, Path]) -> dict[str, Any]:
+def run_cell(
+    plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str, Path], seed: int | None = None
+) -> dict[str, Any]:
     """Adapt as the row says on every other fold, score this fold's units, and save what was adapted.
 
     Args:
@@ -33,23 +36,24 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         fold: the fold to test on.
         folder: this cell's folder; the adapter goes to `folder/adapter`, what else was trained beside it.
         earlier: the adapter folders of the rows that this one comes after or starts from.
+        seed: of everything random in the cell; default the plan's first.
 
     Returns:
         JSON-able: what the task's records keep of a cell; `seconds` to adapt and to score; numbers of parameters;
         `chosen` hyperparameters.
     """
-    L.seed_everything(plan.seed, verbose=False)
+    cell, chosen, outside = cell_of(plan, row, fold, folder, seed=seed), dict[str, Any](), 0
+    L.seed_everything(cell.seed, verbose=False)
     quiet()
-    begin = time.perf_counter()
-    cell, chosen, outside = cell_of(plan, row, fold, folder), dict[str, Any](), 0
+    begin, cost = time.perf_counter(), dict[str, float]()
     if row.callback is None:
-        module = module_of(plan, row, earlier)
+        module = module_of(plan, row, cell, earlier)
     elif row.edits:
         module, chosen = _edit(plan, row, cell, earlier)
     else:
-        module, chosen, outside = tune(plan, row, cell, earlier)
+        module, chosen, outside, cost = tune(plan, row, cell, earlier)
     seconds = time.perf_counter() - begin
-    counts = _save(plan, row, module, folder)
+    counts = _save(plan, row, module, cell)
     counts["trainable_parameters"] += outside
 
     begin = time.perf_counter()
@@ -62,10 +66,18 @@ def run_cell(plan: Plan, row: Row, fold: int, folder: Path, earlier: Mapping[str
         "scoring_seconds": time.perf_counter() - begin,
         "chosen": chosen,
         **counts,
+        **cost,
     }
 
 
-def cell_of(plan: Plan, row: Row, fold: int, folder: Path, result: Mapping[str, Any] | None = None) -> Cell:
+def cell_of(
+    plan: Plan,
+    row: Row,
+    fold: int,
+    folder: Path,
+    result: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+) -> Cell:
     """Return a cell as its task sees it.
 
     Args:
@@ -74,21 +86,26 @@ def cell_of(plan: Plan, row: Row, fold: int, folder: Path, result: Mapping[str, 
         fold: the fold to test on.
         folder: the cell's.
         result: of the finished cell.
+        seed: of everything random in the cell; default the plan's first.
     """
+    seed = plan.all_seeds[0] if seed is None else seed
+    taken = option_names(plan.task.data)
+    seeded = {"seed": seed} if taken is not None and "seed" in taken else {}
     return Cell(
         row=row.name,
         label=row.label,
         kind=row.kind,
         split=Split(fold, plan.task.folds, plan.task.seed),
         folder=folder,
-        options=row_options(plan.task, row),
+        options=row_options(plan.task, row) | seeded,
         draws=row.draws,
         adapts=row.callback is not None,
         tuned=row.callback is not None and not row.edits,
         scoring=row.scoring,
         trainer=partial(trainer_of, plan),
-        adapted=partial(adapted, plan, row, folder),
+        adapted=partial(adapted, plan, row, folder, seed),
         result={} if result is None else result,
+        seed=seed,
     )
 
 
@@ -98,7 +115,7 @@ def _edit(plan: Plan, row: Row, cell: Cell, earlier: Mapping[str, Path]) -> tupl
     if row.alphas:
         chosen = _choose_alpha(plan, row, cell, earlier)
         callback.alpha = chosen["alpha"]
-    module, data = module_of(plan, row, earlier), plan.task.data(cell.split, **cell.options_of(0))
+    module, data = module_of(plan, row, cell, earlier), plan.task.data(cell.split, **cell.options_of(0))
     trainer_of(plan, [callback], max_epochs=1, limit_val_batches=0).fit(module, datamodule=data)
     return module, chosen
 
@@ -107,7 +124,7 @@ def _choose_alpha(plan: Plan, row: Row, cell: Cell, earlier: Mapping[str, Path])
     """Measure every strength of the edit that the inner training units give on the inner validation units."""
     task, callback = plan.task, callback_of(row, earlier)
     callback.alpha = 1.0
-    module, inner = module_of(plan, row, earlier), Split(cell.fold, task.folds, task.seed, inner=True)
+    module, inner = module_of(plan, row, cell, earlier), Split(cell.fold, task.folds, task.seed, inner=True)
     data, trials = task.data(inner, **cell.options_of(0)), []
     trainer_of(plan, [callback], max_epochs=1, limit_val_batches=0).fit(module, datamodule=data)
     for alpha in row.alphas:
@@ -125,14 +142,15 @@ def quiet() -> None:
     """Silence what each of a dozen Trainers would say of devices and data workers."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")  # a frozen one
     warnings.filterwarnings("ignore", message=".*configure_optimizers` returned `None`.*")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")  # Lightning calls torch so
     warnings.filterwarnings("ignore", category=ContextWindowWarning)  # it was said before the first cell
 
 
-def _save(plan: Plan, row: Row, module: L.LightningModule, folder: Path) -> dict[str, int]:
+def _save(plan: Plan, row: Row, module: L.LightningModule, cell: Cell) -> dict[str, int]:
     """Save what a row has adapted; count tuned and edited parameters, and the bytes of all tensors saved."""
-    counts = {"trainable_parameters": 0, "edited_parameters": 0, "adapter_bytes": 0}
+    counts, folder = {"trainable_parameters": 0, "edited_parameters": 0, "adapter_bytes": 0}, cell.folder
     if row.callback is None:
         return counts
     if find_stacks(module):
@@ -143,7 +161,7 @@ def _save(plan: Plan, row: Row, module: L.LightningModule, folder: Path) -> dict
             counted = [t for key, t in tensors.items() if part.computed or key in part.injection.trained]
             counts["edited_parameters" if part.computed else "trainable_parameters"] += sum(t.numel() for t in counted)
             counts["adapter_bytes"] += sum(t.nbytes for t in tensors.values())
-    outside = changed_outside(module, plan.task.module)
+    outside = changed_outside(module, partial(plan.task.seeded_module, cell.seed))
     save_outside(folder, outside)
     counts["adapter_bytes"] += sum(tensor.nbytes for tensor in outside.values())
     return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,18 @@ class CellFact:
     later: bool = False
 
 
+def _mean(values: Iterable[float]) -> float:
+    return statistics.mean(values)
+
+
 CELL_FACTS = (
     CellFact("trainable_parameters", int, max),
     CellFact("edited_parameters", int, max),
     CellFact("adapter_bytes", int, max),
     CellFact("seconds", float, sum),
     CellFact("scoring_seconds", float, sum),
+    CellFact("step_seconds", float, _mean, later=True),
+    CellFact("peak_memory", int, max, later=True),
 )
 
 

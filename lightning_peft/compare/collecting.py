@@ -6,9 +6,9 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightning_peft import __version__
@@ -27,38 +27,45 @@ _PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "scik
 def collect(
     plan: Plan,
     settings: Mapping[str, Any],
-    cells: Mapping[tuple[str, int], Cell],
+    cells: Mapping[tuple[str, int, int], Cell],
     sections: Sequence[Section],
-    output: Path,
 ) -> dict[str, Any]:
     """Put finished cells together into the content of `results.json`.
 
     Args:
         plan: the plan.
         settings: the plan as it was written.
-        cells: by row and fold, with their results.
+        cells: by row, seed and fold, with their results.
         sections: the task's, prepared.
-        output: the comparison's folder.
     """
     task, records = plan.task, plan.task.records
     base = next(row.name for row in plan.rows if row.kind == "base")
-    folds = {row.name: [cells[row.name, fold] for fold in range(task.folds)] for row in plan.rows}
+    by_seed = {
+        row.name: [[cells[row.name, seed, fold] for fold in range(task.folds)] for seed in plan.all_seeds]
+        for row in plan.rows
+    }
+    folds = {name: [cell for seed in seeds for cell in seed] for name, seeds in by_seed.items()}
     whole = {name: not any(cell.failed for cell in row) for name, row in folds.items()}
-    scores: dict[str, Scores] = {name: records.scores(row) if whole[name] else {} for name, row in folds.items()}
+    scores: dict[str, Scores] = {
+        name: _together([records.scores(seed) for seed in seeds]) if whole[name] else {}
+        for name, seeds in by_seed.items()
+    }
     measures = dict(task.measures)
     for section in sections:
         measures |= section.measures
-        for name, row in folds.items():
+        for name, seeds in by_seed.items():
             if whole[name]:
-                scores[name] |= _once(section.scores(row, folds[base] if whole[base] else ()))
+                bases = by_seed[base] if whole[base] else [()] * len(seeds)
+                found = [_once(section.scores(seed, of_base)) for seed, of_base in zip(seeds, bases, strict=True)]
+                scores[name] |= _together(found)
     units = len(
         {unit for row in folds.values() for cell in row if not cell.failed for unit in records.units(cell.result)}
     )
     undefined: list[str] = []
-    rows = [_row(row, folds[row.name], measures, scores, base, undefined) for row in plan.rows]
+    rows = [_row(plan, row, folds[row.name], measures, scores, base, undefined) for row in plan.rows]
     for section in sections:
         for entry in rows:
-            entry |= section.row_results(folds[entry["method"]])
+            entry |= section.row_results(by_seed[entry["method"]][0])
     results = {
         "name": plan.name,
         "data": records.describe_data(units),
@@ -72,15 +79,17 @@ def collect(
         "categories": _categories(plan, list(cells.values()), scores),
         "category_measures": list(records.category_measures),
         "category_note": records.category_note,
-        "head_accuracy": _head_accuracy(plan, output),
+        "head_accuracy": _head_accuracy(plan, by_seed),
         "settings": dict(settings),
         "versions": {"lightning-peft": __version__} | {package: version(package) for package in _PACKAGES},
         "caveats": [
             *records.caveats(units),
-            *(s for row in folds.values() for s in records.cell_caveats(row)),
+            *(s for seeds in by_seed.values() for s in records.cell_caveats(seeds[0])),
             *undefined,
         ],
     }
+    if len(plan.all_seeds) > 1:
+        results["seeds"] = plan.all_seeds
     for section in sections:
         results |= section.results()
     return results | {"sections": [_section(s, results) for s in sections if _is_measured(s, rows)]}
@@ -104,6 +113,7 @@ def _section(section: Section, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(
+    plan: Plan,
     row: Row,
     folds: Sequence[Cell],
     measures: Mapping[str, Measure],
@@ -114,14 +124,16 @@ def _row(
     """Return a row's entry; add a sentence to `undefined` for each function that gives nothing on its predictions."""
     outcomes = [cell.result for cell in folds]
     failed = next((outcome["failed"] for outcome in outcomes if outcome["failed"]), None)
-    metrics, difference, draws = {}, {}, {}
+    metrics, difference, draws, seeds = {}, {}, {}, {}
     for name, measure in measures.items():
         if not has_measure(measure, name, scores[row.name]):
             continue
         try:
             interval, by_draw = value_of(measure, name, scores[row.name])
             metrics[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-            if len(by_draw) > 1:
+            if (count := len(plan.all_seeds)) > 1:
+                seeds[name] = np.array(by_draw).reshape(count, -1).mean(1).tolist()
+            elif len(by_draw) > 1:
                 draws[name] = by_draw
             if row.name != base and has_measure(measure, name, scores[base]):
                 difference[name] = difference_of(measure, name, scores[row.name], scores[base])
@@ -141,9 +153,18 @@ def _row(
         "metrics": metrics,
         "difference": difference or None,
         "draws": draws,
+        **({"seeds": seeds} if seeds else {}),
         **row_facts(outcomes),
         "failed": failed,
         "chosen": dict(chosen),
+    }
+
+
+def _together(seeds: Sequence[Scores]) -> Scores:
+    """Return the scores of all seeds, those of a unit behind each other."""
+    return {
+        name: {unit: [value for seed in seeds for value in seed[name][unit]] for unit in values}
+        for name, values in seeds[0].items()
     }
 
 
@@ -189,14 +210,12 @@ def _categories(plan: Plan, cells: Sequence[Cell], scores: Mapping[str, Scores])
     return table
 
 
-def _head_accuracy(plan: Plan, output: Path) -> dict[str, Any] | None:
+def _head_accuracy(plan: Plan, cells: Mapping[str, Sequence[Sequence[Cell]]]) -> dict[str, Any] | None:
     """Return the probe accuracy by layer and head, mean over folds, as the first edited row's adapters note it."""
     edited = next((row for row in plan.rows if row.kind == "edited"), None)
     if edited is None:
         return None
-    notes = [
-        output / "cells" / f"{edited.name}-fold{f}" / "adapter" / "lightning_peft.json" for f in range(plan.task.folds)
-    ]
+    notes = [cell.folder / "adapter" / "lightning_peft.json" for cell in cells[edited.name][0]]
     records = [json.loads(path.read_text(encoding="utf-8")).get("record") for path in notes if path.exists()]
     if not records or any("accuracy" not in (record or {}) for record in records):
         return None

@@ -43,12 +43,19 @@ def _parameters(row: Row) -> str:
     return "\n".join(f"{count(number)}\n{kind}" for number, kind in parts if number) or "-"
 
 
+def _step(row: Row) -> str:
+    value = row.get("step_seconds")
+    return f"{value:.3f}" if value else ""
+
+
 COLUMNS = [
     Column("parameters", "Parameters", _parameters, ("terminal",)),  # two columns of the page, for want of room
     Column("trained", "Trained\nparameters", lambda row: count(row.get("trainable_parameters")), ("page",)),
     Column("edited", "Edited\nparameters", lambda row: count(row.get("edited_parameters")), ("page",)),
     Column("adapter", "Adapter", lambda row: size(row.get("adapter_bytes"))),
     Column("seconds", "Seconds", lambda row: seconds(row.get("seconds"))),
+    Column("step", "Seconds\na step", _step, ("page",)),
+    Column("peak_memory", "Memory", lambda row: size(row["peak_memory"]) if row.get("peak_memory") else ""),
 ]
 
 

@@ -31,7 +31,7 @@ def write_result(folder: Path, result: Mapping[str, Any], records: CellRecords) 
     """
     path = folder / "result.json"
     write_record(path, {**result, "files": file_sums(folder, (*_WRITTEN, *records.files))})
-    return read_record(path, _KINDS | dict(records.kinds))
+    return read_record(path, _KINDS | dict(records.kinds), later=_LATER)
 
 
 def finished(folder: Path, key: str, records: CellRecords) -> dict[str, Any] | None:

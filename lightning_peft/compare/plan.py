@@ -22,6 +22,7 @@ from lightning_peft.tasks.task import Task
 
 Kind = Literal["base", "prompt", "decoded", "tuned", "edited", "control", "stack"]
 
+_LATER = ("max_steps", "epoch_steps")  # row settings that cells finished before them do not have
 _AS_IT_IS: tuple[Kind, ...] = ("base", "prompt", "decoded")  # the model's weights and activations are its own
 
 
@@ -48,6 +49,10 @@ class Row:
             units, the one that is best on the inner validation units is taken, by the task's primary measure; of
             several the smallest.
         max_epochs: for tuned rows, the most epochs a trial runs; each ends when its validation loss stops falling.
+        max_steps: for tuned rows, the most optimizer steps of a trial, if `max_epochs` are not over before; the last is
+            followed by a validation.
+        epoch_steps: for tuned rows, the training batches of an epoch, of which each ends with a validation; default
+            all there are. Other batches come in the next epoch.
         patience: for tuned rows, validation checks without a lower loss before a trial ends.
         batch_size: of training and capturing; default the task's.
     """
@@ -64,6 +69,8 @@ class Row:
     learning_rates: list[float] = field(default_factory=list)
     alphas: list[float] = field(default_factory=list)
     max_epochs: int = 10
+    max_steps: int | None = None
+    epoch_steps: int | None = None
     patience: int = 1
     batch_size: int | None = None
 
@@ -89,6 +96,7 @@ class Plan:
         task: what they are compared on.
         output: the folder for cells, results and report; default `runs/<name>`.
         seed: of everything random in a cell.
+        seeds: several in place of `seed`: every row is run with each, and a unit's score is the mean over them.
         accelerator: Lightning's accelerator.
     """
 
@@ -98,6 +106,16 @@ class Plan:
     output: str | None = None
     seed: int = 0
     accelerator: str = "auto"
+    seeds: list[int] | None = None
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The seeds that every row is run with."""
+        return [self.seed] if self.seeds is None else self.seeds
+
+    def folder_name(self, row: str, seed: int, fold: int) -> str:
+        """Return the name of a cell's folder; with one seed it has no part of it."""
+        return f"{row}-fold{fold}" if len(self.all_seeds) == 1 else f"{row}-seed{seed}-fold{fold}"
 
 
 def row_options(task: Task, row: Row) -> dict[str, Any]:
@@ -130,6 +148,9 @@ def check(plan: Plan) -> None:
         check_folder_name(name, "A row's name")
     if len(set(names)) < len(names):
         raise ValueError(f"The rows' names must differ, got {', '.join(names)}.")
+    seeds = plan.all_seeds
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be one or more numbers that differ, got {seeds}: leave it out for seed alone.")
     bases = [row.name for row in plan.rows if row.kind == "base"]
     if len(bases) != 1:
         raise ValueError(f"A plan needs exactly one row of kind base to compare with, it has {len(bases)}.")
@@ -167,7 +188,9 @@ def check_task(task: Task) -> None:
             f"{name}.data must take a split and nothing else that has no default, as data(self, split): {error}."
         ) from error
     task.check()
-    if task.folds < 2:
+    if task.folds != 1 and task.own_test_set:
+        raise ValueError(f"{name} has a test set of its own, which is tested in 1 fold, got folds {task.folds}.")
+    if task.folds < 2 and not task.own_test_set:
         raise ValueError(
             f"folds of {name} must be at least 2, so that tests are on unseen {task.unit}s, got {task.folds}."
         )
@@ -207,6 +230,9 @@ def _check_row(row: Row, before: list[Row]) -> None:
         raise ValueError(f"Row {row.name!r} is tuned and needs learning_rates to choose from.")
     if row.alphas and not (row.edits and hasattr(row.callback, "alpha")):
         raise ValueError(f"Row {row.name!r} has alphas to choose from, but is no edit with a strength alpha.")
+    for name in ("max_epochs", "max_steps", "epoch_steps"):
+        if (value := getattr(row, name)) is not None and value < 1:
+            raise ValueError(f"Row {row.name!r} has {name} {value}: it must be at least 1.")
     if (row.few_shot or 0) < 0:
         raise ValueError(f"Row {row.name!r} asks for {row.few_shot} demonstrations, which is less than none.")
     if row.draws < 1 or (row.draws > 1 and not row.few_shot):
@@ -218,10 +244,11 @@ def _check_row(row: Row, before: list[Row]) -> None:
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Return a plan made in Python as plain values, as one read from YAML was written; row settings by name."""
     rows = {row.name: described(row)["init_args"] for row in plan.rows}
-    return {"name": plan.name, "rows": rows, "task": described(plan.task), "seed": plan.seed}
+    seeds = {} if plan.seeds is None else {"seeds": plan.seeds}
+    return {"name": plan.name, "rows": rows, "task": described(plan.task), "seed": plan.seed} | seeds
 
 
-def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, fold: int) -> str:
+def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, fold: int, seed: int | None = None) -> str:
     """Return a hash of everything a cell's result depends on; a finished cell with another key is computed again.
 
     Args:
@@ -229,12 +256,15 @@ def cell_key(plan: Plan, settings: Mapping[str, Any], row: Row, fold: int) -> st
         settings: the plan as it was written, row settings by name under `"rows"`.
         row: the cell's row.
         fold: the cell's test fold.
+        seed: the cell's; default the plan's first.
     """
+    seed = plan.all_seeds[0] if seed is None else seed
     rows: Mapping[str, Any] = settings["rows"]
     by_name, needed = {r.name: r for r in plan.rows}, [row.name]
     for name in needed:  # which grows
         needed += by_name[name].earlier
-    return hashed(plan.task.records.depends_on([rows[name] for name in needed], plan.seed, fold))
+    of_rows = [{k: v for k, v in rows[name].items() if k not in _LATER or v is not None} for name in needed]
+    return hashed(plan.task.records.depends_on(of_rows, seed, fold))
 
 
 keep_old_names(__name__)

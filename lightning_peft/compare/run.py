@@ -22,7 +22,7 @@ from lightning_peft.files.locking import only_writer
 from lightning_peft.files.records import DamagedError, write_atomically
 from lightning_peft.tasks.cell_records import CellRecords
 
-Place = tuple[str, int]  # a row's name and a fold
+Place = tuple[str, int, int]  # a row's name, a seed and a fold
 
 
 def run(
@@ -59,34 +59,41 @@ def run(
 def _run(plan: Plan, settings: Mapping[str, Any], console: Console, output: Path) -> dict[str, Any]:
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     records, folds = plan.task.records, range(plan.task.folds)
-    places = {(row.name, fold): row for row in plan.rows for fold in folds}
-    folders = {(name, fold): output / "cells" / f"{name}-fold{fold}" for name, fold in places}
-    cells = {place: cell_of(plan, row, place[1], folders[place]) for place, row in places.items()}
+    places = {(row.name, seed, fold): row for row in plan.rows for seed in plan.all_seeds for fold in folds}
+    folders = {place: output / "cells" / plan.folder_name(*place) for place in places}
+    cells = {
+        (name, seed, fold): cell_of(plan, row, fold, folders[name, seed, fold], seed=seed)
+        for (name, seed, fold), row in places.items()
+    }
     # before anything that costs time, and before what a key hashes is asked for
-    keys = {place: cell_key(plan, settings, row, place[1]) for place, row in places.items()}
+    keys = {(name, seed, fold): cell_key(plan, settings, row, fold, seed) for (name, seed, fold), row in places.items()}
     before = _finished_before(keys, folders, records, console)
     missing = [cell for place, cell in cells.items() if place not in before]
-    records.check([cells[row.name, 0] for row in plan.rows], missing, list(cells.values()))
+    records.check([cells[row.name, plan.all_seeds[0], 0] for row in plan.rows], missing, list(cells.values()))
     quiet()
     outcomes: dict[Place, dict[str, Any]] = {}
     begin = time.perf_counter()
     for number, (place, row) in enumerate(places.items(), start=1):
-        title = f"[{number}/{len(cells)}] {row.label}, fold {place[1]}"
+        seed = f", seed {place[1]}" if len(plan.all_seeds) > 1 else ""
+        title = f"[{number}/{len(cells)}] {row.label}{seed}, fold {place[2]}"
         if place in before:
             console.print(f"{title}: finished before", highlight=False, markup=False)
             outcomes[place] = before[place]
             continue
         console.print(title, highlight=False, markup=False)
-        outcome = outcomes[place] = _attempt(plan, row, place[1], folders[place], keys[place], outcomes)
+        outcome = outcomes[place] = _attempt(plan, row, place, folders[place], keys[place], outcomes)
         seconds = time.perf_counter() - begin
         status = f"failed: {outcome['failed']}" if outcome["failed"] else f"done, {seconds:.0f} s so far"
         console.print(f"  {status}", highlight=False, markup=False)
-    done = {place: cell_of(plan, row, place[1], folders[place], outcomes[place]) for place, row in places.items()}
+    done = {
+        (name, seed, fold): cell_of(plan, row, fold, folders[name, seed, fold], outcomes[name, seed, fold], seed)
+        for (name, seed, fold), row in places.items()
+    }
     sections = list(plan.task.sections)
     for section in sections:
         section.prepare(list(done.values()), say)
-    results = collect(plan, settings, done, sections, output)
-    records.write(list(done.values()), output)
+    results = collect(plan, settings, done, sections)
+    records.write([cell for (_, seed, _), cell in done.items() if seed == plan.all_seeds[0]], output)
     for section in sections:
         section.write(output)
     write_atomically(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -110,19 +117,19 @@ def _finished_before(
 
 
 def _attempt(
-    plan: Plan, row: Row, fold: int, folder: Path, key: str, outcomes: Mapping[Place, dict[str, Any]]
+    plan: Plan, row: Row, place: Place, folder: Path, key: str, outcomes: Mapping[Place, dict[str, Any]]
 ) -> dict[str, Any]:
-    records = plan.task.records
+    records, (_, seed, fold) = plan.task.records, place
     empty: dict[str, Any] = {name: kind() for name, kind in records.kinds.items()}
     empty |= {"chosen": {}, **unknown_facts()}
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # what an earlier attempt left
     (folder / OUTSIDE).unlink(missing_ok=True)
     try:
         for earlier in row.earlier:
-            if outcomes[earlier, fold]["failed"]:
+            if outcomes[earlier, seed, fold]["failed"]:
                 raise RuntimeError(f"it needs {earlier!r}, which failed")
-        adapters = {name: folder.parent / f"{name}-fold{fold}" / "adapter" for name in row.earlier}
-        result = {"key": key, "failed": None, **run_cell(plan, row, fold, folder, adapters)}
+        adapters = {name: folder.parent / plan.folder_name(name, seed, fold) / "adapter" for name in row.earlier}
+        result = {"key": key, "failed": None, **run_cell(plan, row, fold, folder, adapters, seed)}
         _check_units(plan, row, fold, result, outcomes)
     except Exception as error:  # whatever a method does wrong, the other rows are worth having
         result = {"key": key, "failed": f"{type(error).__name__}: {error}", **empty}
@@ -135,7 +142,7 @@ def _check_units(
     """Raise `ValueError` where a cell has tested units of another fold, or others than the rows before it."""
     task, unit = plan.task, plan.task.unit
     tested = task.records.units(result)
-    for (name, other), outcome in outcomes.items():
+    for (name, _, other), outcome in outcomes.items():
         if outcome["failed"] or (name != row.name and other != fold):
             continue
         known = task.records.units(outcome)

@@ -97,7 +97,8 @@ def _cell(row: Row, name: str, measure: Measure) -> Text:
 def _title(results: Results) -> str:
     data, model, number = results["data"], results["model"], units_of(results)
     counts = [f"{number} {plural_unit(results)}"] if number is not None else []
-    counts += [f"{data['folds']} folds"] if "folds" in data else []
+    counts += [f"{data['folds']} folds"] if data.get("folds", 1) > 1 else []
+    counts += [f"{len(results['seeds'])} seeds"] if "seeds" in results else []
     title = f"{results['name']}: {model.get('pretrained', 'model')} on {data.get('label', results['unit'])}"
     return f"{title} ({', '.join(counts)})" if counts else title
 

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lightning_peft.compare.beginning import callback_of, module_of, trainer_of
+from lightning_peft.compare.cost import PeakMemory, StepTimer
 from lightning_peft.compare.outside import trained_outside
 from lightning_peft.compare.plan import Plan, Row
 from lightning_peft.fitting.checkpoint_names import META
@@ -22,26 +23,32 @@ from lightning_peft.tasks.cell import Cell
 
 def tune(
     plan: Plan, row: Row, cell: Cell, earlier: Mapping[str, Path]
-) -> tuple[L.LightningModule, dict[str, Any], int]:
+) -> tuple[L.LightningModule, dict[str, Any], int, dict[str, float]]:
     """Try every learning rate until its validation loss stops falling; return the best epoch of the best trial.
 
     Returns:
-        The module; what was chosen; how many parameters were trained outside of adapters.
+        The module; what was chosen; how many parameters were trained outside of adapters; what it cost, as far as it
+        can be measured: `step_seconds` of the chosen trial and `peak_memory` of all.
     """
     folder, monitor = cell.folder / "trials", plan.task.monitor
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
     trials: list[dict[str, Any]] = []
+    memory = PeakMemory()
     for rate in row.learning_rates:
-        L.seed_everything(plan.seed, verbose=False)  # every trial starts alike
-        module = module_of(plan, row, earlier)
+        L.seed_everything(cell.seed, verbose=False)  # every trial starts alike
+        module = module_of(plan, row, cell, earlier)
         setattr(module, "learning_rate", rate)  # noqa: B010 - which no LightningModule declares
         keep = _Keep(folder / f"lr{rate:g}", monitor=monitor, save_top_k=1)
-        epochs = _Epochs(monitor)
-        callbacks = [callback_of(row, earlier), epochs, _Stop(monitor, patience=row.patience), keep]
-        trainer = trainer_of(
-            plan, callbacks, max_epochs=row.max_epochs, enable_checkpointing=True, val_check_interval=1.0
-        )
-        trainer.fit(module, datamodule=plan.task.data(cell.split, **cell.options_of(0)))
+        epochs, timer = _Epochs(monitor), StepTimer()
+        stop = _Stop(monitor, patience=row.patience)
+        callbacks = [callback_of(row, earlier), epochs, stop, _LastStep(), keep, timer]
+        options: dict[str, Any] = {"max_epochs": row.max_epochs, "limit_train_batches": row.epoch_steps}
+        if row.max_steps is not None:
+            options["max_steps"] = row.max_steps
+        trainer = trainer_of(plan, callbacks, enable_checkpointing=True, val_check_interval=1.0, **options)
+        data = plan.task.data(cell.split, **cell.options_of(0))
+        with memory:
+            trainer.fit(module, datamodule=data)
         losses = epochs.losses
         if not epochs.settled:
             raise ValueError(
@@ -49,15 +56,17 @@ def tune(
                 f"{type(plan.task).__name__}.data needs a validation set."
             )
         best = min(epochs.settled, key=losses.__getitem__)
-        trials.append({"learning_rate": rate, "epochs": best + 1, "val_losses": losses, "path": keep.best_model_path})
+        trial = {"learning_rate": rate, "epochs": best + 1, "val_losses": losses, "path": keep.best_model_path}
+        trials.append(trial | {"step_seconds": timer.mean()})
         outside = trained_outside(module)
     winner = min(trials, key=lambda trial: trial["val_losses"][trial["epochs"] - 1])
-    best_module = _restored(plan.task.module(), Path(winner["path"]))
+    best_module = _restored(plan.task.seeded_module(cell.seed), Path(winner["path"]))
     shutil.rmtree(folder)
+    measured = {"step_seconds": winner["step_seconds"], "peak_memory": memory.bytes}
     for trial in trials:
-        del trial["path"]
+        del trial["path"], trial["step_seconds"]
     chosen = {"learning_rate": winner["learning_rate"], "epochs": winner["epochs"], "trials": trials}
-    return best_module, chosen, outside
+    return best_module, chosen, outside, {name: value for name, value in measured.items() if value is not None}
 
 
 def _restored(module: L.LightningModule, path: Path) -> L.LightningModule:
@@ -95,6 +104,14 @@ class _Stop(EarlyStopping):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _settled(trainer):
             super().on_validation_end(trainer, pl_module)
+
+
+class _LastStep(Callback):
+    """Have a validation follow the last of `max_steps`, which Lightning ends an epoch at without one."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
 
 
 class _Keep(ModelCheckpoint):

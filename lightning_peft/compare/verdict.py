@@ -53,7 +53,7 @@ def verdict(results: Results) -> list[str]:
     if ranked:
         sentences = [_best(results, name, primary, ranked), *prices(results, ranked[0])]
         sentences += [*_tuned_or_edited(results, name, primary, ranked), *_controls(name, primary, ranked)]
-        sentences += _draws(results, name, primary)
+        sentences += [*_draws(results, name, primary), *_seeds(results, name, primary)]
     else:
         sentences = [_nothing_ranked(results, name, primary)]
     return [*sentences, *_failures(results), *_outside(results)]
@@ -126,6 +126,27 @@ def _draws(results: Results, name: str, primary: Measure) -> Iterator[str]:
                 f"{row['label']}: {primary.label} is {least} to {most} over {len(means)} draws of demonstrations; its "
                 f"interval holds for {'these draws' if few else 'other draws too'}{few}."
             )
+
+
+def _seeds(results: Results, name: str, primary: Measure) -> Iterator[str]:
+    """Say what the intervals hold for, and which row varies most from seed to seed."""
+    seeds = results.get("seeds") or []
+    if len(seeds) < 2:
+        return
+    if len(seeds) < MIN_DRAWS:
+        number = {2: "Two", 3: "Three", 4: "Four"}[len(seeds)]
+        yield (
+            f"{number} seeds; intervals are over {plural_unit(results)} alone (from five seeds on they include seeds)."
+        )
+    else:
+        yield f"{len(seeds)} seeds; intervals are over {plural_unit(results)} and seeds."
+    spread = [
+        (max(means) - min(means), row) for row in results["rows"] if (means := (row.get("seeds") or {}).get(name))
+    ]
+    if spread:
+        _, row = max(spread, key=lambda entry: entry[0])
+        means = " ".join(score(mean, primary.written) for mean in row["seeds"][name])
+        yield f"Most differs from seed to seed {row['label']}: {primary.label} {means}."
 
 
 def _failures(results: Results) -> list[str]:

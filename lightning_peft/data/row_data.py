@@ -35,6 +35,7 @@ class Example(TypedDict):
         labels: of each token, -100 outside what is learnt; or the class of the whole text.
         prompt_end: the position id of the last prompt token.
         label: 1 for a text that is wanted, 0 for one that is not.
+        unit: the number of the row, where rows are what is tested.
         group: the same number for texts that belong together.
     """
 
@@ -43,6 +44,7 @@ class Example(TypedDict):
     labels: NotRequired[list[int] | int]
     prompt_end: NotRequired[int]
     label: NotRequired[int]
+    unit: NotRequired[int]
 
 
 class FoldSplit(Protocol):
@@ -160,10 +162,14 @@ class RowData(L.LightningDataModule, ABC):
         prompts = (self.prompt(self.rows[number]) for number in held_out)
         return list(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
 
+    def read_rows(self) -> list[Row]:
+        """Return all rows, as they stand in the file."""
+        return read_rows(self.path, self.split)
+
     def _read(self) -> None:
         if self.rows:
             return
-        self.rows = rows = read_rows(self.path, self.split)
+        self.rows = rows = self.read_rows()
         try:
             check_columns(rows, self.columns(), self.path)
             self.check()

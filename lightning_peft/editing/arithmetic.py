@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_peft.backbone.fingerprint import mismatch
 from lightning_peft.editing.lora_sums import Factors, concatenated, factorised, lora_written, read_factors
-from lightning_peft.editing.task_vectors import align, peft_kind, task_vector, written
+from lightning_peft.editing.task_vectors import align, task_vector, written
+from lightning_peft.stack.adapter_files.as_lora import is_low_rank
 from lightning_peft.stack.adapter_files.folder import (
     AdapterError,
     adapter_folders,
@@ -40,12 +41,14 @@ def combine(
     have it. `"dare"` (Yu et al. 2023, arXiv:2311.03099) drops entries at random, `1 - density` of them, divides the
     rest by `density`, and sums; `"dare_ties"` elects and averages what DARE leaves.
 
-    LoRA's change is `scaling * B A`. Its sum is exact, and ranks add up. Singular values cut the results of TIES and
-    DARE, and a sum with `rank`, to a rank; the record in the folder says how much of its squared norm was kept. Head
-    and layer offsets and weight deltas come out exactly. Of sparse deltas, `density` counts among stored entries.
+    LoRA's change is `scaling * B A`, and so is that of what `as_lora` can write as one (AdaLoRA, LoRTA). Its sum is
+    exact, and ranks add up. Singular values cut the results of TIES and DARE, and a sum with `rank`, to a rank; the
+    record in the folder says how much of its squared norm was kept. Head and layer offsets and weight deltas come out
+    exactly. Of sparse deltas, `density` counts among stored entries.
 
     Args:
-        folders: peft folders of LoRA, head offsets (gains too), layer offsets or weight deltas.
+        folders: peft folders of LoRA or what `as_lora` writes as one, head offsets (gains too), layer offsets or weight
+            deltas.
         output: where to write; existing adapter files there are replaced.
         weights: one for each folder; default 1.
         method: `"sum"`, `"ties"`, `"dare"` or `"dare_ties"`.
@@ -71,7 +74,7 @@ def combine(
     record["adapters"] = [
         {"folder": Path(path).name, "record": note.get("record", {})} for path, note in zip(folders, notes, strict=True)
     ]
-    if peft_kind(config) == "LORA":
+    if is_low_rank(config):
         adapters = [read_factors(c, t, str(path)) for path, (c, t, _) in zip(folders, loaded, strict=True)]
         factors = concatenated(adapters, weights)
         if method != "sum" or rank is not None:
@@ -172,7 +175,7 @@ def _check_same(folders: Sequence[Any], loaded: Sequence[tuple[Any, Any, dict[st
     first, _, _ = loaded[0]
     known: tuple[Any, dict[str, Any]] | None = None
     for folder, (config, _, notes) in zip(folders, loaded, strict=True):
-        if config.peft_type != first.peft_type:
+        if config.peft_type != first.peft_type and not (is_low_rank(config) and is_low_rank(first)):
             kinds = f"{folders[0]} is a {type(first).__name__} and {folder} a {type(config).__name__}"
             raise AdapterError(f"Only adapters of one kind have a sum: {kinds}.")
         fingerprint = notes.get("fingerprint")

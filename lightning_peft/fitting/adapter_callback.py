@@ -144,6 +144,7 @@ class AdapterCallback(Callback):
         self._noted: list[Positions] = []
         self._first: Any = None  # the first training batch, while it is trained on
         self.stack: AdapterStack | None = None
+        self.run_by: AdapterCallback | None = None  # the callback of the Trainer's list that runs this one
         self._trained: set[str] = set()  # names of what is trained, when fit starts
         self._optimized = 0  # how many parameters the optimizers hold
         self._parameters: dict[str, nn.Parameter] = {}  # what is trained of the adapters, when training starts
@@ -156,6 +157,11 @@ class AdapterCallback(Callback):
             cls.exempt = cls.__dict__["lacks"]
         if "__init__" in cls.__dict__:
             cls.__init__ = finite_arguments(cls.__init__)  # type: ignore[method-assign]
+
+    @property
+    def listed(self) -> AdapterCallback:
+        """The callback that stands in the Trainer's list: this one, or the one that runs it."""
+        return self.run_by or self
 
     @property
     def state_key(self) -> str:
@@ -256,7 +262,7 @@ class AdapterCallback(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(summary(pl_module, self.stack, edits), step=0)
             # of several callbacks the last speaks for all
-            if _adapting(trainer)[-1] is self and (self.report or (self.report is None and shows)):
+            if _adapting(trainer)[-1] is self.listed and (self.report or (self.report is None and shows)):
                 self._report = ClosingReport(
                     self.report if isinstance(self.report, ReportSettings) else ReportSettings()
                 )
@@ -393,7 +399,7 @@ class AdapterCallback(Callback):
             return
         stack = self.stack
         names = [name for callback in _adapting(trainer) if callback.stack is stack for name in callback.names]
-        report.give(trainer, module, stack, names, lambda: self.report_lines(module, stack, names))
+        report.give(trainer, module, stack, names, lambda: self.listed.report_lines(module, stack, names))
 
     def _stop_reporting(self) -> None:
         self._report = None
@@ -478,7 +484,7 @@ class AdapterCallback(Callback):
 
     def _check_callbacks(self, trainer: L.Trainer) -> None:
         callbacks = _callbacks(trainer)
-        for callback in callbacks[: callbacks.index(self)]:
+        for callback in callbacks[: callbacks.index(self.listed)]:
             if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
                 raise ValueError(
                     f"{type(callback).__name__} comes before {type(self).__name__} and has already copied the module "

@@ -26,6 +26,10 @@ class Reached:
         self._reached: set[str] = set()
         self._steps = 0
 
+    def wait_for(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Expect further parameters to be reached from now on; those that were are not waited for again."""
+        self._waiting |= {name: p for name, p in parameters.items() if name not in self._reached}
+
     def look(self) -> None:
         """Forget the parameters that have a gradient now; call it after backward. Free once all have had one."""
         if self._waiting:

@@ -13,8 +13,8 @@ class LawExample:
 
     Args:
         arguments: of the callback, beside its defaults; small ones, since every law trains its own.
-        needs: features that a backbone must have: `"attention"`, `"mlp"`, `"transformers"`, `"tokens"`, `"decoder"` or
-            `"position_ids"`.
+        needs: features that a backbone must have: `"attention"`, `"mlp"`, `"transformers"`, `"tokens"`, `"decoder"`,
+            `"position_ids"`, `"stream"` or `"norms"`.
         four_bits: quantise the backbone first.
     """
 

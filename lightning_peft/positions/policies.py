@@ -44,9 +44,12 @@ def warn_of_plain_text(policy: str, model: str) -> None:
     global _warned
     if _warned:
         return
+    edited, unknown = "every token", "the answer begins"
+    if Tokens.parse(policy).phase == "prompt":
+        edited, unknown = "no token", "the prompt ends"
     warnings.warn(
-        f"An edit limited to {policy!r} positions acts on every token of a call of {model}, since nothing says where "
-        "the answer begins: give prompt_end or labels in the batch, or labels in the call, or make the call within "
+        f"An edit limited to {policy!r} positions acts on {edited} of a call of {model}, since nothing says where "
+        f"{unknown}: give prompt_end or labels in the batch, or labels in the call, or make the call within "
         "lightning_peft.answering(model, start=last_prompt_position); where every token is meant, within "
         'lightning_peft.plain_text(model), or let the edit act at positions="all". lm-evaluation-harness tells where '
         "answers begin with its model type lightning-peft (lightning-peft lm-eval). This is said once a process.",

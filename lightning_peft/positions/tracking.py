@@ -18,7 +18,7 @@ from lightning_peft.positions.generation import config_of, generation_of
 from lightning_peft.positions.past import StateLengths, leaves_state
 from lightning_peft.positions.policies import PositionsError, warn_of_plain_text
 from lightning_peft.positions.running import RunningCall
-from lightning_peft.replaced import Handle, replaced
+from lightning_peft.replaced import Handle, ReplacedMethod, replaced
 from lightning_peft.tokens import Tokens
 
 _ATTRIBUTE = "_lightning_peft_positions"
@@ -66,8 +66,13 @@ class Positions(Contexts):
         for handle in self._handles:
             handle.remove()
 
-    def mask(self, policy: str) -> Tensor:
+    def mask(self, policy: str, prompts: bool = False) -> Tensor:
         """Return the tokens of the current call that `policy` edits, bool `[B, T]`; computed once a call.
+
+        Args:
+            policy: a selection in the language of `lightning_peft.tokens`.
+            prompts: let a text of which nothing says where its prompt ends be a prompt as a whole, where the model
+                does not generate, as a classifier. Of a model that does, such a text has no prompt.
 
         Raises:
             PositionsError: outside a forward call of the tracked model, or where the start of the answer is unknown.
@@ -85,9 +90,10 @@ class Positions(Contexts):
                 f"An edit limited to {policy!r} positions ran outside {type(self.model).__name__}.forward, so its "
                 "positions are unknown; call the backbone itself, not one of its submodules."
             )
-        if policy not in call.masks:
-            call.masks[policy] = self._make(call, policy)
-        return call.masks[policy]
+        key = f"{policy} of prompts" if prompts else policy
+        if key not in call.masks:
+            call.masks[key] = self._make(call, policy, prompts)
+        return call.masks[key]
 
     @property
     def generation(self) -> object | None:
@@ -115,6 +121,27 @@ class Positions(Contexts):
             call.whole[policy] = bool(self.mask(policy).all())
         return call.whole[policy]
 
+    def nowhere(self, policy: str, prompts: bool = False) -> bool:
+        """Return whether `policy` is known to edit no token of the current call; looked at as by `everywhere`."""
+        call = self.running.seen
+        if policy == "all" or call is None or call.context.generation is None or torch.compiler.is_compiling():
+            return False
+        key = f"none of {policy} of prompts" if prompts else f"none of {policy}"
+        if key not in call.whole:
+            call.whole[key] = not bool(self.mask(policy, prompts).any())
+        return call.whole[key]
+
+    @property
+    def prompt_known(self) -> bool:
+        """True where it is known which tokens of the current call are its prompt, or which are edited."""
+        call = self.running.seen
+        return call is not None and (call.start is not None or call.context.mask is not None or not self.generates)
+
+    @property
+    def generates(self) -> bool:
+        """True where the model, or one of which it is a part, writes texts: an answer may then follow a prompt."""
+        return any(isinstance(handle, ReplacedMethod) and handle.name == "generate" for handle in self._handles)
+
     @staticmethod
     def _check_prompt(context: CallContext) -> None:
         if context.generation is not None and context.generation.lacks_prompt:
@@ -123,7 +150,7 @@ class Positions(Contexts):
                 'input_ids or inputs_embeds, or let the edit act at positions="all".'
             )
 
-    def _make(self, call: Call, policy: str) -> Tensor:
+    def _make(self, call: Call, policy: str, prompts: bool) -> Tensor:
         if policy == "all":
             return call.real
         if call.context.mask is not None:
@@ -143,6 +170,10 @@ class Positions(Contexts):
                     "The call continues a cached past but nothing says where the answer began; use `generate`, or "
                     "`with lightning_peft.positions.answering(model, start=...)`."
                 )
+            if prompts and tokens.phase == "prompt" and not self.generates:
+                read = call.read()
+                assert read is not None
+                return tokens.mask(call.position_ids, read - 1) & call.real
             if not call.context.plain:
                 warn_of_plain_text(policy, type(self.model).__name__)
             # plain text is an answer from its first token on, and has no prompt

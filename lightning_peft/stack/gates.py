@@ -92,13 +92,18 @@ def where(positions: Positions, policy: str, x: Tensor) -> Tensor:
 
     Of parallel streams, see `lightning_peft.backbone.streams`, x has four dimensions.
     """
-    mask = positions.mask(policy).to(x.device)
+    return placed(positions.mask(policy), positions, x).to(x.dtype)
+
+
+def placed(mask: Tensor, positions: Positions, x: Tensor) -> Tensor:
+    """Return a mask `[B, T]` shaped to act on `x`, as `where`; bool stays bool."""
+    mask = mask.to(x.device)
     if x.dim() == 4 and x.shape[1 if streams_first(positions.model) else 0 :][:2] == mask.shape:
-        mask = mask.to(x.dtype)[..., None]  # parallel streams, each of which is moved
+        mask = mask[..., None]  # parallel streams, each of which is moved
         return mask if streams_first(positions.model) else mask[..., None]
     if mask.numel() * x.shape[-1] != x.numel():
         raise ValueError(
             f"The positions of this call have shape {tuple(mask.shape)}, which does not fit activations of shape "
             f"{tuple(x.shape)}."
         )
-    return mask.to(x.dtype).reshape(*x.shape[:-1], 1)
+    return mask.reshape(*x.shape[:-1], 1)

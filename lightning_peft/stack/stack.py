@@ -121,7 +121,7 @@ class AdapterStack:
                 layers = list(injection.layers())
                 check_layers(self.backbone, layers, live_config)
                 check_containers(self.backbone, set(layers), ours)
-            part = Adapter(name, copy.deepcopy(config), injection, computed, dict(record or {}))
+            part = Adapter(name, injection.kept_config(config), injection, computed, dict(record or {}))
             part.scaling = {m: float(m.scaling[name]) for m in injection.layers() if name in getattr(m, "scaling", {})}
         except Exception:
             kind.clean_up(self.backbone, live_config, name)

@@ -1,6 +1,7 @@
 from .cell import Cell as Cell
 from .cell_records import CellRecords as CellRecords
 from .choices import ChoiceTask as ChoiceTask
+from .classification import Classification as Classification
 from .measure import Measure as Measure
 from .scoring import Scoring as Scoring
 from .section import Section as Section

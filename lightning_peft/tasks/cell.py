@@ -32,6 +32,7 @@ class Cell:
         trainer: makes a Trainer with some callbacks and with options, on the comparison's accelerator.
         adapted: makes the module with what the finished cell has saved.
         result: of the finished cell, what `CellRecords.measure` gave among it; empty before.
+        seed: of everything random in it.
     """
 
     row: str
@@ -47,6 +48,7 @@ class Cell:
     trainer: Callable[..., L.Trainer]
     adapted: Callable[[], L.LightningModule]
     result: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def fold(self) -> int:

@@ -147,7 +147,7 @@ class CellRecords:
 
     def describe_model(self) -> dict[str, Any]:
         """Return the `model` of `results.json`."""
-        module = self.task.module()
+        module = self.task.seeded_module(0)
         return {"pretrained": type(module).__name__, "parameters": sum(p.numel() for p in module.parameters())}
 
     def categories(self, cells: Sequence[Cell]) -> dict[int, str]:

@@ -37,7 +37,7 @@ def first_check(records: CellRecords, missing: Sequence[Cell]) -> None:
         ValueError: in one sentence, for what would end cells after they have begun or give wrong numbers.
     """
     task, tuned = records.task, next((cell for cell in missing if cell.tuned), None)
-    module = fresh_module(type(task).__name__, lambda: _module(task))
+    module = fresh_module(type(task).__name__, lambda: _module(task, missing[0].seed))
     if tuned is not None:
         check_learning_rate(module)
     scores, data = task.scores(), _data(task, missing[0])
@@ -58,11 +58,11 @@ def first_check(records: CellRecords, missing: Sequence[Cell]) -> None:
         _check_validation(task, tuned, module)
 
 
-def _module(task: Task) -> L.LightningModule:
+def _module(task: Task, seed: int) -> L.LightningModule:
     """Return the task's module; raise `ValueError` where it is none."""
     name = f"{type(task).__name__}.module"
     try:
-        module: Any = task.module()
+        module: Any = task.seeded_module(seed)
     except (ValueError, OSError):
         raise
     except Exception as error:

@@ -11,14 +11,15 @@ class Split:
 
     Args:
         fold: the fold that is tested, from 0.
-        folds: how many there are; every unit is in one of them.
+        folds: how many there are; every unit is in one of them. 1 where the task has a test set of its own, which is
+            tested by modules that have learnt from all else.
         seed: of the split.
         size: take only so many units to learn from; a smaller size's are among a larger one's. None for all.
         inner: learn from the inner training units and test on the inner validation units, both outside the fold: what
             strengths and other settings are chosen on.
 
     Raises:
-        ValueError: the fold is not one of the folds, or there are fewer than 2.
+        ValueError: the fold is not one of the folds, or there is none.
 
     Example:
         >>> Split(fold=1).folds
@@ -35,7 +36,10 @@ class Split:
     inner: bool = False
 
     def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise ValueError(f"folds must be at least 2, so that tests are on unseen units, got {self.folds}.")
+        if self.folds < 1:
+            raise ValueError(
+                f"folds must be at least 2, so that tests are on unseen units, or 1 for a test set of its own, got "
+                f"{self.folds}."
+            )
         if not 0 <= self.fold < self.folds:
             raise ValueError(f"fold must be from 0 to {self.folds - 1}, got {self.fold}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -27,6 +28,8 @@ class Task(ABC):
         unit: what a unit is called in sentences, in the singular.
         label: what the labels of texts that edits read tell, in sentences.
         folds: every unit is tested once, by a module that has not seen its fold.
+        own_test_set: whether the units that are tested are a set of their own, which no fold learns from: `folds` is
+            then 1.
         seed: of the split into folds.
 
     Example:
@@ -43,6 +46,7 @@ class Task(ABC):
     unit: str = "unit"
     label: str = "label"
     folds: int = 2
+    own_test_set: bool = False
     seed: int = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -62,8 +66,15 @@ class Task(ABC):
     def module(self) -> L.LightningModule:
         """Return the pretrained module, the same each time.
 
-        Its `learning_rate` is set before it is tuned. Its `test_step` returns what `scores` gathers.
+        Its `learning_rate` is set before it is tuned. Its `test_step` returns what `scores` gathers. Where it takes a
+        keyword `seed`, what is new in the module, such as a head, is drawn with that: the same for one seed, other for
+        another.
         """
+
+    def seeded_module(self, seed: int) -> L.LightningModule:
+        """Return the module of a seed: of a task whose `module` takes none, always the same."""
+        make: Any = self.module
+        return make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
 
     @abstractmethod
     def data(self, split: Split, *_: Any, **row_options: Any) -> L.LightningDataModule:
@@ -71,7 +82,8 @@ class Task(ABC):
 
         A task names the row options that it takes as keyword arguments, with defaults: `batch_size`; `few_shot`, a
         number of demonstrations, and `draw`, which of several draws of them; `edits`, whether the training set is for
-        an edit, which reads labelled texts. Those that a row does not set are not given.
+        an edit, which reads labelled texts; `seed`, of the order of training batches. Those that a row does not set are
+        not given.
 
         Raises:
             ValueError: the split cannot be made.

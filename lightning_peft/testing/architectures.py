@@ -24,7 +24,7 @@ class Architecture:
         batches: what it is trained on and looked at with.
         has: what a method may need: `"transformers"`, `"attention"`, `"tokens"`, `"position_ids"` (it takes them),
             `"decoder"` (it generates), `"mlp"` (a matrix gives the output of its feed-forward parts), `"stream"` (its
-            blocks are called, and give the residual stream).
+            blocks are called, and give the residual stream), `"norms"`.
     """
 
     name: str
@@ -83,7 +83,7 @@ def _batches(kind: str) -> tuple[dict[str, Tensor], ...]:
     return tuple(batches)
 
 
-_TEXT = frozenset({"transformers", "attention", "tokens", "mlp", "stream"})
+_TEXT = frozenset({"transformers", "attention", "tokens", "mlp", "stream", "norms"})
 _DECODER = _TEXT | {"position_ids", "decoder"}
 _HAVE = {
     "gpt2": _DECODER,
@@ -94,9 +94,9 @@ _HAVE = {
     "qwen3_moe": _DECODER - {"mlp"},
     "bert": _TEXT | {"position_ids"},
     "t5": _TEXT | {"decoder"},
-    "vit": frozenset({"transformers", "attention", "mlp", "stream"}),
+    "vit": frozenset({"transformers", "attention", "mlp", "stream", "norms"}),
     "hand_written": frozenset({"tokens", "position_ids", "mlp"}),
-    "convolutional": frozenset({"mlp", "stream"}),
+    "convolutional": frozenset({"mlp", "stream", "norms"}),
 }
 ARCHITECTURES = {
     kind: Architecture(kind, functools.partial(TinyModule, kind), _batches(kind), has) for kind, has in _HAVE.items()

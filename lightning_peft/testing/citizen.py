@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_peft.backbone.quantization import is_quantized
 from lightning_peft.stack.adapter_files.folder import adapter_folders, read_folder
 from lightning_peft.stack.adapter_files.saving import save_adapter
+from lightning_peft.stack.injection.registry import injection_for
 from lightning_peft.testing.cell import Cell
 from lightning_peft.testing.comparing import DoesNotApply, LawBroken, check_different, check_equal
 from lightning_peft.testing.small_base import save_base, text_generation
@@ -32,8 +33,8 @@ def citizen(cell: Cell) -> None:
     """Check that peft's and transformers' own calls do with each adapter what they do with LoRA.
 
     Got, added, set, disabled, deleted; loaded on the meta device; with and without float32 adapters on a bfloat16 base;
-    saved and loaded by peft, `AutoPeftModel` and transformers; copied, pickled; a step of transformers' Trainer and, of
-    a decoder, a pipeline.
+    saved and loaded by peft, `AutoPeftModel` and transformers; copied, pickled; a step of transformers' Trainer, where
+    a folder can be trained, and, of a decoder, a pipeline.
     """
     failures: list[str] = []
     applied = False
@@ -94,8 +95,9 @@ class _Citizen:
     root: Path
 
     def __post_init__(self) -> None:
-        self.config = read_folder(self.folder)[0]
+        self.config, tensors, _ = read_folder(self.folder)
         self.config.inference_mode = False
+        self.final = injection_for(self.config).is_final(self.config, tensors)
 
     def calls(self) -> dict[str, Callable[[], None]]:
         """Return the checks that apply, by the call that each is of."""
@@ -124,8 +126,9 @@ class _Citizen:
                 "transformers' add_adapter, set_adapter, disable_adapters": self.added_by_transformers,
                 "transformers' delete_adapter": self.deleted_by_transformers,
                 "transformers' save_pretrained": self.saved_by_transformers,
-                "transformers' Trainer": self.trained_by_transformers,
             }
+            if not self.final:
+                checks["transformers' Trainer"] = self.trained_by_transformers
             if self._generates():
                 checks["transformers' pipeline"] = self.generating_pipeline
         return checks

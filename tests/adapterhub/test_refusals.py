@@ -66,12 +66,12 @@ def refused(model: Any, folder: Path, output: Path, match: str) -> None:
         ("lora", "attn_matrices", ["q", "o"]),
         ("ia3", "dropout", 0.1),
         ("lora", "no_option_of_this_name", 1),
-        ("lora", "architecture", "reft"),
+        ("lora", "architecture", "prompt_tuning"),
     ],
 )
 def test_an_option_without_an_equal_is_named(method: str, option: str, value: object, tmp_path: Path) -> None:
     folder = changed("bert", method, tmp_path / "in", lambda values: values["config"].update({option: value}))
-    shown = {"architecture": "architecture 'reft'", "phm_dim": "phm_rule has shape", "reduction_factor": ""}
+    shown = {"architecture": "architecture 'prompt_tuning'", "phm_dim": "phm_rule has shape", "reduction_factor": ""}
     refused(base("bert"), folder, tmp_path / "out", shown.get(option) or option)
 
 

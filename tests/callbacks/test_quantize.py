@@ -32,7 +32,7 @@ from tuning import (
 
 from lightning_peft import adapters, load_adapter, load_from_checkpoint, save_adapter
 from lightning_peft.backbone.quantization import dequantize, is_quantized, quantize, quantized_layers
-from lightning_peft.callbacks import PEFT, SSB, BitFit, HeadOffsets, LoRA, Pfeiffer, QLoRA, Quantize
+from lightning_peft.callbacks import PEFT, SSB, BitFit, HeadOffsets, LoRA, LoRTA, Pfeiffer, QLoRA, Quantize
 from lightning_peft.callbacks.quantize import check_strategy
 from lightning_peft.fitting.checkpoints import AdapterCheckpointMixin
 from lightning_peft.testing import LAWS, check_adaptation
@@ -55,6 +55,7 @@ METHODS: dict[str, Any] = {
     "IA3": ia3,
     "HeadOffsets": lambda: HeadOffsets(),
     "SSB": lambda: SSB(),
+    "LoRTA": lambda: LoRTA(r=2),
     "Pfeiffer": lambda: Pfeiffer(),
     "BitFit": lambda: BitFit(add_missing=True),
 }
@@ -193,7 +194,7 @@ def test_the_checkpoint_holds_nothing_of_the_base(tmp_path: Any) -> None:
     assert state and all(".lora_" in name for name in state)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "DoRA", "IA3", "SSB"])
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "IA3", "SSB", "LoRTA"])
 def test_it_is_merged_into_what_the_base_computes_with(method: str, tmp_path: Any) -> None:
     module = quantized()
     METHODS[method]().apply(module)

@@ -107,6 +107,14 @@ def test_a_resumed_run_goes_on_exactly(folders: dict[str, Path], strategy: str, 
 
 
 @pytest.mark.slow
+def test_two_processes_draw_the_same_blocks_and_end_with_the_same_weights(folders: dict[str, Path]) -> None:
+    first, second = (torch.load(folders["ddp"] / f"ist.{rank}", weights_only=True) for rank in range(2))
+    assert first["drawn"] == second["drawn"] and len({tuple(blocks) for blocks in first["drawn"]}) == 3
+    assert torch.equal(first["importance"], second["importance"]) and first["importance"].all()
+    assert same(first["trained"], second["trained"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, WHOLE.steps))
 def test_a_fit_with_everything_goes_on_exactly_from_any_step(folders: dict[str, Path], step: int) -> None:
     whole, resumed = (

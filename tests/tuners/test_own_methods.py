@@ -28,6 +28,7 @@ from lightning_peft import bake, load_adapter
 from lightning_peft.testing.models import rough
 from lightning_peft.tuners.head_offsets import HeadOffsetsConfig
 from lightning_peft.tuners.layer_offsets import LayerOffsetsConfig
+from lightning_peft.tuners.lorta import LoRTAConfig
 from lightning_peft.tuners.weight_deltas import WeightDeltasConfig
 
 pytestmark = [
@@ -79,6 +80,10 @@ def masked(kind: str, **options: Any) -> WeightDeltasConfig:
     return deltas(kind, masked=names, **options)
 
 
+def one_tensor(kind: str, **options: Any) -> LoRTAConfig:
+    return LoRTAConfig(**{"r": 3, "task_type": TASKS[kind]} | options)
+
+
 MEMBERS: dict[str, Callable[[str], Any]] = {
     "head offsets": heads,
     "gains of heads": lambda kind: heads(kind, parameters="gains"),
@@ -92,10 +97,20 @@ MEMBERS: dict[str, Callable[[str], Any]] = {
     "deltas by index": masked,
     "deltas by bits": masked,
     "pruned": lambda kind: masked(kind, pruned=True),
+    "one tensor": one_tensor,
     "missing biases": lambda kind: deltas(kind, target_parameters=r".*\.bias", add_missing=True),
 }
 COMPACT = {"deltas by index": 0.01, "deltas by bits": 0.4}
-MERGEABLE = ("head offsets", "gains of heads", "layer offsets", "deltas", "deltas by bits", "pruned", "missing biases")
+MERGEABLE = (
+    "head offsets",
+    "gains of heads",
+    "layer offsets",
+    "deltas",
+    "deltas by bits",
+    "pruned",
+    "one tensor",
+    "missing biases",
+)
 kinds = pytest.mark.parametrize("kind", KINDS)
 members = pytest.mark.parametrize("member", MEMBERS)
 # a few architectures and members, where a statement is the same for all of them
@@ -282,7 +297,7 @@ def test_after_its_only_adapter_is_deleted_a_model_is_as_before(kind: str, membe
             set_peft_model_state_dict(plain, tensors)
             plain.delete_adapter("default")
         assert torch.equal(run(plain, kind), expected)
-        if "head" not in member:  # whose wrappers stay, as peft's own do
+        if "head" not in member and member != "one tensor":  # whose wrappers stay, as peft's own do
             assert marks(plain) == before and list(plain.state_dict()) == names
         else:
             assert marks(plain)[0] == before[0]

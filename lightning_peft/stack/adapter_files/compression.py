@@ -49,7 +49,8 @@ from lightning_peft.stack.injection.registry import injection_for
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_FIXED = ("_offsets_directions", "_offsets_probe")  # what an edit was computed with, which no training changed
+# what an adapter was computed with, which no training changed
+_FIXED = ("_offsets_directions", "_offsets_probe", ".dash_inputs", ".dash_outputs")
 _INDEX, _LARGEST_INDEX = "index", 2**28  # bytes, decompressed
 _DENSE = "dense."
 

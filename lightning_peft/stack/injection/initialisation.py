@@ -13,6 +13,12 @@ def changes_base(config: Any) -> bool:
     return bool(_change(config))
 
 
+def begins_in_weights(config: Any) -> bool:
+    """Return whether a LoRA took its beginning out of the base's weights in a way that these alone tell again."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.lower() in ("pissa", "olora") and not config.layer_replication
+
+
 def check_repeatable(config: Any) -> None:
     """Raise `ValueError` where loading the adapter could not change the base as it was changed when it was made."""
     init = getattr(config, "init_lora_weights", None)

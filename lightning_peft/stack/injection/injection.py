@@ -145,6 +145,10 @@ class Injection:
         calls = self.own_calls(self.config)
         return None if calls is None else calls(self.backbone, self.tuner)
 
+    def kept_config(self, config: Any) -> Any:
+        """Return a copy of the configuration that was given, from which the adapter is made again."""
+        return copy.deepcopy(config)
+
     def _saved_config(self) -> Any:
         """Return the configuration by which peft chooses the tensors to save."""
         return copy.copy(self.config)

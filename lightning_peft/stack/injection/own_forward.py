@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.backbone.peft_private import during_call, forget_call, tasks_of_call
@@ -77,6 +79,7 @@ class Invocation(OwnForward):
     def __init__(self, backbone: nn.Module, tuner: Any) -> None:
         super().__init__(backbone, tuner)
         self._prompt: tuple[list[int | None], int] | None = None  # while generating: where to begin, and its length
+        self._warned = False
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = _argument("input_ids", original, args, kwargs)
@@ -84,6 +87,7 @@ class Invocation(OwnForward):
             return original(*args, **kwargs)
         if self._prompt is None:
             offsets = self._find(ids)
+            self._check_invoked(offsets)
         else:  # counted from the end, which moves where there is no cache; beams repeat rows
             prompt_offsets, length = self._prompt
             further, times = max(ids.shape[1] - length, 0), len(ids) // len(prompt_offsets)
@@ -98,6 +102,18 @@ class Invocation(OwnForward):
             return original(*args, **kwargs)
         finally:
             self._prompt = None
+
+    def _check_invoked(self, offsets: list[int | None]) -> None:
+        """Warn, once, of a batch that is trained on and in which nothing acts: its loss is the base's and falls not."""
+        if torch.is_grad_enabled() and not self._warned and all(offset is None for offset in offsets):
+            (adapter,) = self.tuner.active_adapters
+            invocation = self.tuner.peft_config[adapter].alora_invocation_tokens
+            self._warned = True
+            warnings.warn(
+                f"No row of a batch holds the invocation tokens {invocation} one after another, so adapter {adapter!r} "
+                "acts in none and learns nothing of it: let the tokens stand before what is to be answered.",
+                stacklevel=2,
+            )
 
     def _find(self, ids: Tensor) -> list[int | None]:
         """Return for each row how many tokens from the end the adapter begins to act; None where nothing invokes it."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from lightning_peft.moved.names import keep_old_names
 from lightning_peft.stack.injection.adaption_prompt import AdaptionInjection
@@ -18,6 +22,15 @@ class AdaLoraInjection(Injection):
     def _saved_config(self) -> Any:
         config = super()._saved_config()
         config.rank_pattern = None
+        return config
+
+
+class PlacesInjection(Injection):
+    """LoRTA, which finds where in its tensor each matrix stands: without the model nothing else could tell."""
+
+    def kept_config(self, config: Any) -> Any:
+        config = super().kept_config(config)
+        config.places = copy.deepcopy(self.config.places)
         return config
 
 
@@ -74,6 +87,14 @@ class CopiesInjection(Injection):
     trains_copies = True
 
 
+class MasksInjection(Injection):
+    """Masks of weights, of which a folder holds the bits, without the scores that they were trained by."""
+
+    @classmethod
+    def is_final(cls, config: Any, tensors: Mapping[str, Tensor]) -> bool:
+        return bool(config.packed)
+
+
 _INJECTIONS: dict[str, type[Injection]] = {
     "ADALORA": AdaLoraInjection,
     "ADAPTION_PROMPT": AdaptionInjection,
@@ -82,12 +103,14 @@ _INJECTIONS: dict[str, type[Injection]] = {
     "IA3": OnesInjection,
     "LAYER_OFFSETS": ZerosInjection,
     "LN_TUNING": CopiesInjection,
+    "LORTA": PlacesInjection,
     "POLY": TasksInjection,
     "PREFIX_TUNING": PastInjection,
     "P_TUNING": EncodedPromptInjection,
     "SHADOW": AuxiliaryInjection,
     "SHIRA": ShiraInjection,
     "VBLORA": VBLoraInjection,
+    "WEIGHT_MASKS": MasksInjection,
     "XLORA": MixtureInjection,
 }
 

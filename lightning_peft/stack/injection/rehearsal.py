@@ -113,7 +113,7 @@ def _misfit(layer: Any, x: Tensor, expected: Any, identity: bool) -> str | None:
             output = layer(x)
             if isinstance(output, Tensor) and trained and output.requires_grad:
                 torch.autograd.grad(output.float().sum(), trained, allow_unused=True)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
         return f"there the method fails with {_sentence(error)!r}; choose another"
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return "there the method gives another shape; choose another"
@@ -177,7 +177,7 @@ def one_sentence(backbone: nn.Module, config: Any) -> Iterator[None]:
     """Turn peft's error for a kind of layer that it does not know into one `ValueError` that names the layer."""
     try:
         yield
-    except (TypeError, NotImplementedError, ValueError) as error:
+    except (TypeError, NotImplementedError, ValueError, IndexError) as error:
         leaves = (item for item in base_modules(backbone) if item[0] and not any(item[1].children()))
         named = next((f" ({name})" for name, module in leaves if repr(module) in str(error)), "")
         if type(error) is ValueError and not named and ". " not in str(error):

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a narrow trained network beside or behind a frozen matrix, plain or of Kronecker products."""
+"""Bottleneck adapters: a narrow trained network beside or behind a frozen matrix, its own ones plain or structured."""
 
 from lightning_peft.stack.registration import register_method
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from lightning_peft.tuners.bottleneck.config import BottleneckConfig
 from lightning_peft.tuners.bottleneck.kronecker import KroneckerLinear
+from lightning_peft.tuners.tensor_train import TensorTrain
+
+_Matrix = nn.Linear | KroneckerLinear | TensorTrain
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -38,9 +41,12 @@ class Bottleneck(nn.Module):
         for side, features in (("input", inputs), ("output", outputs), ("bottleneck", size)):
             if n and features % n:
                 raise ValueError(f"The {side} has {features} features, which kronecker={n} does not divide.")
-        self.down: nn.Linear | KroneckerLinear
-        self.up: nn.Linear | KroneckerLinear
-        if n:
+        self.down: _Matrix
+        self.up: _Matrix
+        if config.tensor_rank:
+            self.down = TensorTrain(inputs, size, config.tensor_rank, config.biases)
+            self.up = TensorTrain(size, outputs, config.tensor_rank, config.biases)
+        elif n:
             self.down = KroneckerLinear(inputs, size, n, config.biases)
             self.up = KroneckerLinear(size, outputs, n, config.biases)
         else:
@@ -74,9 +80,11 @@ class Bottleneck(nn.Module):
         return product if self.scale is None else product * self.scale[:, None]
 
 
-def _matrix(module: nn.Linear | KroneckerLinear, rule: Tensor | None) -> Tensor:
+def _matrix(module: _Matrix, rule: Tensor | None) -> Tensor:
     if isinstance(module, nn.Linear):
         return module.weight
+    if isinstance(module, TensorTrain):
+        return module.matrix()
     assert rule is not None
     return module.matrix(rule)
 
@@ -96,8 +104,10 @@ def _initialise(branch: Bottleneck, init: str) -> None:
             if matrix.bias is not None:
                 matrix.bias.zero_()
     if init in ("lora", "mam"):
-        last = branch.up.right if isinstance(branch.up, KroneckerLinear) else branch.up.weight
-        nn.init.zeros_(last)
+        if isinstance(branch.up, TensorTrain):
+            branch.up.zero()
+        else:
+            nn.init.zeros_(branch.up.right if isinstance(branch.up, KroneckerLinear) else branch.up.weight)
     if branch.gate is not None:
         nn.init.normal_(branch.gate.weight, std=0.02)
         nn.init.zeros_(branch.gate.bias)

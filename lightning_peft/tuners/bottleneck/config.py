@@ -55,6 +55,8 @@ class BottleneckConfig(WithCard, PeftConfig):
         kronecker: n, where down and up are `sum_i A_i (x) s_i t_i` with n matrices `A_i [n, n]` that all layers share
             (Mahabadi et al. 2021, arXiv:2106.04647); n must divide every width. 0: plain matrices.
         kronecker_std: of the `A_i` at the start; the authors' 0.01.
+        tensor_rank: where down and up are tensor trains (Yang et al. 2024, arXiv:2402.11417), the largest rank between
+            two cores, see `lightning_peft.tuners.tensor_train`. 0: plain matrices.
         exclude_modules: names left out of `target_modules`.
         modules_to_save: other modules to train and save whole, as in every peft method.
         layers_to_transform: the numbers of the blocks in which `target_modules`, given by suffixes, are adapted.
@@ -81,6 +83,7 @@ class BottleneckConfig(WithCard, PeftConfig):
     gate: bool = field(default=False)
     kronecker: int = field(default=0)
     kronecker_std: float = field(default=0.01)
+    tensor_rank: int = field(default=0)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
@@ -127,6 +130,15 @@ class BottleneckConfig(WithCard, PeftConfig):
             raise ValueError(f"kronecker must not be negative, got {self.kronecker}.")
         if self.kronecker and self.init not in ("lora", "mam", "glorot"):
             raise ValueError(f"Kronecker factors begin as lora, mam or glorot, not as {self.init}.")
+        if self.tensor_rank < 0:
+            raise ValueError(f"tensor_rank must not be negative, got {self.tensor_rank}.")
+        if self.tensor_rank and self.init not in ("lora", "mam", "glorot"):
+            raise ValueError(f"Tensor trains begin as lora, mam or glorot, not as {self.init}.")
+        if self.kronecker and self.tensor_rank:
+            raise ValueError(
+                f"A matrix is a sum of Kronecker products or a tensor train, got kronecker={self.kronecker} and "
+                f"tensor_rank={self.tensor_rank}."
+            )
 
     def size_for(self, width: int) -> int:
         """Return the bottleneck's width beside an output of `width` features."""

@@ -1,0 +1,98 @@
+"""The base of tuner layers that wrap a linear layer and add a matrix to what its weight does."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from lightning_peft.backbone.linear_layers import linear_layers
+from lightning_peft.backbone.modules import is_linear
+from lightning_peft.backbone.quantization import check_merge
+from lightning_peft.backbone.structure import matrix_shape
+from lightning_peft.backbone.targets import choose_targets
+from lightning_peft.tuners.targets import Targeting, default_blocks
+from lightning_peft.tuners.tuner import TunerLayer, check_merged
+
+
+class MatrixChangeLayer(nn.Module, TunerLayer):
+    """Wrap a linear layer, and merge `scaling * change(adapter)` into its weight.
+
+    Args:
+        base_layer: the layer, or another adapter's wrapper around it.
+        method: what to call the method in messages.
+        key: the layer's name in them.
+    """
+
+    acts_alone = True  # it needs to know nothing but its input
+    config_name: str
+
+    def __init__(self, base_layer: nn.Module, method: str, key: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        if not is_linear(base):
+            raise ValueError(f"{key} is a {type(base).__name__}, but {method} changes linear layers.")
+        self.in_features, self.out_features = matrix_shape(base)
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._weight_before_merge: nn.Parameter | None = None
+        self._active_adapter: list[str] = []
+
+    @abstractmethod
+    def change(self, adapter_name: str) -> Tensor:
+        """Return the matrix `[outputs, inputs]` that an adapter adds to the weight at strength 1."""
+
+    def acting(self) -> list[str]:
+        """Return the adapters that act beside the base layer: active, not merged, and turned on at all."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return []
+        active = [name for name in self.active_adapters if name not in self.merged_adapters]
+        return [name for name in active if self.scaling.get(name)]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Give the layer the changed weight; its own is kept for `unmerge`. Adapters inside come first."""
+        check_merge([self], self.config_name)
+        base: Any = self.get_base_layer()
+        for name in [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]:
+            with torch.no_grad():
+                change = self.scaling[name] * self.change(name)
+                # Conv1D's weight is [inputs, outputs]
+                weight = base.weight.detach() + (change if isinstance(base, nn.Linear) else change.T)
+            if safe_merge:
+                check_merged(name, [weight])
+            if self._weight_before_merge is None:
+                self._weight_before_merge = base.weight
+            # not in place: another module may share the weight
+            base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the layer's own weight back, bit for bit."""
+        if self._weight_before_merge is not None:
+            base: Any = self.get_base_layer()
+            weight, self._weight_before_merge = self._weight_before_merge, None
+            weight.data = weight.data.to(base.weight.device)
+            base.weight = weight
+        self.merged_adapters.clear()
+
+
+def fill_in_targets(config: Targeting, model: nn.Module, method: str) -> None:
+    """Let a configuration that names no targets mean the linear layers of the model's blocks.
+
+    Raises:
+        ValueError: there are none, or the list of targets is empty.
+    """
+    if config.target_modules is None:
+        names, layers = linear_layers(model), default_blocks(config)
+        config.target_modules = names if layers is None else choose_targets(model, names, layers)
+    if not config.target_modules:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layers that {method} could change, or target_modules is empty: "
+            "name them, or give a regular expression."
+        )
