@@ -121,7 +121,7 @@ class SaRA(MultiPhase):
 
         configs: dict[str, Any] = super()._configs(stack)
         config = configs[self.name]  # in which no head is that is trained whole
-        present = stack[self.name].config if self.name in stack else None
+        present: Any = stack[self.name].config if self.name in stack else None
         if present is not None and getattr(present, "kept", None) and present.masked:
             return {self.name: present}  # what was chosen stays so, also where the base is merged by now
         self._masks, self.cut = choose_small(stack.backbone, config.target_parameters, self.threshold, self.density)
