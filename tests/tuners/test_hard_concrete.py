@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_in_evaluation_a_gate_is_the_stretched_sigmoid() -> None:
     assert torch.allclose(settled(logits), torch.tensor(expected, dtype=torch.float64), atol=1e-12)
 
 
-def gated(structured: bool = True) -> tuple[nn.Linear, Gate]:
+def gated(structured: bool = True) -> tuple[Any, Gate]:
     torch.manual_seed(0)
     layer = nn.Linear(5, 4)
     names = ["weight"]
@@ -49,9 +50,9 @@ def test_the_expected_number_of_entries_is_what_draws_leave(structured: bool) ->
     layer, gate = gated(structured)
     if gate.tensor is not None:
         gate.tensor.data.fill_(-9.0)  # a logit of 0.5
-    layer.weight_deltas.values["a"]["weight"].data.fill_(1.0)  # type: ignore[union-attr,operator,index]
+    layer.weight_deltas.values["a"]["weight"].data.fill_(1.0)
     generator = torch.Generator().manual_seed(0)
-    base, numbers = layer.weight_deltas._owner[0]._parameters["weight"], []  # type: ignore[union-attr,index]
+    base, numbers = layer.weight_deltas._owner[0]._parameters["weight"], []
     with torch.no_grad():
         for _ in range(1000):
             gate.draw(generator)
@@ -73,7 +74,7 @@ def test_the_penalty_s_gradients_are_autograd_s_of_the_product_of_probabilities(
 
 def test_gradients_through_sampled_gates_are_those_of_the_written_out_formula() -> None:
     layer, gate = gated()
-    value: Tensor = layer.weight_deltas.values["a"]["weight"]  # type: ignore[union-attr,operator,index]
+    value: Tensor = layer.weight_deltas.values["a"]["weight"]
     assert gate.tensor is not None
     gate.entries.data.div_(4)
     gate.tensor.data.fill_(-9.0)

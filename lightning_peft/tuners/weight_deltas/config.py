@@ -14,12 +14,15 @@ from torch import Tensor
 from lightning_peft.stack.registration import add_peft_type
 from lightning_peft.tuners.config import WithCard
 from lightning_peft.tuners.targets import ordered
+from lightning_peft.tuners.weight_deltas.bits import pack, unpack
 from lightning_peft.tuners.weight_deltas.hard_concrete import settled
 
 _VALUES, _MASKS, _INDICES, _BITS, _FIXED, _GATES, _TENSOR_GATES, _GATE_RATES = (
     f".weight_deltas.{kind}."
     for kind in ("values", "masks", "indices", "bits", "fixed", "gates", "tensor_gates", "gate_rates")
 )
+
+__all__ = ["WeightDeltasConfig", "pack", "sparsely_packed", "storage", "unpack"]
 
 
 @dataclass
@@ -124,18 +127,6 @@ class WeightDeltasConfig(WithCard, PeftConfig):
 def sparsely_packed(count: int, entries: int) -> bool:
     """Return whether indices of four bytes take less than a bit for each entry."""
     return 32 * count < entries < 2**31
-
-
-def pack(mask: Tensor) -> Tensor:
-    """Pack truth values `[n]`, eight a byte: `[ceil(n / 8)]`."""
-    eights = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).reshape(-1, 8)
-    return (eights << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack(bits: Tensor, count: int) -> Tensor:
-    """Return the first `count` truth values that `pack` put there."""
-    eights = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (eights & 1).bool().reshape(-1)[:count]
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:

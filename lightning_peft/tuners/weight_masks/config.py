@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_peft.stack.registration import add_peft_type
 from lightning_peft.tuners.config import WithCard
 from lightning_peft.tuners.targets import order_targets
-from lightning_peft.tuners.weight_deltas.config import pack
+from lightning_peft.tuners.weight_deltas.bits import pack
 from lightning_peft.tuners.weight_masks.largest import largest
 
 CRITERIA = ("movement", "magnitude", "random")

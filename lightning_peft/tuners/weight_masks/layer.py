@@ -16,7 +16,7 @@ from lightning_peft.backbone.modules import is_linear
 from lightning_peft.backbone.quantization import check_merge, is_quantized
 from lightning_peft.backbone.structure import matrix_shape
 from lightning_peft.tuners.tuner import TunerLayer, check_merged
-from lightning_peft.tuners.weight_deltas.config import unpack
+from lightning_peft.tuners.weight_deltas.bits import unpack
 from lightning_peft.tuners.weight_masks.config import WeightMasksConfig
 from lightning_peft.tuners.weight_masks.largest import largest
 from lightning_peft.tuners.weight_masks.product import MaskedProduct, factor

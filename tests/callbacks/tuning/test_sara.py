@@ -23,12 +23,18 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
 
 def sara(**options: Any) -> SaRA:
-    return SaRA(**({"threshold": 0.05, "rank_min_dim": 4, "backbone": "net"} | options))
+    settings: dict[str, Any] = {"threshold": 0.05, "rank_min_dim": 4, "backbone": "net"}
+    return SaRA(**(settings | options))
+
+
+def fresh() -> Any:
+    """The network that a classifier begins with."""
+    return Classifier().net
 
 
 def effective(module: L.LightningModule) -> dict[str, Tensor]:
     """Every parameter of the network as it computes with it."""
-    base = [name for name, _ in Classifier().net.named_parameters()]  # type: ignore[union-attr]
+    base = [name for name, _ in fresh().named_parameters()]
     owners = {name: name.rpartition(".") for name in base}
     net: Any = module.net
     return {name: getattr(net.get_submodule(o), own).detach().clone() for name, (o, _, own) in owners.items()}
@@ -38,7 +44,8 @@ class Rank(L.Callback):
     """The stable rank of `P * M` of the second linear layer, at each step."""
 
     def __init__(self, callback: SaRA) -> None:
-        self.callback, self.values = callback, []  # type: ignore[var-annotated]
+        self.callback = callback
+        self.values: list[float] = []
         self.trained: list[list[Tensor]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -53,17 +60,14 @@ class Rank(L.Callback):
 
 @pytest.mark.parametrize("lambda_rank", [0.0, 5e-4])
 def test_exactly_the_small_entries_move_and_the_others_are_bit_equal_under_weight_decay(lambda_rank: float) -> None:
-    module = Classifier()
+    module: Any = Classifier()
     before = weights(module)
     callback = sara(lambda_rank=lambda_rank, progressive_iter=0)
-    assert callback.trainable_parameters(module.net) == sum(  # type: ignore[arg-type]
-        int(((p.abs() > 0) & (p.abs() < 0.05)).sum())
-        for p in module.net.parameters()  # type: ignore[union-attr]
+    assert callback.trainable_parameters(module.net) == sum(
+        int(((p.abs() > 0) & (p.abs() < 0.05)).sum()) for p in module.net.parameters()
     )
     (part,) = callback.apply(module)
-    assert sum(p.numel() for p in adapters(module).parameters(part).values()) == callback.trainable_parameters(
-        Classifier().net  # type: ignore[arg-type]
-    )
+    assert sum(p.numel() for p in adapters(module).parameters(part).values()) == callback.trainable_parameters(fresh())
     assert all(torch.equal(now, before[f"net.{name}"]) for name, now in effective(module).items())  # an identity
     fit(module, callback, max_steps=6)
     for name, now in effective(module).items():
@@ -88,7 +92,7 @@ def test_a_density_is_the_share_of_the_smallest_over_all_parameters() -> None:
     module = Classifier()
     callback = sara(threshold=None, density=0.25)
     callback.apply(module)
-    every = torch.cat([p.detach().abs().flatten() for p in Classifier().net.parameters()])  # type: ignore[union-attr]
+    every = torch.cat([p.detach().abs().flatten() for p in fresh().parameters()])
     every = every[every > 0]
     smallest = every.sort().values[: int(0.25 * len(every))]
     chosen = torch.cat([entries.current().abs() for entries in callback._entries()])
@@ -123,8 +127,8 @@ def test_the_term_is_added_to_the_gradients_of_one_matrix_s_entries() -> None:
     gradients: dict[float, dict[str, Tensor]] = {}
 
     class Note(L.Callback):
-        def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
-            callback: Any = trainer.callbacks[0]  # type: ignore[attr-defined]
+        def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+            callback: Any = trainer.callbacks[0]
             noted = {chosen.full_name: chosen.value.grad.clone() for chosen in callback._entries()}
             gradients.setdefault(callback.lambda_rank, noted)
 
@@ -132,7 +136,7 @@ def test_the_term_is_added_to_the_gradients_of_one_matrix_s_entries() -> None:
         fit(Classifier(), sara(lambda_rank=lambda_rank, progressive_iter=0), Note(), max_steps=1)
     changed = [name for name, g in gradients[2.0].items() if not torch.equal(g, gradients[0.0][name])]
     (name,) = changed
-    matrix = dict(Classifier().net.named_parameters())[name].detach().numpy()  # type: ignore[union-attr]
+    matrix = dict(fresh().named_parameters())[name].detach().numpy()
     mask = (matrix != 0) & (np.abs(matrix) < 0.05)
     u, _, v = np.linalg.svd(np.where(mask, matrix, 0), full_matrices=False)
     difference = (gradients[2.0][name] - gradients[0.0][name]).numpy()
@@ -170,7 +174,7 @@ def test_what_grows_comes_to_rest_and_the_rest_is_trained_on() -> None:
             values.append(effective(pl_module))
 
     fit(module, callback, rank, Note(), max_steps=7)
-    before = Classifier().net.state_dict()  # type: ignore[union-attr]
+    before = fresh().state_dict()
     assert all(mask.all() for mask in rank.trained[2])
     assert all(torch.equal(a, b) for a, b in zip(rank.trained[3], rank.trained[6], strict=True))
     resting = 0
@@ -213,7 +217,8 @@ def test_a_folder_holds_the_chosen_entries_and_loads_with_those_at_rest(tmp_path
     again = Language("gpt2").eval()
     (part,) = load_adapter(again.model, tmp_path)
     assert torch.equal(again.model(input_ids=x).logits, expected)
-    assert part.config.masked is None and not any("fixed" in n for n, _ in again.model.named_buffers())
+    config: Any = part.config
+    assert config.masked is None and not any("fixed" in n for n, _ in again.model.named_buffers())
     stored = sum(p.numel() for p in adapters(again.model).parameters(part).values())
     assert stored == callback.trainable_parameters(Language("gpt2").model)
     stack = adapters(module)
@@ -252,8 +257,8 @@ def test_a_step_is_that_of_peft_s_super_tuning_with_the_same_support() -> None:
             model.eval()(input_ids=x, labels=x).loss.backward()
             optimizer.step()
     for chosen in entries(module.model, "sara"):
-        layer = theirs.get_submodule(f"base_model.model.{chosen.full_name.removesuffix('.weight')}")
-        delta = layer.get_delta_weight("default").detach().flatten()  # type: ignore[operator]
+        layer: Any = theirs.get_submodule(f"base_model.model.{chosen.full_name.removesuffix('.weight')}")
+        delta = layer.get_delta_weight("default").detach().flatten()
         assert torch.allclose(chosen.value.detach(), delta[chosen.positions], atol=1e-7) and chosen.value.any()
 
 
