@@ -157,9 +157,10 @@ def _save(plan: Plan, row: Row, module: L.LightningModule, cell: Cell) -> dict[s
         save_adapter(module, folder / "adapter")
         for part, path in zip(adapters(module).parts, adapter_folders(folder / "adapter"), strict=True):
             tensors = read_folder(path)[1]
-            # frozen directions, masks and indices are saved beside what is trained
-            counted = [t for key, t in tensors.items() if part.computed or key in part.injection.trained]
-            counts["edited_parameters" if part.computed else "trainable_parameters"] += sum(t.numel() for t in counted)
+            if part.computed:
+                counts["edited_parameters"] += sum(t.numel() for t in tensors.values())
+            else:
+                counts["trainable_parameters"] += part.injection.count_trained(tensors)
             counts["adapter_bytes"] += sum(t.nbytes for t in tensors.values())
     outside = changed_outside(module, partial(plan.task.seeded_module, cell.seed))
     save_outside(folder, outside)

@@ -268,7 +268,7 @@ def test_magnitude_and_random_scores() -> None:
 
 def test_a_folder_has_one_bit_for_each_weight_and_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     model, again = base("linear", 40, 50), base("linear", 40, 50)
-    masked(model)
+    stack = masked(model)
     x = torch.randn(3, 40)
     save_adapter(model, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -276,6 +276,7 @@ def test_a_folder_has_one_bit_for_each_weight_and_is_loaded_bit_for_bit(tmp_path
     header = int.from_bytes(file.read_bytes()[:8], "little")
     assert file.stat().st_size == 8 + header + 50 * 40 // 8 and {t.dtype for t in tensors.values()} == {torch.uint8}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["density"] == 0.5
+    assert stack["mask"].injection.count_trained(tensors) == 50 * 40  # a score for each
     load_adapter(again, tmp_path)
     assert torch.equal(again(x), model(x)) and not any(p.requires_grad for p in again.parameters())
     save_adapter(again, tmp_path / "again")  # what was loaded is written as it was

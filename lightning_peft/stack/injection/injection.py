@@ -123,6 +123,10 @@ class Injection:
         self.noted, state = self.keys(), state_tensors(self.backbone)
         self.trained = {key for key, live in self.noted.items() if state[live].requires_grad}
 
+    def count_trained(self, tensors: Mapping[str, Tensor]) -> int:
+        """Return how many numbers were trained for a folder's tensors; what is saved beside does not count."""
+        return sum(tensor.numel() for key, tensor in tensors.items() if key in self.trained)
+
     def _task(self, backbone: nn.Module) -> str:
         task = task_of(backbone)
         return task if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else "FEATURE_EXTRACTION"

@@ -94,6 +94,11 @@ class MasksInjection(Injection):
     def is_final(cls, config: Any, tensors: Mapping[str, Tensor]) -> bool:
         return bool(config.packed)
 
+    def count_trained(self, tensors: Mapping[str, Tensor]) -> int:
+        # a score for each weight, of which a byte has eight
+        bits = sum(8 * tensor.numel() for key, tensor in tensors.items() if ".weight_mask_bits" in key)
+        return bits + super().count_trained(tensors)
+
 
 _INJECTIONS: dict[str, type[Injection]] = {
     "ADALORA": AdaLoraInjection,
