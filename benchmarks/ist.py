@@ -5,7 +5,7 @@
 LoRA r=8 on q and v with `IST(LoRA(...), freeze=True)` and by its default, and without. Each side has its own copy of
 the model and they take their steps in turn, on the same batches, in one process; who comes first changes each step.
 Prints medians of the ratios to LoRA, pair by pair, with their 95% intervals. Memory is the bytes of all tensors that a
-step's graph keeps, each once, weights left out. About 6 minutes on two cores.
+step's graph keeps, each once, weights left out.
 """
 
 from __future__ import annotations

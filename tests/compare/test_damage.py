@@ -16,7 +16,7 @@ from rich.console import Console
 from tiny_models import tiny
 
 from lightning_peft.callbacks import ITI, LoRA
-from lightning_peft.compare import cell
+from lightning_peft.compare import cell, cost
 from lightning_peft.compare import run as running
 from lightning_peft.compare.finished import finished
 from lightning_peft.compare.page import write_html
@@ -34,10 +34,11 @@ CELLS = [f"{name}-fold{fold}" for name in ("base", "iti", "lora", "both") for fo
 
 
 @pytest.fixture(autouse=True, scope="module")
-def without_a_clock() -> Iterator[None]:
+def without_clock_and_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cell, running):
+        for module in (cell, running, cost):
             patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+        patch.setattr(cost, "_process", lambda _: None)
         yield
 
 
