@@ -10,8 +10,8 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lightning_peft.tuners.linear_wrapper import MatrixChangeLayer
 from lightning_peft.tuners.lora_dash.config import TENSORS, LoRADashConfig
-from lightning_peft.tuners.matrix_change import MatrixChangeLayer
 
 
 class LoRADashLayer(MatrixChangeLayer):

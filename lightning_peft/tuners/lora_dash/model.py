@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.backbone.fused import check_called
+from lightning_peft.tuners.linear_wrapper import fill_in_targets
 from lightning_peft.tuners.lora_dash.config import LoRADashConfig
 from lightning_peft.tuners.lora_dash.layer import LoRADashLayer
-from lightning_peft.tuners.matrix_change import fill_in_targets
 from lightning_peft.tuners.tuner import Tuner
 
 
@@ -28,7 +28,7 @@ class LoRADashModel(Tuner[LoRADashConfig, LoRADashLayer]):
     tuner_layer_cls = LoRADashLayer
 
     def _check_config(self, config: LoRADashConfig) -> None:
-        fill_in_targets(config, self.model, "LoRADash")
+        fill_in_targets(config, self.model, "LoRADash could change")
 
     def _adapt(
         self,

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.tuners.linear_wrapper import MatrixChangeLayer
 from lightning_peft.tuners.loretta.config import LoRETTAConfig
-from lightning_peft.tuners.matrix_change import MatrixChangeLayer
 from lightning_peft.tuners.tensor_train import TensorTrain
 
 

@@ -6,48 +6,37 @@ import math
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from lightning_peft.backbone.modules import is_linear
-from lightning_peft.backbone.quantization import check_merge
-from lightning_peft.backbone.structure import matrix_shape
+from lightning_peft.tuners.linear_wrapper import LinearWrapper
 from lightning_peft.tuners.lorta.config import TENSORS, LoRTAConfig
 from lightning_peft.tuners.lorta.places import Group, Place, Tensors
-from lightning_peft.tuners.tuner import TunerLayer, check_merged
 
 
-class LoRTALayer(nn.Module, TunerLayer):
+class LoRTALayer(LinearWrapper):
     """Add a matrix's slice of the CP tensor, `y + alpha/r * B A x` with factors of rank r; see `LoRTAConfig`.
 
     The first adapted matrix of a group owns the tensor's factors, the others read them there, so that each is one
     parameter, saved once. The matrix itself is not read, so that it may be quantised, or wrapped by another adapter.
     """
 
+    config_name = "LoRTAConfig"
     # all layers have a dropout of each adapter, by which peft knows that they carry it
     adapter_layer_names = (*TENSORS, "lorta_dropout")
     other_param_names = ("scaling", "places", "_owners")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRTAConfig, name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        base = self.get_base_layer()
-        if not is_linear(base):
-            raise ValueError(f"{name} is a {type(base).__name__}, but LoRTA adapts linear layers.")
-        self.in_features, self.out_features = matrix_shape(base)
+        super().__init__(base_layer, "LoRTA adapts", name)
         self.lorta_A = nn.ParameterDict({})
         self.lorta_B = nn.ParameterDict({})
         self.lorta_layers = nn.ParameterDict({})
         self.lorta_heads = nn.ParameterDict({})
         self.lorta_matrices = nn.ParameterDict({})
         self.lorta_dropout = nn.ModuleDict({})
-        self.scaling: dict[str, float] = {}
         self.places: dict[str, Place] = {}
         # in tuples, out of sight of nn.Module, since an owner is no child
         self._owners: dict[str, tuple[LoRTALayer]] = {}
-        self.merged_adapters: list[str] = []
-        self._weight_before_merge: nn.Parameter | None = None
-        self._active_adapter = adapter_name
+        self._active_adapter = [adapter_name]
 
     @property
     def acts_alone(self) -> bool:
@@ -96,46 +85,17 @@ class LoRTALayer(nn.Module, TunerLayer):
         return self.scaling[adapter_name] * (b @ a)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        acting = self.acting()
         y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return y
-        for name in self.active_adapters:
-            # at strength 0 the base stays as it is, bit for bit
-            if name in self.merged_adapters or not self.scaling.get(name):
-                continue
+        for name in acting:
             a, b = self.factors(name, x.device)
             z = self.lorta_dropout[name](x.to(a.dtype))
             change = nn.functional.linear(nn.functional.linear(z, a), b)
             y = y + (self.scaling[name] * change).to(y.dtype)
         return y
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Give the layer the weight `W + alpha/r B A`; its own is kept for `unmerge`."""
-        check_merge([self], "LoRTAConfig")
-        base: Any = self.get_base_layer()
-        for name in [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]:
-            weight = base.weight.detach()
-            change = self.get_delta_weight(name).to(weight.device)
-            merged = weight + (change if isinstance(base, nn.Linear) else change.T)  # Conv1D's is [inputs, outputs]
-            if safe_merge:
-                check_merged(name, [merged])
-            if self._weight_before_merge is None:
-                self._weight_before_merge = base.weight
-            # not in place: another module may share the weight
-            base.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Put the layer's own weight back, bit for bit."""
-        if self._weight_before_merge is not None:
-            base: Any = self.get_base_layer()
-            weight, self._weight_before_merge = self._weight_before_merge, None
-            weight.data = weight.data.to(base.weight.device)
-            base.weight = weight
-        self.merged_adapters.clear()
+    def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
+        return weight + self.get_delta_weight(adapter_name).to(weight.device)
 
     def __repr__(self) -> str:
         return "lorta." + super().__repr__()

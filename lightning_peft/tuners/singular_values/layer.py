@@ -8,7 +8,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from lightning_peft.tuners.matrix_change import MatrixChangeLayer
+from lightning_peft.tuners.linear_wrapper import MatrixChangeLayer
 from lightning_peft.tuners.singular_values.config import SingularValuesConfig
 from lightning_peft.tuners.singular_values.decomposition import SKETCH_SIZE, Basis, decompose, differ
 

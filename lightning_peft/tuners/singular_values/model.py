@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.backbone.fused import check_called
-from lightning_peft.tuners.matrix_change import fill_in_targets
+from lightning_peft.tuners.linear_wrapper import fill_in_targets
 from lightning_peft.tuners.singular_values.config import SingularValuesConfig
 from lightning_peft.tuners.singular_values.layer import SingularValuesLayer
 from lightning_peft.tuners.tuner import Tuner
@@ -28,7 +28,7 @@ class SingularValuesModel(Tuner[SingularValuesConfig, SingularValuesLayer]):
     tuner_layer_cls = SingularValuesLayer
 
     def _check_config(self, config: SingularValuesConfig) -> None:
-        fill_in_targets(config, self.model, "SingularValues")
+        fill_in_targets(config, self.model, "SingularValues could change")
 
     def _adapt(
         self,

@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from lightning_peft.backbone.modules import is_linear
-from lightning_peft.backbone.quantization import check_merge
-from lightning_peft.backbone.structure import matrix_shape
+from lightning_peft.tuners.linear_wrapper import LinearWrapper
 from lightning_peft.tuners.ssb.config import SSBConfig
-from lightning_peft.tuners.tuner import TunerLayer
 
 
-class SSBLayer(nn.Module, TunerLayer):
+class SSBLayer(LinearWrapper):
     """Scale a linear layer's input by v and its weight's output by u: `u ⊙ W (v ⊙ x) + b`.
 
     The weight itself is not read, so that it may be quantised, or wrapped by another adapter.
@@ -23,21 +19,14 @@ class SSBLayer(nn.Module, TunerLayer):
 
     adapter_layer_names = ("ssb_in", "ssb_out")
     other_param_names = ("scaling",)
+    config_name = "SSBConfig"
     acts_alone = True  # it needs to know nothing but its input
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SSBConfig, name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        base = self.get_base_layer()
-        if not is_linear(base):
-            raise ValueError(f"{name} is a {type(base).__name__}, but SSB scales linear layers.")
-        self.in_features, self.out_features = matrix_shape(base)
+        super().__init__(base_layer, "SSB scales", name)
         self.ssb_in = nn.ParameterDict({})
         self.ssb_out = nn.ParameterDict({})
-        self.scaling: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
-        self._weight_before_merge: nn.Parameter | None = None
-        self._active_adapter = adapter_name
+        self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: SSBConfig) -> None:
@@ -54,9 +43,7 @@ class SSBLayer(nn.Module, TunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = [] if self.disable_adapters else [a for a in self.active_adapters if a not in self.merged_adapters]
+        active = self.acting()
         v, u = self._scale(self.ssb_in, active), self._scale(self.ssb_out, active)
         y = self.base_layer(x if v is None else (x * v).to(x.dtype), *args, **kwargs)
         if u is None:
@@ -67,38 +54,10 @@ class SSBLayer(nn.Module, TunerLayer):
         # u (y - b) + b, in a form that is y itself where u is one
         return torch.addcmul(bias - bias * u, y.to(u.dtype), u).to(y.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Give the layer the weight `diag(u) W diag(v)`; its own is kept for `unmerge`. Adapters inside come first."""
-        check_merge([self], "SSBConfig")
-        base: Any = self.get_base_layer()
-        for name in [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]:
-            v, u = self._scale(self.ssb_in, [name]), self._scale(self.ssb_out, [name])
-            turned = not isinstance(base, nn.Linear)  # Conv1D's weight is [inputs, outputs]
-            with torch.no_grad():
-                weight = base.weight.detach()
-                for vector, by_rows in ((v, turned), (u, not turned)):
-                    if vector is not None:
-                        weight = weight * (vector[:, None] if by_rows else vector)
-            if safe_merge and not torch.isfinite(weight).all():
-                # peft's words, by which callers know it
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: it would put NaN or "
-                    "infinity into them."
-                )
-            if self._weight_before_merge is None:
-                self._weight_before_merge = base.weight
-            # not in place: another module may share the weight
-            base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Put the layer's own weight back, bit for bit."""
-        if self._weight_before_merge is not None:
-            base: Any = self.get_base_layer()
-            weight, self._weight_before_merge = self._weight_before_merge, None
-            weight.data = weight.data.to(base.weight.device)
-            base.weight = weight
-        self.merged_adapters.clear()
+    def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
+        v, u = self._scale(self.ssb_in, [adapter_name]), self._scale(self.ssb_out, [adapter_name])
+        weight = weight if v is None else weight * v
+        return weight if u is None else weight * u[:, None]
 
     def _scale(self, vectors: nn.ParameterDict, adapters: list[str]) -> Tensor | None:
         """Return the product of some adapters' vectors at their strength; None where nothing is scaled."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.backbone.fused import check_called
-from lightning_peft.backbone.linear_layers import linear_layers
-from lightning_peft.backbone.targets import choose_targets
+from lightning_peft.tuners.linear_wrapper import fill_in_targets
 from lightning_peft.tuners.ssb.config import SSBConfig
 from lightning_peft.tuners.ssb.layer import SSBLayer
-from lightning_peft.tuners.targets import default_blocks
 from lightning_peft.tuners.tuner import Tuner
 
 
@@ -30,14 +28,7 @@ class SSBModel(Tuner[SSBConfig, SSBLayer]):
     tuner_layer_cls = SSBLayer
 
     def _check_config(self, config: SSBConfig) -> None:
-        if config.target_modules is None:
-            names, layers = linear_layers(self.model), default_blocks(config)
-            config.target_modules = names if layers is None else choose_targets(self.model, names, layers)
-        if not config.target_modules:
-            raise ValueError(
-                f"{type(self.model).__name__} has no linear layers that SSB could scale, or target_modules is empty: "
-                "name them, or give a regular expression."
-            )
+        fill_in_targets(config, self.model, "SSB could scale")
 
     def _adapt(
         self, config: SSBConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str

@@ -8,21 +8,18 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from lightning_peft.backbone.layer_inputs import is_plain
-from lightning_peft.backbone.modules import is_linear
-from lightning_peft.backbone.quantization import check_merge, is_quantized
-from lightning_peft.backbone.structure import matrix_shape
-from lightning_peft.tuners.tuner import TunerLayer, check_merged
+from lightning_peft.backbone.quantization import is_quantized
+from lightning_peft.tuners.linear_wrapper import LinearWrapper
 from lightning_peft.tuners.weight_deltas.bits import unpack
 from lightning_peft.tuners.weight_masks.config import WeightMasksConfig
 from lightning_peft.tuners.weight_masks.largest import largest
 from lightning_peft.tuners.weight_masks.product import MaskedProduct, factor
 
 
-class WeightMasksLayer(nn.Module, TunerLayer):
+class WeightMasksLayer(LinearWrapper):
     """Compute a linear layer with the weight `W ∘ M`, of several adapters `W ∘ M1 ∘ M2`.
 
     A plain layer is computed anew. One that is quantised, wrapped by another adapter or hooked is called, and what
@@ -31,24 +28,17 @@ class WeightMasksLayer(nn.Module, TunerLayer):
 
     adapter_layer_names = ("weight_mask_scores",)
     other_param_names = ("weight_mask_kept", "weight_mask_bits", "scaling", "trained")
+    config_name = "WeightMasksConfig"
     acts_alone = True  # it needs to know nothing but its input
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: WeightMasksConfig, name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        base = self.get_base_layer()
-        if not is_linear(base):
-            raise ValueError(f"{name} is a {type(base).__name__}, but weight masks are for linear layers.")
-        self.in_features, self.out_features = matrix_shape(base)
+        super().__init__(base_layer, "weight masks are for", name)
         self.weight_mask_scores = nn.ParameterDict({})  # [outputs, inputs] each, also where W is stored transposed
         self.weight_mask_kept = BufferDict(persistent=True)  # how many entries the mask keeps
         self.weight_mask_bits = BufferDict(persistent=True)
-        self.scaling: dict[str, float] = {}
         self.trained: dict[str, bool] = {}
-        self.merged_adapters: list[str] = []
-        self._weight_before_merge: nn.Parameter | None = None
         self._thresholds: dict[str, float | None] = {}
-        self._active_adapter = adapter_name
+        self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, config, name)
 
     def update_layer(self, adapter_name: str, config: WeightMasksConfig, name: str) -> None:
@@ -94,10 +84,7 @@ class WeightMasksLayer(nn.Module, TunerLayer):
         return mask
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = [] if self.disable_adapters else [a for a in self.active_adapters if a not in self.merged_adapters]
-        active = [name for name in active if self.scaling.get(name, 0.0) != 0]
+        active = self.acting()
         if not active:
             return self.base_layer(x, *args, **kwargs)
         whole = self._is_bare()
@@ -117,30 +104,8 @@ class WeightMasksLayer(nn.Module, TunerLayer):
         )
         return product if y is None else y + product.to(y.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Give the layer the weight `W ∘ M`; its own is kept for `unmerge`."""
-        check_merge([self], "WeightMasksConfig")
-        base: Any = self.get_base_layer()
-        for name in [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]:
-            with torch.no_grad():
-                multiplied = factor([self.mask(name)], [self.scaling[name]], base.weight.dtype)
-                weight = base.weight * (multiplied if isinstance(base, nn.Linear) else multiplied.T)
-            if safe_merge:
-                check_merged(name, [weight])
-            if self._weight_before_merge is None:
-                self._weight_before_merge = base.weight
-            # not in place: another module may share the weight
-            base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Put the layer's own weight back, bit for bit."""
-        if self._weight_before_merge is not None:
-            base: Any = self.get_base_layer()
-            weight, self._weight_before_merge = self._weight_before_merge, None
-            weight.data = weight.data.to(base.weight.device)
-            base.weight = weight
-        self.merged_adapters.clear()
+    def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
+        return weight * factor([self.mask(adapter_name)], [self.scaling[adapter_name]], weight.dtype)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.scaling)  # also those without scores

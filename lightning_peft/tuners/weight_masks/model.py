@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.backbone.fused import check_called
-from lightning_peft.backbone.linear_layers import linear_layers
-from lightning_peft.backbone.targets import choose_targets
-from lightning_peft.tuners.targets import default_blocks
+from lightning_peft.tuners.linear_wrapper import fill_in_targets
 from lightning_peft.tuners.tuner import Tuner
 from lightning_peft.tuners.weight_masks.config import WeightMasksConfig
 from lightning_peft.tuners.weight_masks.layer import WeightMasksLayer
@@ -32,14 +30,7 @@ class WeightMasksModel(Tuner[WeightMasksConfig, WeightMasksLayer]):
     innermost = True
 
     def _check_config(self, config: WeightMasksConfig) -> None:
-        if config.target_modules is None:
-            names, layers = linear_layers(self.model), default_blocks(config)
-            config.target_modules = names if layers is None else choose_targets(self.model, names, layers)
-        if not config.target_modules:
-            raise ValueError(
-                f"{type(self.model).__name__} has no linear layers that could be masked, or target_modules is empty: "
-                "name them, or give a regular expression."
-            )
+        fill_in_targets(config, self.model, "could be masked")
 
     def _adapt(
         self, config: WeightMasksConfig, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, key: str

@@ -1,4 +1,4 @@
-"""The base of tuner layers that wrap a linear layer and add a matrix to what its weight does."""
+"""The base of tuner layers that wrap a linear layer and can give it another weight."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from lightning_peft.tuners.targets import Targeting, default_blocks
 from lightning_peft.tuners.tuner import TunerLayer, check_merged
 
 
-class MatrixChangeLayer(nn.Module, TunerLayer):
-    """Wrap a linear layer, and merge `scaling * change(adapter)` into its weight.
+class LinearWrapper(nn.Module, TunerLayer):
+    """Wrap a linear layer; merged, it has the weight that its adapters make of its own, which comes back unmerged.
 
     Args:
         base_layer: the layer, or another adapter's wrapper around it.
-        method: what to call the method in messages.
+        does: what the method does to linear layers, for messages: "SSB scales".
         key: the layer's name in them.
     """
 
-    acts_alone = True  # it needs to know nothing but its input
     config_name: str
 
-    def __init__(self, base_layer: nn.Module, method: str, key: str) -> None:
+    def __init__(self, base_layer: nn.Module, does: str, key: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         base = self.get_base_layer()
         if not is_linear(base):
-            raise ValueError(f"{key} is a {type(base).__name__}, but {method} changes linear layers.")
+            raise ValueError(f"{key} is a {type(base).__name__}, but {does} linear layers.")
         self.in_features, self.out_features = matrix_shape(base)
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
@@ -43,8 +42,8 @@ class MatrixChangeLayer(nn.Module, TunerLayer):
         self._active_adapter: list[str] = []
 
     @abstractmethod
-    def change(self, adapter_name: str) -> Tensor:
-        """Return the matrix `[outputs, inputs]` that an adapter adds to the weight at strength 1."""
+    def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """Return what an adapter, at its strength, makes of a weight `[outputs, inputs]`."""
 
     def acting(self) -> list[str]:
         """Return the adapters that act beside the base layer: active, not merged, and turned on at all."""
@@ -59,17 +58,17 @@ class MatrixChangeLayer(nn.Module, TunerLayer):
         """Give the layer the changed weight; its own is kept for `unmerge`. Adapters inside come first."""
         check_merge([self], self.config_name)
         base: Any = self.get_base_layer()
+        turned = not isinstance(base, nn.Linear)  # Conv1D's weight is [inputs, outputs]
         for name in [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]:
             with torch.no_grad():
-                change = self.scaling[name] * self.change(name)
-                # Conv1D's weight is [inputs, outputs]
-                weight = base.weight.detach() + (change if isinstance(base, nn.Linear) else change.T)
+                weight = base.weight.detach()
+                merged = self.merged_weight(name, weight.T).T if turned else self.merged_weight(name, weight)
             if safe_merge:
-                check_merged(name, [weight])
+                check_merged(name, [merged])
             if self._weight_before_merge is None:
                 self._weight_before_merge = base.weight
             # not in place: another module may share the weight
-            base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+            base.weight = nn.Parameter(merged.to(base.weight.dtype).contiguous(), requires_grad=False)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -82,8 +81,35 @@ class MatrixChangeLayer(nn.Module, TunerLayer):
         self.merged_adapters.clear()
 
 
-def fill_in_targets(config: Targeting, model: nn.Module, method: str) -> None:
+class MatrixChangeLayer(LinearWrapper):
+    """Wrap a linear layer, and add `scaling * change(adapter)` to what its weight does.
+
+    Args:
+        base_layer: the layer, or another adapter's wrapper around it.
+        method: what to call the method in messages.
+        key: the layer's name in them.
+    """
+
+    acts_alone = True  # it needs to know nothing but its input
+
+    def __init__(self, base_layer: nn.Module, method: str, key: str) -> None:
+        super().__init__(base_layer, f"{method} changes", key)
+
+    @abstractmethod
+    def change(self, adapter_name: str) -> Tensor:
+        """Return the matrix `[outputs, inputs]` that an adapter adds to the weight at strength 1."""
+
+    def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
+        return weight + self.scaling[adapter_name] * self.change(adapter_name).to(weight.device)
+
+
+def fill_in_targets(config: Targeting, model: nn.Module, does: str) -> None:
     """Let a configuration that names no targets mean the linear layers of the model's blocks.
+
+    Args:
+        config: the configuration.
+        model: the model.
+        does: what the method could do to them, for messages: "SSB could scale".
 
     Raises:
         ValueError: there are none, or the list of targets is empty.
@@ -93,6 +119,6 @@ def fill_in_targets(config: Targeting, model: nn.Module, method: str) -> None:
         config.target_modules = names if layers is None else choose_targets(model, names, layers)
     if not config.target_modules:
         raise ValueError(
-            f"{type(model).__name__} has no linear layers that {method} could change, or target_modules is empty: "
-            "name them, or give a regular expression."
+            f"{type(model).__name__} has no linear layers that {does}, or target_modules is empty: name them, or give "
+            "a regular expression."
         )
