@@ -117,6 +117,10 @@ class _LastStep(Callback):
 class _Keep(ModelCheckpoint):
     """Keep nothing of a phase that is not the last, however low its loss: it is not the method's result."""
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _settled(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _settled(trainer):
             super().on_validation_end(trainer, pl_module)
