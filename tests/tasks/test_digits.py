@@ -18,7 +18,7 @@ from digits import Batch, Data, Digits, DigitTask, FunctionTask, Head, images
 from rich.console import Console
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from lightning_peft.callbacks import BitFit, LoRA
+from lightning_peft.callbacks import LTSFT, BitFit, LoRA
 from lightning_peft.compare import run as running
 from lightning_peft.compare import statistics
 from lightning_peft.compare.cell import cell_of
@@ -216,6 +216,17 @@ def test_an_adapter_may_lie_on_another_with_its_head(tmp_path: Path) -> None:
     assert [(c["a"], c["b"], c["metric"]) for c in results["contrasts"]] == [("both", "head", "accuracy")]
     losses = found["both"]["chosen"]["trials"][0][0]["val_losses"]
     assert min(losses) < found["head"]["chosen"]["trials"][0][0]["val_losses"][0]
+
+
+def test_what_is_kept_of_a_method_in_phases_is_of_its_last_one_however_much_worse(tmp_path: Path) -> None:
+    sparse = LTSFT(density=0.05, full_epochs=5, backbone="backbone")
+    some = [rows()[0], Row("sparse", "LT-SFT", "tuned", sparse, learning_rates=[1e-2], max_epochs=6, patience=6)]
+    results, _ = run(plan_of(tmp_path, some=some))
+    found, head = by_name(results)["sparse"], 325
+    entries = sum(parameter.numel() for parameter in DigitTask().module().backbone.parameters())
+    losses = found["chosen"]["trials"][0][0]["val_losses"]
+    assert min(losses) < losses[-1] and found["chosen"]["epochs"] == [6, 6]
+    assert found["trainable_parameters"] == int(0.05 * entries) + head
 
 
 # -- what cannot be compared on ---------------------------------------------------------------------------------------
