@@ -20,6 +20,7 @@ import numpy as np
 from lightning_peft.files.records import write_atomically, write_record
 
 _FLOAT32 = "float32"  # the columns that are written in as few digits as say which float32 it is
+_UNITS = "units"  # of every column, in their order, written once
 _LEFT_OUT = ("files", "sha256")  # sums of weights that are not kept, and of the record itself
 
 
@@ -35,6 +36,9 @@ def keep(run: Path, folder: Path) -> int:
         kept[_FLOAT32] = [name for name, values in columns.items() if _all_float32(values)]
         for name in kept[_FLOAT32]:
             columns[name] = {unit: [float(str(np.float32(v))) for v in draws] for unit, draws in columns[name].items()}
+        if units := list(next(iter(columns.values()), {})):
+            kept[_UNITS] = units
+            kept["columns"] = {name: [values[unit] for unit in units] for name, values in columns.items()}
         write_atomically(folder / f"{path.parent.name}.json", json.dumps(kept, separators=(",", ":")) + "\n")
         count += 1
     return count
@@ -47,6 +51,8 @@ def restore(folder: Path, run: Path) -> int:
         cell = run / "cells" / path.stem / "result.json"
         if not cell.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
+            if units := kept.pop(_UNITS, None):
+                kept["columns"] = {name: dict(zip(units, of, strict=True)) for name, of in kept["columns"].items()}
             columns = kept.get("columns", {})
             for name in kept.pop(_FLOAT32):
                 columns[name] = {unit: [float(np.float32(v)) for v in draws] for unit, draws in columns[name].items()}
