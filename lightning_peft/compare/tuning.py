@@ -101,6 +101,10 @@ class _Epochs(Callback):
 class _Stop(EarlyStopping):
     """Stop training in its last phase only, not in LoFiT's scales or LT-SFT's full fine-tuning."""
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _settled(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _settled(trainer):
             super().on_validation_end(trainer, pl_module)

@@ -220,11 +220,12 @@ def test_an_adapter_may_lie_on_another_with_its_head(tmp_path: Path) -> None:
 
 def test_what_is_kept_of_a_method_in_phases_is_of_its_last_one_however_much_worse(tmp_path: Path) -> None:
     sparse = LTSFT(density=0.05, full_epochs=5, backbone="backbone")
-    some = [rows()[0], Row("sparse", "LT-SFT", "tuned", sparse, learning_rates=[1e-2], max_epochs=6, patience=6)]
+    some = [rows()[0], Row("sparse", "LT-SFT", "tuned", sparse, learning_rates=[0.1], max_epochs=6, patience=1)]
     results, _ = run(plan_of(tmp_path, some=some))
     found, head = by_name(results)["sparse"], 325
     entries = sum(parameter.numel() for parameter in DigitTask().module().backbone.parameters())
     losses = found["chosen"]["trials"][0][0]["val_losses"]
+    assert len(losses) == 6  # patience counts in the last phase alone
     assert min(losses) < losses[-1] and found["chosen"]["epochs"] == [6, 6]
     assert found["trainable_parameters"] == int(0.05 * entries) + head
 
