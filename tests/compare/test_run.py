@@ -79,8 +79,8 @@ def write(tmp_path: Path, tiny_folder: Callable[[str], Path], questions: Path) -
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
     timeless = json.loads(json.dumps(results))
     for row in timeless["rows"]:
-        row.pop("seconds")
-        row.pop("scoring_seconds")
+        for cost in ("seconds", "scoring_seconds", "step_seconds", "peak_memory"):
+            row.pop(cost, None)
     for name in ("name", "settings"):
         timeless.pop(name)
     return timeless
